@@ -76,11 +76,11 @@ by lora/inject::test_two_layers_with_one_weight_are_refused_by_name
 by training/module::test_a_checkpoint_that_does_not_fit_is_refused[another case]
 by training/module::test_a_checkpoint_that_does_not_fit_is_refused[a key less]
 == law 7: keys left over, in training.checkpoints.adapter_state.refuse_misfits
--for k in state if k not in own]
+-for k in state if k not in expected]
 +for k in state if False]
 by training/module::test_a_checkpoint_that_does_not_fit_is_refused[a key more]
 == law 7: shapes, in training.checkpoints.adapter_state.refuse_misfits
--isinstance(own[k], Tensor) and state[k].shape != own[k].shape
+-isinstance(expected[k], Tensor) and state[k].shape != expected[k].shape
 +False
 by training/module::test_a_checkpoint_that_does_not_fit_is_refused[another shape]
 == law 7: another W0, in training.module.LoRAModule.on_load_checkpoint
@@ -91,7 +91,7 @@ by training/module::test_a_checkpoint_of_another_base_is_refused
 +if False and name not in
 by training/module::test_a_checkpoint_of_other_settings_is_refused
 == law 8: random states, in training.checkpoints.resume.Resume._put_back
--            set_random_state(own["random"])
+-            set_random_state(process_state["random"])
 by training/resume::test_resumed_from_any_state_is_uninterrupted[plain]
 == law 8: the sampler's place, in data.loading.sampler.EpochSampler.skip
 -self._skip = (self.epoch, batches * self.block // self.num_replicas)
@@ -101,7 +101,7 @@ by training/resume::test_resumed_from_any_state_is_uninterrupted[plain]
 -        load_left_places(trainer)
 by training/resume::test_resumed_from_any_state_is_uninterrupted[plain]
 == law 8: figures that training has gathered, in training.checkpoints.resume.Resume._put_back
--            put_figures(module, own["figures"])
+-            put_figures(module, process_state["figures"])
 by training/resume::test_resumed_from_any_state_is_uninterrupted[no validation]
 == law 8: an epoch that is over is not begun again, in training.checkpoints.resume.Resume.on_train_epoch_start
 -        self._put_back(trainer, pl_module)
@@ -109,7 +109,7 @@ by training/resume::test_resumed_from_any_state_is_uninterrupted[no validation]
 +        self._put_back(trainer, pl_module)
 by training/resume::test_resumed_from_any_state_is_uninterrupted[max_steps]
 == law 8: the steps that were logged, in training.checkpoints.loop_state.canonical_state
--own["_batches_that_stepped"] = stepped - (place.kind == "batch" and place.at_step)
+-epoch_state["_batches_that_stepped"] = stepped - (place.kind == "batch" and place.at_step)
 +del stepped
 by training/resume::test_best_resumes_from_an_epochs_end_with_the_plateau_that_was_due
 == law 8: the plateau that was due, in training.checkpoints.resume.Resume.on_train_epoch_start

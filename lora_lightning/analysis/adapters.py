@@ -184,11 +184,11 @@ def _name_wrapped(
         plain = plain.removesuffix(f".{WRAPPER}")
     depth = (len(path) - len(plain)) // len(f".{WRAPPER}")
     leaves = {entry.rpartition(".")[2] for entry in files.peft.get("target_parameters") or []}
-    own = _in_order(plain, [leaf for leaf in leaves if _adapts(files, f"{plain}.{leaf}")], modules)
-    if depth >= len(own):
+    names = _in_order(plain, [leaf for leaf in leaves if _adapts(files, f"{plain}.{leaf}")], modules)
+    if depth >= len(names):
         layer.name = layer.peft_name = plain
         return
-    layer.kind, layer.name = "Parameter", f"{plain}.{own[len(own) - 1 - depth]}".removeprefix(".")
+    layer.kind, layer.name = "Parameter", f"{plain}.{names[len(names) - 1 - depth]}".removeprefix(".")
     layer.peft_name = layer.name
     layer.rank = _entry_rank(layer, files)
     layer.count = layer.A.shape[0] // layer.rank
@@ -231,9 +231,9 @@ def _scales(matched: list[_Found], files: AdapterFiles, alphas: Mapping[str, flo
     for layer in matched:
         refuse_other_rank(files.peft, layer.name, layer.peft_name, layer.rank)
     ranks = {layer.name: layer.rank for layer in matched}
-    own = find_alphas(files.peft, {layer.name: layer.peft_name for layer in matched}, ranks, alphas)
+    alpha_of = find_alphas(files.peft, {layer.name: layer.peft_name for layer in matched}, ranks, alphas)
     rslora = bool(files.peft.get("use_rslora"))
-    return {name: own[name] / (math.sqrt(rank) if rslora else rank) for name, rank in ranks.items()}
+    return {name: alpha_of[name] / (math.sqrt(rank) if rslora else rank) for name, rank in ranks.items()}
 
 
 def _pairs(layer: _Found) -> list[Pair]:

@@ -36,8 +36,8 @@ class Weights:
         Raises:
             AdapterError: the model has no such layer, or it has another shape.
         """
-        owner, own = self._place(layer)
-        weight = self.read(self.modules[owner], own, f"{owner}.{own}".removeprefix("."))
+        owner, attribute = self._place(layer)
+        weight = self.read(self.modules[owner], attribute, f"{owner}.{attribute}".removeprefix("."))
         if weight is None:
             return None
         matrices = weight_matrices(self.modules[owner], weight.detach(), stacked=layer.kind == "Parameter")
@@ -57,19 +57,19 @@ class Weights:
     def _place(self, layer: Factors) -> tuple[str, str]:
         """The module that holds W0, and what the parameter is called there."""
         if layer.kind == "Parameter":
-            owner, _, own = layer.name.rpartition(".")
+            owner, _, attribute = layer.name.rpartition(".")
         else:
-            owner, own = layer.name, "in_proj_weight" if layer.kind == "MultiheadAttention" else "weight"
+            owner, attribute = layer.name, "in_proj_weight" if layer.kind == "MultiheadAttention" else "weight"
         for name in (owner, owner.removeprefix(f"{self.prefix}."), f"{self.prefix}.{owner}"):
             module = self.modules.get(name)
-            if module is not None and module._parameters.get(own) is not None:
-                return name, own
+            if module is not None and module._parameters.get(attribute) is not None:
+                return name, attribute
         raise AdapterError(f"the base has no '{layer.name}', which the adapter changes: name the base of its own")
 
 
-def _in_memory(module: nn.Module, own: str, full: str) -> Tensor | None:
-    quantized = own == "weight" and scheme(module) is not None
-    return plain_weight(module) if quantized else module._parameters[own]  # `.weight` may be one that is adapted
+def _in_memory(module: nn.Module, attribute: str, full: str) -> Tensor | None:
+    quantized = attribute == "weight" and scheme(module) is not None
+    return plain_weight(module) if quantized else module._parameters[attribute]  # `.weight` may be one that is adapted
 
 
 def add_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:

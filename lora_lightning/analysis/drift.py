@@ -129,7 +129,7 @@ def measure_drift(
     """
     if not grafted_modules(model):
         raise LoRAError("this model has no adapter, so nothing has moved it: call inject or load_adapter first")
-    found: dict[float, list[tuple[Sequence[int], dict[str, Tensor]]]] = {scale: [] for scale in scales}
+    parts_by_scale: dict[float, list[tuple[Sequence[int], dict[str, Tensor]]]] = {scale: [] for scale in scales}
     kind = KL
     with in_evaluation(model), torch.no_grad():
         for batch in batches:
@@ -137,27 +137,27 @@ def measure_drift(
             with forward():
                 compare = _pooled_figures if batch.labels is None else _next_tokens
                 for scale, sums in compare(model, batch, scales):
-                    found[scale].append((batch.numbers, sums))
+                    parts_by_scale[scale].append((batch.numbers, sums))
             advance()
-    return {scale: _drift(kind, parts, texts) for scale, parts in found.items()}
+    return {scale: _drift(kind, parts, texts) for scale, parts in parts_by_scale.items()}
 
 
 def _drift(kind: str, parts: list[tuple[Sequence[int], dict[str, Tensor]]], texts: Sequence[str]) -> Drift:
     """The figures from each text's sums."""
     if not parts:
         raise LoRAError("there are no texts to compare on")
-    numbers = torch.tensor([number for own, _ in parts for number in own])
-    sums = {name: torch.cat([own[name] for _, own in parts]) for name in parts[0][1]}
+    numbers = torch.tensor([number for numbers, _ in parts for number in numbers])
+    sums = {name: torch.cat([sums[name] for _, sums in parts]) for name in parts[0][1]}
     counts = sums.pop("tokens", torch.ones(len(numbers), dtype=torch.float64))
     seen = counts > 0
     numbers, counts = numbers[seen], counts[seen]
-    sums = {name: own[seen] for name, own in sums.items()}
+    sums = {name: values[seen] for name, values in sums.items()}
     if not len(numbers):
         raise LoRAError("no text has two tokens, so that nothing is predicted: give longer texts")
     each = sums[kind] / counts
     top = torch.argsort(each, descending=True, stable=True)[:MOST_NAMED].tolist()
     most = [Moved(number=n, value=float(each[i]), text=excerpt(texts[n])) for i in top for n in [int(numbers[i])]]
-    means = {name: ratio(own, counts) for name, own in sums.items()}
+    means = {name: ratio(values, counts) for name, values in sums.items()}
     if kind == KL:
         figures = {KL: means[KL], **{name: _perplexity(means[name]) for name in ("perplexity_base", "perplexity")}}
         figures["changed"] = means["changed"]
@@ -167,8 +167,8 @@ def _drift(kind: str, parts: list[tuple[Sequence[int], dict[str, Tensor]]], text
         figure, _, layer = name.partition(" ")
         if layer:
             layers.setdefault(layer, {})[figure] = mean
-    own = {name: means[name] for name in (COSINE, "relative_l2")}
-    return Drift(kind=kind, figures=own, texts=len(numbers), layers=layers, most=most)
+    means = {name: means[name] for name in (COSINE, "relative_l2")}
+    return Drift(kind=kind, figures=means, texts=len(numbers), layers=layers, most=most)
 
 
 def _perplexity(loss: Mean) -> Mean:
@@ -275,11 +275,11 @@ def _pooled_figures(
     for scale in scales:
         with scaled(model, scale):
             adapted = pooled_outputs(model, batch)
-        found: dict[str, Tensor] = {}
+        figures: dict[str, Tensor] = {}
         for name, before in base.items():
             for figure, values in vector_figures(before, adapted[name]).items():
-                found[f"{figure} {name}".rstrip()] = values.double().cpu()
-        yield scale, found
+                figures[f"{figure} {name}".rstrip()] = values.double().cpu()
+        yield scale, figures
 
 
 def vector_figures(base: Tensor, adapted: Tensor) -> dict[str, Tensor]:
@@ -302,7 +302,7 @@ def pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         LoRAError: there is none of these.
     """
     mask, rows = batch.inputs.get("attention_mask"), len(batch.numbers)
-    found: dict[str, Tensor] = {}
+    pooled: dict[str, Tensor] = {}
     handed: list[Tensor] = []
 
     def pool(value: Any, module: nn.Module | None = None) -> Tensor | None:
@@ -311,7 +311,7 @@ def pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             if (one := pool(out, module)) is not None:
-                found[name] = one
+                pooled[name] = one
 
         return hook
 
@@ -332,7 +332,7 @@ def pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             f"{type(model).__name__} has no pooled output: no head that is handed features, no last_hidden_state, no"
             " embeddings, and no tensor with a row for each input; the drift of such a model is not measured"
         )
-    return {"": whole, **found}
+    return {"": whole, **pooled}
 
 
 def _pooled_of(out: Any, pool: Callable[[Any], Tensor | None]) -> Tensor | None:

@@ -231,15 +231,15 @@ def gather_whole(tensor: Tensor) -> Tensor:
 
 def whole_layer(layer: AdaptedLayer) -> AdaptedLayer:
     """The layer with its adapter's tensors in one piece: another object where they are sharded."""
-    own = layer.lora_tensors()
-    if not any(isinstance(tensor, DTensor) for tensor in own.values()):
+    lora_tensors = layer.lora_tensors()
+    if not any(isinstance(tensor, DTensor) for tensor in lora_tensors.values()):
         return layer
     twin: AdaptedLayer = layer.__class__.__new__(layer.__class__)
     twin.__dict__.update(vars(layer))
     for store in ("_parameters", "_buffers"):
         held = vars(layer)[store]
         twin.__dict__[store] = {
-            n: t if t is None or n not in own else gather_whole(t.detach()) for n, t in held.items()
+            n: t if t is None or n not in lora_tensors else gather_whole(t.detach()) for n, t in held.items()
         }
     return twin
 

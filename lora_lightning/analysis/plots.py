@@ -113,31 +113,33 @@ def _draw_amplification(analysis: Analysis, drawn: dict[str, Drawing]) -> None:
 def _draw_pairs(analysis: Analysis, layers: str | None, drawn: dict[str, Drawing]) -> None:
     for number, pair in enumerate(analysis.pairs[:MOST_PAIRS]):
         for side, name in (("A", "A"), ("update_out", "BA's outputs")):
-            own = [layer for layer in pair.layers if layer.side == side and layer.phi and layer.phi[0]]
-            if not own:
+            side_layers = [layer for layer in pair.layers if layer.side == side and layer.phi and layer.phi[0]]
+            if not side_layers:
                 continue
             end = f"-{number + 1}" if len(analysis.pairs) > 1 else ""
             title = f"Directions of {name} that {pair.labels[0]} and {pair.labels[1]} share"
             caption = (
                 "phi(i, j): 1 where the first i directions of one lie within the first j of the other, or around them."
             )
-            drawn[f"phi-{side}{end}"] = Drawing(title, caption, overlaps(pair, _choose_layers(own, analysis, layers)))
+            drawn[f"phi-{side}{end}"] = Drawing(
+                title, caption, overlaps(pair, _choose_layers(side_layers, analysis, layers))
+            )
 
 
-def _choose_layers(own: list[LayerSimilarity], analysis: Analysis, layers: str | None) -> list[LayerSimilarity]:
+def _choose_layers(candidates: list[LayerSimilarity], analysis: Analysis, layers: str | None) -> list[LayerSimilarity]:
     """Those that are named; else of each group the layer with the largest update, the strongest groups first.
 
     Raises:
         LoRAError: `layers` matches none.
     """
     if layers is not None:
-        named = [layer for layer in own if re.fullmatch(layers, layer.name)]
+        named = [layer for layer in candidates if re.fullmatch(layers, layer.name)]
         if not named:
-            raise LoRAError(f"layers: no adapted layer matches '{layers}', such as '{own[0].name}'")
+            raise LoRAError(f"layers: no adapted layer matches '{layers}', such as '{candidates[0].name}'")
         return named[: MOST_PANELS - 1]
     norms = {layer.name: layer.norm for layer in analysis.adapters[0].layers}
     best: dict[str, LayerSimilarity] = {}
-    for layer in sorted(own, key=lambda layer: -norms.get(layer.name, 0.0)):
+    for layer in sorted(candidates, key=lambda layer: -norms.get(layer.name, 0.0)):
         best.setdefault(layer.group, layer)
     return list(best.values())[:SHOWN]
 

@@ -53,15 +53,15 @@ def compare_adapters(
 ) -> PairSimilarity:
     """phi for every layer that both have, on all sides."""
     others, at = {layer.name: layer for layer in second.factors}, places(layer.name for layer in first.factors)
-    found, left_out = [], [name for name in others if name not in {layer.name for layer in first.factors}]
+    similarities, left_out = [], [name for name in others if name not in {layer.name for layer in first.factors}]
     for layer in first.factors:
         other = others.get(layer.name)
         advance(1)
         if other is None or other.shape != layer.shape or len(other.pairs) != len(layer.pairs):
             left_out.append(layer.name)
             continue
-        found += [_compare_layers(layer, other, side, at[layer.name].group) for side in SIDES]
-    return PairSimilarity(labels=(first.label, second.label), layers=found, left_out=left_out)
+        similarities += [_compare_layers(layer, other, side, at[layer.name].group) for side in SIDES]
+    return PairSimilarity(labels=(first.label, second.label), layers=similarities, left_out=left_out)
 
 
 def _compare_layers(layer: Factors, other: Factors, side: Side, group: str) -> LayerSimilarity:

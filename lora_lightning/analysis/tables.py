@@ -28,13 +28,15 @@ def group_table(adapter: AdapterMeasures) -> Table:
     header += ["ampl."] if has_base else []
     rows = []
     for group, share in sorted(adapter.shares.items(), key=lambda item: -item[1]):
-        own = [layer for layer in adapter.layers if layer.group == group]
-        norms = [layer.base.relative for layer in own if layer.base] if has_base else [layer.norm for layer in own]
-        row = [group, str(len(own)), span(layer.r for layer in own), f"{share:.1%}", _format_median(norms)]
-        row += [_format_median(layer.stable_rank for layer in own)]
-        row += [span(layer.ranks[percent(s)] for layer in own) for s in SHARES]
+        members = [layer for layer in adapter.layers if layer.group == group]
+        norms = (
+            [layer.base.relative for layer in members if layer.base] if has_base else [layer.norm for layer in members]
+        )
+        row = [group, str(len(members)), span(layer.r for layer in members), f"{share:.1%}", _format_median(norms)]
+        row += [_format_median(layer.stable_rank for layer in members)]
+        row += [span(layer.ranks[percent(s)] for layer in members) for s in SHARES]
         if has_base:
-            row.append(_format_median(layer.base.amplification for layer in own if layer.base))
+            row.append(_format_median(layer.base.amplification for layer in members if layer.base))
         rows.append(row)
     legend = LEGEND.format(norm="over ||W0||_F" if has_base else "of a layer")
     below = f"{legend}{AMPLIFICATION if has_base else ''}\n{_smaller_ranks_note(adapter)}"
@@ -69,8 +71,8 @@ def _layer_row(m: LayerMeasures, has_base: bool) -> list[str]:
         row += [""] * 6
     elif m.base is not None:
         b = m.base
-        own = (b.w0_norm, b.relative, b.in_update, b.in_w0, b.in_random, b.amplification)
-        row += [number(value) for value in own]
+        values = (b.w0_norm, b.relative, b.in_update, b.in_w0, b.in_random, b.amplification)
+        row += [number(value) for value in values]
     return row
 
 
@@ -80,15 +82,15 @@ def pair_table(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Table:
     header = ["layers", "n", *(f"{NAMES[side]} {at}" for side in sides for at in ("1,1", "r,r")), "chance"]
     rows = []
     for group in groups:
-        own = [layer for layer in pair.layers if layer.group == group]
-        row = [group, str(len(own) // len(SIDES))]
+        members = [layer for layer in pair.layers if layer.group == group]
+        row = [group, str(len(members) // len(SIDES))]
         for side in sides:
-            of_side = [layer for layer in own if layer.side == side and layer.phi and layer.phi[0]]
+            of_side = [layer for layer in members if layer.side == side and layer.phi and layer.phi[0]]
             row += [
                 _format_median((layer.phi[0][0] for layer in of_side), ".2f"),
                 _format_median(map(_common_similarity, of_side), ".2f"),
             ]
-        chances = {layer.chance for layer in own if layer.side in sides}
+        chances = {layer.chance for layer in members if layer.side in sides}
         rows.append([*row, "-".join(f"{chance:.1g}" for chance in sorted({min(chances), max(chances)}))])
     below = "phi(1, 1) and phi(r, r) of A's right and B's left singular vectors (medians); chance: of phi(1, 1)"
     if pair.left_out:
@@ -116,8 +118,8 @@ def truncation_table(truncation: Truncation) -> Table:
         ["missing of the update", f"{truncation.error:.3g} of its norm"],
     ]
     if "validation" in truncation.cost:
-        found = truncation.cost["validation"]
-        rows += [[name, f"{x:.5g} to {found['after'][name]:.5g}"] for name, x in found["before"].items()]
+        validation = truncation.cost["validation"]
+        rows += [[name, f"{x:.5g} to {validation['after'][name]:.5g}"] for name, x in validation["before"].items()]
     if "not_measured" in truncation.cost:
         rows.append(["cost", f"not measured: {truncation.cost['not_measured']}"])
     return Table(title=f"truncated: {truncation.directory}", rows=rows)
@@ -157,7 +159,9 @@ def strengths_table(strengths: Strengths) -> Table:
 def blocks_table(strengths: Strengths) -> Table:
     """The drift of each block's pooled output."""
     one = next((one for one in strengths.found if one.scale == 1), strengths.found[-1])
-    rows = [[name, *(_format_mean(own[figure]) for figure in own)] for name, own in one.drift.layers.items()]
+    rows = [
+        [name, *(_format_mean(figures[figure]) for figure in figures)] for name, figures in one.drift.layers.items()
+    ]
     return Table(title="By block", header=["block", "1 - cosine", "relative L2"], rows=rows, code=True)
 
 
@@ -205,10 +209,10 @@ def number(value: float) -> str:
 
 def span(values: Iterable[int]) -> str:
     """From the least to the most."""
-    found = sorted(values)
-    return str(found[0]) if found[0] == found[-1] else f"{found[0]}-{found[-1]}"
+    ordered = sorted(values)
+    return str(ordered[0]) if ordered[0] == ordered[-1] else f"{ordered[0]}-{ordered[-1]}"
 
 
 def _format_median(values: Iterable[float], form: str = ".3g") -> str:
-    found: Sequence[float] = [value for value in values if not math.isnan(value)]
-    return f"{median(found):{form}}" if found else "-"
+    numbers: Sequence[float] = [value for value in values if not math.isnan(value)]
+    return f"{median(numbers):{form}}" if numbers else "-"

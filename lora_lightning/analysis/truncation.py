@@ -108,10 +108,10 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
 
 def _ranks(layers: list[Factors], share: float) -> dict[str, int]:
     """By layer; PEFT has one rank for the two projections of an attention."""
-    own = {layer.name: common_rank(layer, share) for layer in layers}
+    rank_of = {layer.name: common_rank(layer, share) for layer in layers}
     shared: dict[str, int] = {}
     for layer in layers:
-        shared[layer.peft_name] = max(shared.get(layer.peft_name, 0), own[layer.name])
+        shared[layer.peft_name] = max(shared.get(layer.peft_name, 0), rank_of[layer.name])
     return {layer.name: shared[layer.peft_name] for layer in layers}
 
 
@@ -144,11 +144,11 @@ def _alphas(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, float]:
 def _config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     """PEFT's, with every rank and alpha written out, so that nothing depends on the order of patterns."""
     alphas = _alphas(adapter, ranks)
-    own = ranks_and_alphas(
+    changes = ranks_and_alphas(
         {layer.peft_name: ranks[layer.name] for layer in adapter.factors},
         {layer.peft_name: alphas[layer.name] for layer in adapter.factors},
     )
-    config = {**adapter.files.peft, **own}
+    config = {**adapter.files.peft, **changes}
     if is_from_weight(str(config.get("init_lora_weights"))):
         config["init_lora_weights"] = True  # what was taken out of W0 is in A and B
     return config

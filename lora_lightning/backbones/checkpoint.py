@@ -53,13 +53,13 @@ class BaseFiles:
         Raises:
             LoRAError: transformers has no such class.
         """
-        config, own = self.config, main_dtype(self.checkpoint)
+        config, dtype = self.config, main_dtype(self.checkpoint)
         cls, heads = _model_class(config, files.peft.get("task_type")), dict[str, Any]()
 
         def make() -> PreTrainedModel:
             with torch.device("meta"):
                 # A copy, since a merge that unties two matrices notes it there.
-                return cls._from_config(copy.deepcopy(config), dtype=own)  # type: ignore[no-any-return,no-untyped-call]
+                return cls._from_config(copy.deepcopy(config), dtype=dtype)  # type: ignore[no-any-return,no-untyped-call]
 
         labels = _labels(make(), files.tensors)
         if labels is not None:
@@ -114,20 +114,20 @@ def _model_class(config: PretrainedConfig, task: str | None) -> type[PreTrainedM
                 f"the adapter's task is {task}, and transformers has no such {config.model_type} model"
             ) from error
     named = next(iter(config.architectures or []), "")
-    own: type[PreTrainedModel] | None = getattr(transformers, named, None) if named else None
-    if own is None:
+    model_class: type[PreTrainedModel] | None = getattr(transformers, named, None) if named else None
+    if model_class is None:
         what = f"'{named}', which transformers does not have" if named else "no architecture"
         raise LoRAError(f"{CONFIG} names {what}: merge it in memory with load_adapter and merge")
-    return own
+    return model_class
 
 
 def _labels(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
     """The number of classes where the adapter brings a head of another size than the config's."""
     state, number = model.state_dict(), model.config.num_labels
     for key, tensor in canonical_keys(tensors, dict(model.named_modules())).items():
-        own = state.get(key.removeprefix(PREFIX))
-        if own is None or own.shape == tensor.shape or not own.dim() or own.shape[1:] != tensor.shape[1:]:
+        stored = state.get(key.removeprefix(PREFIX))
+        if stored is None or stored.shape == tensor.shape or not stored.dim() or stored.shape[1:] != tensor.shape[1:]:
             continue
-        if own.shape[0] == number:
+        if stored.shape[0] == number:
             return int(tensor.shape[0])
     return None

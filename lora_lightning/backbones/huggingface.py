@@ -163,10 +163,10 @@ def _unquantize(model: nn.Module, new: set[str]) -> None:
     for name in new:
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear and scheme(layer) is None:
-            parent, _, own = name.rpartition(".")
+            parent, _, attribute = name.rpartition(".")
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
             plain.load_state_dict(layer.state_dict(), assign=True)
-            setattr(model.get_submodule(parent), own, plain)
+            setattr(model.get_submodule(parent), attribute, plain)
 
 
 def _from_config(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:

@@ -112,10 +112,10 @@ def _loader(
     model: PreTrainedModel, name: str, rule: WeightConverter, patterns: dict[str, str]
 ) -> Callable[[Tensors], Tensors]:
     def load(tensors: Tensors) -> Tensors:
-        own = copy.deepcopy(rule)
+        converter = copy.deepcopy(rule)
         for key, pattern in patterns.items():  # handed over, so that the pieces go once they are in one
-            own.add_tensor(name, key, pattern, tensors.pop(key))  # type: ignore[arg-type]
-        return _single(own.convert(name, model=model, config=model.config))
+            converter.add_tensor(name, key, pattern, tensors.pop(key))  # type: ignore[arg-type]
+        return _single(converter.convert(name, model=model, config=model.config))
 
     return load
 
@@ -126,12 +126,12 @@ def _storer(model: PreTrainedModel, rule: WeightConverter, keys: dict[str, str])
     assert isinstance(reverse, WeightConverter)
 
     def store(tensors: Tensors) -> Tensors:
-        own, first = copy.deepcopy(reverse), ""
+        converter, first = copy.deepcopy(reverse), ""
         for name in sorted(tensors, key=dot_natural_key):
             renamed, pattern = apply_converters(name, [reverse])
             first = first or renamed
-            own.add_tensor(renamed, name, pattern or "", tensors[name])  # type: ignore[arg-type]
-        made = _single(own.convert(first, model=model, config=model.config))
+            converter.add_tensor(renamed, name, pattern or "", tensors[name])  # type: ignore[arg-type]
+        made = _single(converter.convert(first, model=model, config=model.config))
         return {keys[_bare(name, model)]: tensor for name, tensor in made.items()}
 
     return store

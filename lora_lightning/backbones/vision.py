@@ -190,24 +190,30 @@ def _fill(model: nn.Module, file: Path, heads: set[str] | None) -> list[str]:
     """
     state = read_tensors(file)[0] if file.suffix == ".safetensors" else read_pickled(file, wrappers=WRAPPERS)
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-    own: dict[str, Tensor] = model.state_dict()
+    state_here: dict[str, Tensor] = model.state_dict()
 
     def is_head(key: str) -> bool:
         if heads is not None:
             return key.rpartition(".")[0] in heads
-        return key in own and key in state and own[key].shape[1:] == state[key].shape[1:]
+        return key in state_here and key in state and state_here[key].shape[1:] == state[key].shape[1:]
 
-    new = [key for key in own if is_head(key) and (key not in state or state[key].shape != own[key].shape)]
-    faults = [f"missing '{key}'" for key in own if key not in state and key not in new]
-    faults += [f"left over '{key}'{did_you_mean(key, own)}" for key in state if key not in own and not is_head(key)]
+    new = [
+        key for key in state_here if is_head(key) and (key not in state or state[key].shape != state_here[key].shape)
+    ]
+    faults = [f"missing '{key}'" for key in state_here if key not in state and key not in new]
     faults += [
-        f"'{key}' of shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in state and key not in new and state[key].shape != own[key].shape
+        f"left over '{key}'{did_you_mean(key, state_here)}"
+        for key in state
+        if key not in state_here and not is_head(key)
+    ]
+    faults += [
+        f"'{key}' of shape {tuple(state[key].shape)}, expected {tuple(state_here[key].shape)}"
+        for key in state_here
+        if key in state and key not in new and state[key].shape != state_here[key].shape
     ]
     if faults:
         raise LoRAError(f"{file.name} does not fit {type(model).__name__}: {first_few(faults)}")
-    model.load_state_dict({key: own[key] if key in new else state[key] for key in own})
+    model.load_state_dict({key: state_here[key] if key in new else state[key] for key in state_here})
     return new
 
 

@@ -93,8 +93,8 @@ def rows_by_flag(command: Any, name: str, given: Sequence[str]) -> str | None:
         return None
     if isinstance(path, str) and _is_one_set(Path(resolve(path))):
         command.data.init_args.path = {split: path}
-    own = str(path if isinstance(path, str) else path.get(name, path.get(split, "data")))
-    return Path(own.rstrip("/").rpartition("/")[2]).name.partition(".")[0] or "data"
+    location = str(path if isinstance(path, str) else path.get(name, path.get(split, "data")))
+    return Path(location.rstrip("/").rpartition("/")[2]).name.partition(".")[0] or "data"
 
 
 def _is_one_set(path: Path) -> bool:

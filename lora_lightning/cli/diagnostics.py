@@ -136,8 +136,8 @@ def _setting(path: str, value: yaml.Node, file: str, at: yaml.Node) -> Setting:
 
 def _missing_arguments(names: Sequence[str], words: Sequence[str], command: str) -> str:
     if not any("." in name for name in names):
-        own = ENTRIES[command].positional if command in ENTRIES else None
-        wanted = [name.upper().removesuffix("S") if name == own else f"--{name}" for name in names]
+        positional = ENTRIES[command].positional if command in ENTRIES else None
+        wanted = [name.upper().removesuffix("S") if name == positional else f"--{name}" for name in names]
         return f"{command} needs {' and '.join(wanted)}: see lora-lightning {command} --help"
     command = words[0] if words else command
     files = config_values(words)

@@ -187,9 +187,9 @@ def place(error: BaseException) -> str:
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     if not frames:
         return "no place"
-    own = [frame for frame in frames if _is_of_user(frame[0])]
+    user_frames = [frame for frame in frames if _is_of_user(frame[0])]
     ours = [frame for frame in frames if _package() in Path(frame[0].co_filename).parents]
-    code, line = (own or ours or frames)[-1]
+    code, line = (user_frames or ours or frames)[-1]
     return f"{_short_path(code)}:{line}, in {code.co_qualname}"
 
 

@@ -182,8 +182,8 @@ def short_screen(parser: Any) -> str:
     actions = list(_actions(parser))
     hidden = [action for action in actions if _is_hidden(action, command)]
     for group, title in TITLES.items():
-        own = [action for action in actions if _group_of(action.dest) == group and action not in hidden]
-        lines += [title, *(_row(action, command) for action in own)]
+        members = [action for action in actions if _group_of(action.dest) == group and action not in hidden]
+        lines += [title, *(_row(action, command) for action in members)]
         if group == "trainer" and hidden:
             lines.append(f"  and {len(hidden)} more: lora-lightning {command} --help trainer")
         lines.append("")
@@ -211,8 +211,8 @@ def _actions(parser: Any) -> Iterator[Action]:
     """Yield the options that hold a value, without those that jsonargparse adds, which the head explains."""
     groups = {action.dest.rpartition(".")[0] for action in parser.options() if not action.dest.endswith(".help")}
     for action in parser.options():
-        own = action.option_strings and not action.dest.endswith(".help") and action.dest not in groups
-        if own and action.help != SUPPRESS and action.dest not in ("help", SUPPRESS):
+        has_flag = action.option_strings and not action.dest.endswith(".help") and action.dest not in groups
+        if has_flag and action.help != SUPPRESS and action.dest not in ("help", SUPPRESS):
             yield action
 
 

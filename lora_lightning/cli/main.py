@@ -83,8 +83,11 @@ class SaveRunConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             shared = self.config.clone()
-            for own in ("ckpt_path", "weights_only"):  # arguments of fit; without them the file serves every command
-                shared.pop(own, None)
+            for argument in (
+                "ckpt_path",
+                "weights_only",
+            ):  # arguments of fit; without them the file serves every command
+                shared.pop(argument, None)
             read_off_train = getattr(trainer.datamodule, "read_off_train", dict)  # type: ignore[attr-defined]
             for name, value in read_off_train().items():
                 shared.data.init_args[name] = value

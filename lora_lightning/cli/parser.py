@@ -71,16 +71,16 @@ class OneLine(ArgumentParser):
 
     def options(self) -> list[argparse.Action]:
         """Return all actions, those of classes and functions too, as argparse hands them to its usage formatter."""
-        found: list[argparse.Action] = []
+        actions_found: list[argparse.Action] = []
 
         class Reader(argparse.HelpFormatter):
             def add_usage(self, usage: Any, actions: Any, *args: Any, **kwargs: Any) -> None:
-                found.extend(actions)
+                actions_found.extend(actions)
 
         before, self.formatter_class = self.formatter_class, Reader
         self.format_usage()
         self.formatter_class = before
-        return found
+        return actions_found
 
 
 def command_parser(name: str) -> OneLine:
@@ -88,16 +88,18 @@ def command_parser(name: str) -> OneLine:
     function, entry = function_of(name), COMMANDS[name]
     described = (inspect.getdoc(function) or "").partition("\n")[0]
     parser = (PassingOn if entry.rest else OneLine)(prog=f"lora-lightning {name}", description=described)
-    own = entry.positional
+    positional = entry.positional
     parameters = inspect.signature(function).parameters
-    several = own is not None and str(parameters[own].annotation).startswith("list")
-    optional = own is not None and parameters[own].default is not inspect.Parameter.empty
-    if own is not None and (several or optional):
-        parser.add_argument(own, nargs="+" if several else "?", type=str, help=entry.help)
-        skip: set[str | int] | None = {own}
+    several = positional is not None and str(parameters[positional].annotation).startswith("list")
+    optional = positional is not None and parameters[positional].default is not inspect.Parameter.empty
+    if positional is not None and (several or optional):
+        parser.add_argument(positional, nargs="+" if several else "?", type=str, help=entry.help)
+        skip: set[str | int] | None = {positional}
     else:
         skip = {entry.rest} if entry.rest else None
-    parser.add_function_arguments(function, as_group=False, skip=skip, as_positional=own is not None and skip is None)
+    parser.add_function_arguments(
+        function, as_group=False, skip=skip, as_positional=positional is not None and skip is None
+    )
     if isinstance(parser, PassingOn):
         parser.passed_as = str(entry.rest)
         parser.lists = frozenset(f"--{key}" for key, one in parameters.items() if "list[str] | None" in one.annotation)
@@ -123,31 +125,31 @@ class PassingOn(OneLine):
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """Parse: an own option takes the words up to the next flag, a list all that it is given in any place."""
-        own, others = self._divide(list(sys.argv[1:] if args is None else args))
-        found = super().parse_args(own, *rest, **kwargs)
-        found[self.passed_as] = others
-        return found
+        list_options, others = self._divide(list(sys.argv[1:] if args is None else args))
+        namespace = super().parse_args(list_options, *rest, **kwargs)
+        namespace[self.passed_as] = others
+        return namespace
 
     def _divide(self, words: list[str]) -> tuple[list[str], list[str]]:
-        own: dict[str, list[str]] = {}
+        list_options: dict[str, list[str]] = {}
         flags = self.options_of("")
         others: list[str] = []
         current = None
         for word in words:
             option, equals, value = word.partition("=")
             if not word.startswith("-"):
-                (others if current is None else own[current]).append(word)
+                (others if current is None else list_options[current]).append(word)
             elif option not in flags:
                 current = None
                 others.append(word)
             else:
                 current = option
-                before = own.get(option, []) if option in self.lists else []  # of others the later one wins
-                own[option] = [*before, *([value] if equals else [])]
-            if current is not None and current not in self.lists and own[current]:
+                before = list_options.get(option, []) if option in self.lists else []  # of others the later one wins
+                list_options[option] = [*before, *([value] if equals else [])]
+            if current is not None and current not in self.lists and list_options[current]:
                 current = None
         arguments = []
-        for option, values in own.items():
+        for option, values in list_options.items():
             arguments += [f"{option}={json.dumps(values)}"] if option in self.lists else [option, *values]
         return arguments, others
 
@@ -162,7 +164,7 @@ def run_command(name: str, args: list[str]) -> None:
 def with_values(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
     """Give a switch that stands alone its value: `--json` becomes `--json true`."""
     switches = {f"--{name}" for name, kind in types.items() if kind is bool or str(kind).startswith("bool")}
-    found = []
+    words = []
     for arg, follower in pairwise([*args, "--"]):
-        found += [arg, "true"] if arg in switches and follower.startswith("-") else [arg]
-    return found
+        words += [arg, "true"] if arg in switches and follower.startswith("-") else [arg]
+    return words

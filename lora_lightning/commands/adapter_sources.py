@@ -54,10 +54,10 @@ class Wanted:
 def labels_of(paths: list[str]) -> list[str]:
     """A short name for each: what tells its path from the others', from the end on, as long as it takes."""
     parts = [Path(path).absolute().parts for path in paths]
-    while len(set(parts)) > 1 and len({own[-1:] for own in parts}) == 1 and all(len(own) > 2 for own in parts):
-        parts = [own[:-1] for own in parts]
+    while len(set(parts)) > 1 and len({words[-1:] for words in parts}) == 1 and all(len(words) > 2 for words in parts):
+        parts = [words[:-1] for words in parts]
     for count in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(own[-count:]) for own in parts]
+        labels = ["/".join(words[-count:]) for words in parts]
         if len(set(labels)) == len(set(parts)):
             return labels
     return paths
@@ -120,7 +120,7 @@ def weights_in(base: BaseFiles, files: AdapterFiles, *, allow_other_base: bool =
     tensors.part_unequal(plain)
     check = _check(files.record, tensors, plain, allow_other_base=allow_other_base)
 
-    def read(module: nn.Module, own: str, full: str) -> Tensor | None:
+    def read(module: nn.Module, attribute: str, full: str) -> Tensor | None:
         source = tensors.source(full)
         if source is None:
             return None
@@ -136,9 +136,9 @@ def _check(record: Record | None, base: Base, plain: nn.Module, *, allow_other_b
     """None where it was allowed to be another base, or cannot be told."""
     if record is None or allow_other_base:
         return None
-    own, prefix = plain.state_dict().keys(), f"{getattr(plain, 'base_model_prefix', '')}."
+    model_keys, prefix = plain.state_dict().keys(), f"{getattr(plain, 'base_model_prefix', '')}."
     # Of a model with a head that it did not train, where the base's own class is without one.
-    expected = {n if n in own else n.removeprefix(prefix): digest for n, digest in record.base.tensors.items()}
+    expected = {n if n in model_keys else n.removeprefix(prefix): digest for n, digest in record.base.tensors.items()}
     return BaseCheck(expected, base, {name for name, _ in plain.named_buffers()})
 
 

@@ -50,14 +50,14 @@ def doctor(runs_dir: str = "runs", fit: bool = True, json: bool = False) -> None
         fit: train a tiny model, export it and compare, in a temporary folder; `false` leaves that out.
         json: print the findings as JSON, one object with a list.
     """
-    found: list[Finding] = []
+    done: list[Finding] = []
     for finding in findings(Path(runs_dir), fit=fit):
         if not json:
-            show(finding, first=not found or found[-1].group != finding.group)
-        found.append(finding)
-    failed = [finding.name for finding in found if not finding.ok]
+            show(finding, first=not done or done[-1].group != finding.group)
+        done.append(finding)
+    failed = [finding.name for finding in done if not finding.ok]
     if json:
-        print(json_format.dumps({"ok": not failed, "findings": [asdict(finding) for finding in found]}, indent=2))
+        print(json_format.dumps({"ok": not failed, "findings": [asdict(finding) for finding in done]}, indent=2))
     else:
         print("\n" + (f"does not work: {', '.join(failed)}" if failed else "all that every run needs works"))
     if failed:
@@ -130,9 +130,9 @@ def extras() -> Iterator[Finding]:
     for extra in metadata("lora_lightning").get_all("Provides-Extra") or []:
         if extra in ("dev", "docs"):
             continue
-        own = [requirement for marker, requirement in marked if marker.evaluate({"extra": extra})]
-        missing = [requirement.name for requirement in own if not _is_there(requirement)]
-        purpose = EXTRAS.get(extra, ", ".join(requirement.name for requirement in own))
+        requirements = [requirement for marker, requirement in marked if marker.evaluate({"extra": extra})]
+        missing = [requirement.name for requirement in requirements if not _is_there(requirement)]
+        purpose = EXTRAS.get(extra, ", ".join(requirement.name for requirement in requirements))
         lacks = f"would add {purpose} (lacks {', '.join(missing)}): pip install 'lora_lightning[{extra}]'"
         yield Finding("extras", extra, lacks if missing else f"there: {purpose}")
 

@@ -68,8 +68,8 @@ class Asked:
         """
         if source is None and scales is None:
             return None
-        own = tuple(parse_scales(scales)) if scales is not None else ()
-        return cls(source=source or AUTO, column=column, most=most, scales=own)
+        factors = tuple(parse_scales(scales)) if scales is not None else ()
+        return cls(source=source or AUTO, column=column, most=most, scales=factors)
 
 
 def drift_of_run(run: Run | None, asked: Asked, notes: Sequence[str] = ()) -> Strengths:
@@ -116,16 +116,16 @@ def _compare(
     run: Run, source: str, drifts: dict[float, Drift], forward: Callable[[], AbstractContextManager[Any]]
 ) -> Strengths:
     """The validation metric at each strength."""
-    task, found = run.module.task, []
+    task, strengths = run.module.task, []
     metric = task.monitor.partition("/")[2]
     with Progress(transient=True) as bar:
         shown = bar.add_task("validation", total=len(drifts))
         for scale, drift in drifts.items():
             with scaled(run.module.backbone, scale):
                 metrics = validation_metrics(run.module.backbone, task, validation_batches(run), forward=forward)
-            found.append(Strength(scale=scale, drift=drift, metrics=metrics))
+            strengths.append(Strength(scale=scale, drift=drift, metrics=metrics))
             bar.advance(shown)
-    return choose(source, found, metric if metric in found[0].metrics else "loss", task.monitor_mode)
+    return choose(source, strengths, metric if metric in strengths[0].metrics else "loss", task.monitor_mode)
 
 
 def validation_batches(run: Run) -> Iterator[tuple[int, Any]]:
@@ -178,8 +178,8 @@ def _inputs(run: Run, asked: Asked) -> tuple[str, list[Batch], list[str]]:
     source = asked.source if asked.source != AUTO else NEUTRAL if is_causal else RUN
     tokenizer = getattr(data, "tokenizer", None)
     if source == RUN:
-        own = [batch for _, batch in validation_batches(run)]
-        batches, names = run_batches(own, task, backbone, tokenizer, asked.most)
+        run_rows = [batch for _, batch in validation_batches(run)]
+        batches, names = run_batches(run_rows, task, backbone, tokenizer, asked.most)
         return "the run's validation inputs", batches, names
     if tokenizer is None:
         raise LoRAError(f"the run's data have no tokenizer to read texts with: measure its drift on {RUN}")
@@ -191,17 +191,17 @@ def _inputs(run: Run, asked: Asked) -> tuple[str, list[Batch], list[str]]:
     return name, text_batches(texts, tokenizer, task, backbone, longest), texts
 
 
-def drift_tables(found: Strengths) -> list[Table]:
+def drift_tables(strengths: Strengths) -> list[Table]:
     """The facts, the strengths where there are several, the blocks, and the texts that moved most."""
-    shown = [tables.drift_table(found)]
-    shown += [tables.strengths_table(found)] if found.metric else []
-    shown += [tables.blocks_table(found)] if found.found[0].drift.layers else []
-    return [*shown, tables.moved_table(found)]
+    shown = [tables.drift_table(strengths)]
+    shown += [tables.strengths_table(strengths)] if strengths.metric else []
+    shown += [tables.blocks_table(strengths)] if strengths.found[0].drift.layers else []
+    return [*shown, tables.moved_table(strengths)]
 
 
-def write_record(folder: Path, found: Strengths, figure: bytes | None) -> None:
+def write_record(folder: Path, strengths: Strengths, figure: bytes | None) -> None:
     """Keep it in the run's folder, for its page, in the place of what was measured earlier."""
-    record = {**asdict(found), "tables": [asdict(table) for table in drift_tables(found)]}
+    record = {**asdict(strengths), "tables": [asdict(table) for table in drift_tables(strengths)]}
     try:
         write_bytes(folder / DRIFT, (json.dumps(record) + "\n").encode())
         if figure is not None:

@@ -125,13 +125,13 @@ class TableData(LightningDataModule, ABC):
 
     def encoded_lengths(self) -> dict[str, list[int]]:
         """Return each encoded row's tokens by split, of several texts in a row the most; no packed rows."""
-        found = {}
+        lengths = {}
         for split, table in self._encoded.items():
             names = table.column_names if isinstance(table, datasets.Dataset) else []
             columns = [] if "position_ids" in names else [name for name in names if name.endswith("input_ids")]
             if columns:
-                found[split] = np.max([lengths_of(table, column) for column in columns], axis=0).tolist()
-        return found
+                lengths[split] = np.max([lengths_of(table, column) for column in columns], axis=0).tolist()
+        return lengths
 
     def read_off_train(self) -> dict[str, Any]:
         """Return arguments that training rows decided, such as label names: `predict` then needs no such file."""
@@ -225,11 +225,11 @@ class TableData(LightningDataModule, ABC):
             return {}
         names = self.sets("predict") or self.sets("test")
         table = self.tables[names[index]] if index < len(names) else None
-        own = [name for name in (table.column_names if table else []) if name != ROW]
+        columns = [name for name in (table.column_names if table else []) if name != ROW]
         if wanted is None:
-            wanted = ["id"] if "id" in own else []
+            wanted = ["id"] if "id" in columns else []
         if list(wanted) == ["all"]:
-            wanted = own
+            wanted = columns
         if table is None or not wanted:
             return {}
         check_columns(table, list(wanted), self.place(names[index]))
@@ -347,8 +347,8 @@ class TableData(LightningDataModule, ABC):
     def _loader(
         self, table: datasets.Dataset, batch_size: int, *, shuffle: bool = False, lengths: list[int] | None = None
     ) -> DataLoader[Any]:
-        own = self.trainer
-        world = {} if own is None else {"num_replicas": own.world_size, "rank": own.global_rank}
+        trainer = self.trainer
+        world = {} if trainer is None else {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
         lengths = lengths if self.length_grouped else None
         order = self.train_sampler if shuffle else EpochSampler
         sampler = order(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)

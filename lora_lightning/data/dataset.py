@@ -137,8 +137,8 @@ class Share(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         worker = None if isinstance(self.data, Stream | datasets.IterableDataset) else get_worker_info()
         # (datasets' streams give each worker its own part already)
-        workers, own = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        total, place = self.world_size * workers, self.rank * workers + own
+        workers, worker_id = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        total, place = self.world_size * workers, self.rank * workers + worker_id
         stream = iter(self.data)
         while turn := list(islice(stream, total)):
             if len(turn) < total and self.even and self.world_size > 1:
@@ -148,8 +148,8 @@ class Share(IterableDataset[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """Hand it on to a stream that shuffles by it."""
-        if callable(own := getattr(self.data, "set_epoch", None)):
-            own(epoch)
+        if callable(method := getattr(self.data, "set_epoch", None)):
+            method(epoch)
 
 
 def hub_dataset(

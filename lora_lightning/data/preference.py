@@ -127,7 +127,7 @@ class PreferenceData(TextData):
 def collate_pairs(rows: list[dict[str, list[int]]], *, pad_token_id: int) -> dict[str, Any]:
     """Rows of n pairs to token ids, attention mask and labels, (2n, t) each, the chosen answers first."""
     answers = [(row["prompt"], row[which]) for which in ("chosen", "rejected") for row in rows]
-    texts = [{"input_ids": prompt + own, "labels": [IGNORED] * len(prompt) + own} for prompt, own in answers]
+    texts = [{"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer} for prompt, answer in answers]
     return pad_batch(texts, pad_token_id=pad_token_id)
 
 

@@ -34,10 +34,10 @@ class TargetData(TextData):
 def one_target_each(table: datasets.Dataset, column: str) -> datasets.Dataset:
     """The table with a row for each target where the column holds lists of them."""
     targets = list(values_of(table, column))
-    if not any(isinstance(own, list) for own in targets):
+    if not any(isinstance(texts, list) for texts in targets):
         return table
-    rows = [i for i, own in enumerate(targets) for _ in own]
-    flat = [text for own in targets for text in own]
+    rows = [i for i, texts in enumerate(targets) for _ in texts]
+    flat = [text for texts in targets for text in texts]
     return table.select(rows).remove_columns(column).add_column(column, flat)
 
 
@@ -149,7 +149,11 @@ def encode_pairs(
     source, target = columns
     sources, cut = tokenize_cut(tokenizer, max_lengths[0], text=[f"{prefix}{text}" for text in rows[source]])
     ids = sources["input_ids"]
-    encoded: dict[str, Any] = {"input_ids": ids, "attention_mask": [[1] * len(own) for own in ids], "source_cut": cut}
+    encoded: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": [[1] * len(sequence) for sequence in ids],
+        "source_cut": cut,
+    }
     if target is not None:
         targets, encoded["target_cut"] = tokenize_cut(tokenizer, max_lengths[1], text_target=rows[target])
         encoded["labels"] = targets["input_ids"]

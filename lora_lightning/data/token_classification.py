@@ -170,14 +170,19 @@ def encode_words(
     encoded: dict[str, Any] = {**tokens, "text_cut": cut}
     pieces = [tokens.word_ids(i) for i in range(len(words))]
     encoded["word_ids"] = [
-        [-1 if word is None or (i and word == own[i - 1]) else word for i, word in enumerate(own)] for own in pieces
+        [-1 if word is None or (i and word == word_ids[i - 1]) else word for i, word in enumerate(word_ids)]
+        for word_ids in pieces
     ]
     if numbers is None:
         encoded["words"] = words
         return encoded
-    labelled = [[-1 if word is None else word for word in own] for own in pieces] if all_pieces else encoded["word_ids"]
+    labelled = (
+        [[-1 if word is None else word for word in word_ids] for word_ids in pieces]
+        if all_pieces
+        else encoded["word_ids"]
+    )
     encoded["labels"] = [
-        [IGNORED if word < 0 else numbers[str(tags[word])] for word in own]
-        for own, tags in zip(labelled, rows[tags_column], strict=True)
+        [IGNORED if word < 0 else numbers[str(tags[word])] for word in word_ids]
+        for word_ids, tags in zip(labelled, rows[tags_column], strict=True)
     ]
     return encoded

@@ -83,8 +83,8 @@ def export(
     with in_evaluation(backbone), torch.no_grad(), scaled(backbone, scale), stage_folder(target, needed) as folder:
         _check_w0(backbone, w0, report)
         proof = Proof(backbone, probe_from(backbone, task, batch, example), report, to_dtype)
-        own = [tokenizer, image_processor if is_transformers(backbone) else None]
-        processing = [part for part in own if part is not None] or processing_of(backbone)
+        processors = [tokenizer, image_processor if is_transformers(backbone) else None]
+        processing = [part for part in processors if part is not None] or processing_of(backbone)
         if "adapter" in wanted:
             task_type = task.peft_task_type if is_transformers(backbone) else None
             save_adapter(backbone, folder / "adapter", task_type=task_type, serving=serving)
@@ -125,8 +125,8 @@ def bytes_needed(backbone: nn.Module, formats: Iterable[str], dtype: torch.dtype
 def _plain_bytes(module: nn.Module, name: str, tensor: Tensor, to: torch.dtype | None, floats: torch.dtype) -> int:
     if name == "weight" and isinstance(module, nn.Linear) and scheme(module) is not None:
         return module.in_features * module.out_features * (to or floats).itemsize
-    own = tensor.dtype
-    return tensor.numel() * ((to or own) if own.is_floating_point else own).itemsize
+    dtype = tensor.dtype
+    return tensor.numel() * ((to or dtype) if dtype.is_floating_point else dtype).itemsize
 
 
 def _check_w0(backbone: nn.Module, before: Fingerprint, report: ExportReport) -> None:

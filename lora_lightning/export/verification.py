@@ -184,8 +184,8 @@ class ExportReport:
         """What a run's report says of it."""
         same = ("adapter_dir", "adapter_bytes", "merged_dir", "merged_bytes", "trainable", "total")
         values = {name: getattr(self, name) for name in (*same, "w0_before", "w0_after", "w0_unchanged")}
-        own = ("formats", "max_abs_diff", "max_rel_diff", "tolerance", "rule", "dtype", "probe", "scale")
-        values |= {f"export_{name}": getattr(self, name) for name in (*own, "kept_least", "kept_low")}
+        names = ("formats", "max_abs_diff", "max_rel_diff", "tolerance", "rule", "dtype", "probe", "scale")
+        values |= {f"export_{name}": getattr(self, name) for name in (*names, "kept_least", "kept_low")}
         values |= {"export_dequantized": len(self.dequantized), "export_layers": len(self.kept)}
         return values | {"export_files": self.merged_files, "share": self.trainable / self.total}
 
@@ -207,8 +207,8 @@ class Proof:
 
     def verify_adapter(self, folder: Path) -> None:
         """Load the adapter onto the same W0, which the two models share."""
-        own = {id(tensor) for tensor in adapter_tensors(self.backbone).values()}
-        shared = (t for t in (*self.backbone.parameters(), *self.backbone.buffers()) if id(t) not in own)
+        adapter_ids = {id(tensor) for tensor in adapter_tensors(self.backbone).values()}
+        shared = (t for t in (*self.backbone.parameters(), *self.backbone.buffers()) if id(t) not in adapter_ids)
         again = remove(copy.deepcopy(self.backbone, {id(tensor): tensor for tensor in shared}))
         load_adapter(again, folder)
         self._compare("the adapter read back", again.eval(), self.inputs)

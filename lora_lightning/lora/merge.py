@@ -106,8 +106,8 @@ def fold(
         MergeError: the update is not finite, or rounding would make a number infinite.
     """
     share = None
-    for own, trained, place in trained_tensors(module):
-        refuse_overflow(f"'{full_name(path, own)}'", trained, place.dtype)
+    for attribute, trained, place in trained_tensors(module):
+        refuse_overflow(f"'{full_name(path, attribute)}'", trained, place.dtype)
     if isinstance(module, TrainedBias):
         TrainedBias.fold(module, folded)
     if isinstance(module, AdaptedLayer):
@@ -170,11 +170,11 @@ def _fold_bias(layer: AdaptedLayer, label: str) -> None:
     Raises:
         MergeError: rounding would make a number infinite.
     """
-    update, own = layer.update_bias(), layer._parameters.get("bias")
-    if update is not None and own is not None:
-        merged = own.to(update.dtype) + update
-        refuse_overflow(f"the bias of '{label}' with lora_bias", merged, own.dtype)
-        layer._parameters["bias"] = nn.Parameter(merged.to(own.dtype), requires_grad=own.requires_grad)
+    update, bias = layer.update_bias(), layer._parameters.get("bias")
+    if update is not None and bias is not None:
+        merged = bias.to(update.dtype) + update
+        refuse_overflow(f"the bias of '{label}' with lora_bias", merged, bias.dtype)
+        layer._parameters["bias"] = nn.Parameter(merged.to(bias.dtype), requires_grad=bias.requires_grad)
 
 
 def _refuse_infinite_sums(model: nn.Module, dtype: torch.dtype | None) -> None:

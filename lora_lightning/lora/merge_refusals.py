@@ -33,9 +33,9 @@ def refuse_merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | Non
 def refuse(model: nn.Module, *, dequantize: bool = False) -> None:
     """Raise a MergeError for an adapter that is not finite, or that W0 has no place for; W0 itself is not read."""
     for name, module in grafted_modules(model):
-        for own, tensor in module.lora_tensors().items():
+        for attribute, tensor in module.lora_tensors().items():
             if not torch.isfinite(tensor).all():
-                what = "A or B" if own in ("lora_A", "lora_B") else own
+                what = "A or B" if attribute in ("lora_A", "lora_B") else attribute
                 raise MergeError(f"{what} of '{name}' is not finite: training diverged; merge an earlier checkpoint")
     for name, saved in grafted_modules(model, SavedCopy):
         if not all(torch.isfinite(tensor).all() for tensor in saved.lora_copy.state_dict().values()):
@@ -67,8 +67,8 @@ def _refuse_narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Raise a MergeError where what is written beside the sums would become infinite, or has codes for numbers."""
     plain_dtype = float_dtype(model)
     for name, module in model.named_modules():
-        for own, trained, place in trained_tensors(module):
-            refuse_overflow(f"'{full_name(name, own)}'", trained, dtype or place.dtype)
+        for attribute, trained, place in trained_tensors(module):
+            refuse_overflow(f"'{full_name(name, attribute)}'", trained, dtype or place.dtype)
         if scheme(module) is not None and (dtype or plain_dtype) == torch.float16:
             refuse_overflow(f"'{name}', dequantized,", plain_weight(module), torch.float16)
     for path, layer in adapted_layers(model):
@@ -90,6 +90,8 @@ def trained_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     if isinstance(module, TokenRows):
         yield "weight", module.lora_tokens, module.weight
     if isinstance(module, SavedCopy):
-        own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+        tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(
+            module.named_buffers(remove_duplicate=False)
+        )
         for name, trained in (*module.lora_copy.named_parameters(), *module.lora_copy.named_buffers()):
-            yield name, trained, own[name]
+            yield name, trained, tensors[name]

@@ -144,7 +144,7 @@ def warn_of_stacks(model: nn.Module, skipped: dict[str, str]) -> None:
     if not stacks:
         return
     places = [name.rpartition(".") for name in stacks]
-    held = sum(getattr(get_module(model, module), own).numel() for module, _, own in places)
+    held = sum(getattr(get_module(model, module), attribute).numel() for module, _, attribute in places)
     share = held / sum(p.numel() for p in model.parameters())
     kinds = list(dict.fromkeys(f"'{without_numbers(name)}'" for name in stacks))
     ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacks))

@@ -154,11 +154,11 @@ class PartDtypes:
         dtypes_of.append(f"{self.autocast} autocast" if self.autocast else "no autocast")
         cpu = ", which CPUs do not have" if self.asked in ("16-mixed", "16") else ""
         asked = "" if self.asked is None else f", for {self.asked}{cpu}"
-        own = "off" if self.backbone_mode == "eval" else "on"
+        dropout = "off" if self.backbone_mode == "eval" else "on"
         ours = f", LoRA's {' and '.join(f'{p:g}' for p in self.dropout)} on" if self.dropout else ""
         return (
             f"dtypes: {'; '.join(dtypes_of)} (precision {self.precision}{asked})",
-            f"modes: the backbone in {self.backbone_mode} (backbone_mode): its own dropout {own}{ours}",
+            f"modes: the backbone in {self.backbone_mode} (backbone_mode): its own dropout {dropout}{ours}",
         )
 
 
@@ -201,11 +201,11 @@ def quote_label(name: str) -> str:
 
 def cut_shares_by_kind(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Of `texts cut`, `sources cut` and so on, the share by split."""
-    found: dict[str, dict[str, float]] = {}
+    by_kind: dict[str, dict[str, float]] = {}
     for split, shares in summary.get("cut", {}).items():
         for what, share in shares.items():
-            found.setdefault(what, {})[split] = share
-    return found
+            by_kind.setdefault(what, {})[split] = share
+    return by_kind
 
 
 def data_table(summary: Mapping[str, Any]) -> Table:

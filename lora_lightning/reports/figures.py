@@ -103,10 +103,10 @@ def write_figures(folder: Path, drawings: Mapping[str, Drawing], earlier: Any = 
         return {}
     with plot_style():
         files = {name: image_bytes(drawing.figure) for name, drawing in drawings.items()}
-    for name, own in files.items():
-        for ending, data in own.items():
+    for name, formats in files.items():
+        for ending, data in formats.items():
             write_bytes(folder / f"{name}.{ending}", data)
-    return {name: own["svg"] for name, own in files.items()}
+    return {name: formats["svg"] for name, formats in files.items()}
 
 
 def ticks(labels: list[str], most: int = 12) -> tuple[list[int], list[str]]:

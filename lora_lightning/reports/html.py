@@ -191,36 +191,36 @@ def sentence(v: Mapping[str, Any]) -> str:
 
 def badges(v: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The proofs in a word each, with the class that colors it."""
-    found = [("dropped", "bad")] if v.get("dropped") else []
+    labels = [("dropped", "bad")] if v.get("dropped") else []
     if "w0_unchanged" in v:
-        found.append(("W0 unchanged", "good") if v["w0_unchanged"] else ("W0 moved", "bad"))
+        labels.append(("W0 unchanged", "good") if v["w0_unchanged"] else ("W0 moved", "bad"))
     if "export_max_rel_diff" in v and "export_tolerance" in v:
         good = v["export_max_rel_diff"] <= v["export_tolerance"]
         text = f"export {'equals' if good else 'differs from'} the adapted model: {v['export_max_rel_diff']:.1e}"
-        found.append((text, "good" if good else "bad"))
+        labels.append((text, "good" if good else "bad"))
     if v.get("best_step") is not None and v.get("monitor"):
-        found.append((f"best {v['monitor']} at step {v['best_step']}", "soft"))
-    return found
+        labels.append((f"best {v['monitor']} at step {v['best_step']}", "soft"))
+    return labels
 
 
 def cards(v: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The figures that are asked for first: name, figure, and what stands beside it."""
-    found = [card for stage in ("val", "test") for card in _monitored_card(v, stage)]
+    result = [card for stage in ("val", "test") for card in _monitored_card(v, stage)]
     if "trainable" in v:
-        found.append(("trainable", short_count(v["trainable"]), f"{v['trainable'] / max(v['total'], 1):.2%} of all"))
+        result.append(("trainable", short_count(v["trainable"]), f"{v['trainable'] / max(v['total'], 1):.2%} of all"))
     if size := v.get("adapter_bytes") or v.get("adapter_tensor_bytes"):
         beside = v.get("full_checkpoint_bytes")
-        found.append(("adapter", human_size(size), f"beside {human_size(beside)}" if beside else ""))
+        result.append(("adapter", human_size(size), f"beside {human_size(beside)}" if beside else ""))
     if "train_seconds" in v:
         steps = f"{v.get('steps', 0):,} steps, {v.get('precision')}"
-        found.append(("time of fit", duration(v["train_seconds"]), steps))
+        result.append(("time of fit", duration(v["train_seconds"]), steps))
     if v.get("tokens_per_second"):
-        found.append(("tokens per second", short(v["tokens_per_second"]), f"{short(v['samples_per_second'])} samples"))
+        result.append(("tokens per second", short(v["tokens_per_second"]), f"{short(v['samples_per_second'])} samples"))
     elif v.get("samples_per_second"):
-        found.append(("samples per second", short(v["samples_per_second"]), ""))
+        result.append(("samples per second", short(v["samples_per_second"]), ""))
     if v.get("peak_mib"):
-        found.append(("memory, at most", human_size(int(v["peak_mib"] * 2**20)), str(v.get("device", ""))))
-    return found
+        result.append(("memory, at most", human_size(int(v["peak_mib"] * 2**20)), str(v.get("device", ""))))
+    return result
 
 
 def _monitored_card(v: Mapping[str, Any], stage: str) -> list[tuple[str, str, str]]:
@@ -265,18 +265,18 @@ def _curves(v: Mapping[str, Any], file: Path) -> list[Section]:
     return [Section("Curves", [Block(charts=charts), numbers])]
 
 
-def _classes(found: Mapping[str, Any], words: str, *, fold: bool = False) -> list[Section]:
+def _classes(figures: Mapping[str, Any], words: str, *, fold: bool = False) -> list[Section]:
     """How a classifier's classes were told apart in one set, and its mistakes, which `fold` folds away."""
-    if not found:
+    if not figures:
         return []
-    many = len(found["labels"]) > MOST_SHOWN
-    blocks = [Block(table=class_table(found), fold="Figures of every class" if many else "")]
-    blocks += [Block(table=confused_pairs(found)) if many else Block(matrix=confusions(found))]
+    many = len(figures["labels"]) > MOST_SHOWN
+    blocks = [Block(table=class_table(figures), fold="Figures of every class" if many else "")]
+    blocks += [Block(table=confused_pairs(figures)) if many else Block(matrix=confusions(figures))]
     sections = [Section(f"Classes, {words}", blocks, beside=not many)]
-    if found["mistakes"]:
+    if figures["mistakes"]:
         named = [
-            {**m, "true": found["labels"][m["true"]], "predicted": found["labels"][m["predicted"]]}
-            for m in found["mistakes"]
+            {**m, "true": figures["labels"][m["true"]], "predicted": figures["labels"][m["predicted"]]}
+            for m in figures["mistakes"]
         ]
         title = f"The most confident mistakes, {words}"
         folded = f"The {len(named)} mistakes of which the model was surest" if fold else ""

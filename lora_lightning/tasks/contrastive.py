@@ -82,16 +82,16 @@ class ContrastiveEmbedding(Task):
         anchors, positives = parts[0], parts[1]
         scale = self._scale(backbone)
         gathered = gather_rows(positives) if self.gather else (positives, 0)
-        own = torch.arange(len(positives), device=positives.device) + gathered[1]
+        positive_rows = torch.arange(len(positives), device=positives.device) + gathered[1]
         numbers = gather_rows(groups)[0] if self.gather else groups
         candidates = [gathered[0]]
         if len(parts) > 2:
             candidates.append(gather_rows(parts[2])[0] if self.gather else parts[2])
         right = number_singles(numbers.T.flatten())
-        losses = info_nce(anchors, torch.cat(candidates), own, right, 1 / scale)
+        losses = info_nce(anchors, torch.cat(candidates), positive_rows, right, 1 / scale)
         if self.symmetric:
             others = gather_rows(anchors)[0] if self.gather else anchors
-            losses = (losses + info_nce(positives, others, own, right[: len(others)], 1 / scale)) / 2
+            losses = (losses + info_nce(positives, others, positive_rows, right[: len(others)], 1 / scale)) / 2
         return StepOutput(loss=losses.mean(), weight=len(losses))
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
@@ -175,10 +175,10 @@ class ContrastiveEmbedding(Task):
         """1 / temperature."""
         if self.temperature is not None:
             return 1 / self.temperature
-        own = getattr(backbone, "logit_scale", None)
-        if not isinstance(own, Tensor):
+        logit_scale = getattr(backbone, "logit_scale", None)
+        if not isinstance(logit_scale, Tensor):
             raise LoRAError(f"{type(backbone).__name__} has no logit_scale of its own: give the task a temperature")
-        return own.exp()
+        return logit_scale.exp()
 
 
 def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:

@@ -100,9 +100,11 @@ class NoRepeatInText(NoRepeatNGramLogitsProcessor):
         return super().__call__(input_ids[:, self.after :], scores)
 
 
-def generation_config(own: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> GenerationConfig:
+def generation_config(
+    model_config: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
+) -> GenerationConfig:
     """The model's own config with the options put in, ended and padded by the tokenizer's tokens as well."""
-    config: GenerationConfig = copy.deepcopy(own)
+    config: GenerationConfig = copy.deepcopy(model_config)
     config.update(**{"do_sample": False, **options})  # type: ignore[no-untyped-call]
     if not config.do_sample:
         for name in SAMPLING:
@@ -190,7 +192,7 @@ class GeneratingTask(Task):
         if not self.writes(self._stage):
             return out
         references = batch.get("references") or [[text] for text in self._targets(batch["labels"])]
-        rows = [i for i, own in enumerate(references) if own]
+        rows = [i for i, texts in enumerate(references) if texts]
         if rows:
             sources = {key: value[rows] for key, value in self.sources(batch).items()}
             out.texts = generate_texts(backbone, sources, self.tokenizer, self.generation)

@@ -151,13 +151,13 @@ def as_packed(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(backbone: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    own = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    arguments = {name: value for name, value in inputs.items() if name != "attention_mask"}
     if not is_a(backbone, HF_MODEL):
-        return own
-    own["use_cache"] = False  # with a cache, transformers does not look at positions for where documents begin
+        return arguments
+    arguments["use_cache"] = False  # with a cache, transformers does not look at positions for where documents begin
     if "flash" in str(backbone.config._attn_implementation):
-        own |= flash_lengths(inputs["position_ids"])
-    return own
+        arguments |= flash_lengths(inputs["position_ids"])
+    return arguments
 
 
 def unpack(inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -51,18 +51,18 @@ class Supervised(Task):
         monitor: str = "loss",
         monitor_mode: Literal["min", "max"] | None = None,
     ) -> None:
-        own: dict[str, Any] = dict(metrics or {})
-        if "loss" in own:
+        metrics_by_name: dict[str, Any] = dict(metrics or {})
+        if "loss" in metrics_by_name:
             raise LoRAError("metrics: 'loss' is logged anyway, name this one otherwise")
-        if monitor != "loss" and monitor not in own:
-            known = ["loss", *own]
+        if monitor != "loss" and monitor not in metrics_by_name:
+            known = ["loss", *metrics_by_name]
             raise LoRAError(f"monitor is one of {', '.join(known)}, got '{monitor}'{did_you_mean(monitor, known)}")
         # In groups two metrics that happen to hold equal states after the first batch would stay one for good.
-        super().__init__(MetricCollection(own, compute_groups=False))
+        super().__init__(MetricCollection(metrics_by_name, compute_groups=False))
         self.loss, self.prediction = loss, prediction
         self.target, self.input_names, self.output = target, inputs, output
         self.monitor = f"val/{monitor}"
-        higher = getattr(own.get(monitor), "higher_is_better", None)
+        higher = getattr(metrics_by_name.get(monitor), "higher_is_better", None)
         self.monitor_mode = monitor_mode or ("max" if higher else "min")
 
     def inputs(self, backbone: nn.Module, batch: Any) -> dict[str, Any]:

@@ -91,8 +91,8 @@ class TokenClassification(Task):
         best = self._logits(backbone, inputs, word_ids.shape).argmax(-1)
         words: list[list[str] | None] = list(batch.get("words") or [None] * len(word_ids))
         rows = [
-            self._row(labels, numbers, own)
-            for labels, numbers, own in zip(best.tolist(), word_ids.tolist(), words, strict=True)
+            self._row(labels, numbers, sentence)
+            for labels, numbers, sentence in zip(best.tolist(), word_ids.tolist(), words, strict=True)
         ]
         return {key: [row[key] for row in rows] for key in rows[0]}
 

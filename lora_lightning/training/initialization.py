@@ -85,9 +85,9 @@ def start_from_adapter(backbone: nn.Module, path: str, config: LoRAConfig, *, al
     file = run.find_checkpoint(folder)
     content = run.load_checkpoint(file)
     refuse_damaged_fields(content, resumes=False)
-    own, state = content[CHECKPOINT_KEY], content["state_dict"]
+    ours, state = content[CHECKPOINT_KEY], content["state_dict"]
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
-    trained, base = LoRAConfig.from_dict(own["config"]), Fingerprint.from_json(own["base"])
+    trained, base = LoRAConfig.from_dict(ours["config"]), Fingerprint.from_json(ours["base"])
     return start_from_state(backbone, tensors, trained, config, base, allow_other_base=allow_other_base)
 
 

@@ -272,17 +272,17 @@ class LoRAModule(LightningModule):
         """Keep the adapter's tensors and plain settings; leave W0 out."""
         checkpoint["state_dict"] = adapter_only(self, checkpoint["state_dict"])
         base = self.w0_fingerprint() if self._in_fit() else fingerprint(self.backbone)
-        own = {"config": self.lora.to_dict(), "base": base.to_json()}
-        checkpoint[CHECKPOINT_KEY] = own | {"precision": precision_of(self)}
+        ours = {"config": self.lora.to_dict(), "base": base.to_json()}
+        checkpoint[CHECKPOINT_KEY] = ours | {"precision": precision_of(self)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another adapter or of another W0 before anything is loaded."""
         refuse_damaged_fields(checkpoint, resumes=self._in_fit())
         refuse_other_config(checkpoint, self.lora)
-        own = checkpoint[CHECKPOINT_KEY]
+        ours = checkpoint[CHECKPOINT_KEY]
         self._w0 = fingerprint(self.backbone)
-        with explain_by_precision(own.get("precision"), precision_of(self)):
-            made_on = Fingerprint.from_json(own["base"])
+        with explain_by_precision(ours.get("precision"), precision_of(self)):
+            made_on = Fingerprint.from_json(ours["base"])
             refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -291,9 +291,9 @@ class LoRAModule(LightningModule):
         Raises:
             AdapterError: keys missing, left over or wrongly shaped, with the list.
         """
-        own = self.state_dict()
+        expected = self.state_dict()
         if strict:
-            refuse_misfits(self, own, state_dict)
-        here = {plain_name(self, key): key for key in own}
+            refuse_misfits(self, expected, state_dict)
+        here = {plain_name(self, key): key for key in expected}
         named = {here.get(plain_name(self, key), key): value for key, value in state_dict.items()}
         return super().load_state_dict(named, strict=False, assign=assign)

@@ -27,9 +27,9 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
             is_b = name.rpartition(".")[2] == "lora_B"
             groups["B" if is_b else "vectors" if parameter.dim() < 2 else "matrices"][name] = parameter
     return [
-        {"params": list(own.values()), "name": name} | ({"weight_decay": 0.0} if name == "vectors" else {})
-        for name, own in groups.items()
-        if own
+        {"params": list(members.values()), "name": name} | ({"weight_decay": 0.0} if name == "vectors" else {})
+        for name, members in groups.items()
+        if members
     ]
 
 

@@ -122,13 +122,13 @@ def narrow_base(trainer: Trainer, word: BaseWord) -> None:
     Raises:
         LoRAError: the strategy has a way of its own with dtypes.
     """
-    own = trainer.precision_plugin
-    if type(own) is not MixedPrecision:
+    plugin = trainer.precision_plugin
+    if type(plugin) is not MixedPrecision:
         raise LoRAError(
             f"precision {word} is for one device, DDP and FSDP2;"
             f" {type(trainer.strategy).__name__} has a way of its own with dtypes: use bf16-mixed there"
         )
-    trainer.strategy.precision_plugin = HalfBase(word, own.device)
+    trainer.strategy.precision_plugin = HalfBase(word, plugin.device)
 
 
 def convert(module: LightningModule, plugin: Precision) -> None:
@@ -190,7 +190,7 @@ def load_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
         if not is_a(module, HF_MODEL) or path.startswith(inside):
             continue
         inside = (*inside, f"{path}." if path else "")
-        dtypes |= {full_name(path, key): own for key, own in _dtype_exceptions(module, dtype).items()}
+        dtypes |= {full_name(path, key): exception for key, exception in _dtype_exceptions(module, dtype).items()}
     return dtypes
 
 

@@ -110,11 +110,11 @@ def refuse_listed_cpus(devices: Any, accelerator: Any) -> None:
 
 def warn_of_few_cores(trainer: Trainer) -> None:
     """One line where processes on a CPU would wait for each other's core."""
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > own:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:
         rank_zero_warn(
-            f"{trainer.num_devices} processes share {own} cores, which is slower than {own} processes:"
-            f" --trainer.devices {own}"
+            f"{trainer.num_devices} processes share {cores} cores, which is slower than {cores} processes:"
+            f" --trainer.devices {cores}"
         )
 
 
@@ -166,8 +166,8 @@ def refuse_unlogged(trainer: Trainer, module: LoRAModule, plateau: str | None = 
     for who, monitor in _monitored_metrics(trainer, plateau):
         if (near := why_unlogged(monitor, module)) is None:
             continue
-        if own := _may_log(trainer, module):
-            rank_zero_warn(f"{who} monitors '{monitor}', which is not logged, unless {own} does{near}")
+        if logger := _may_log(trainer, module):
+            rank_zero_warn(f"{who} monitors '{monitor}', which is not logged, unless {logger} does{near}")
         else:
             raise LoRAError(f"{who} monitors '{monitor}', which is not logged{near}")
 
@@ -252,9 +252,9 @@ def refuse_other_size(backbone: Any, task: Task, data: Any = None) -> None:
         return
     label_names = getattr(data, "label_names", None) or ()
     named = f" ({first_few(list(label_names), 5)})" if label_names else ""
-    own = backbone.config.num_labels if backbone.config.num_labels in sizes else sizes[-1]
+    outputs = backbone.config.num_labels if backbone.config.num_labels in sizes else sizes[-1]
     raise LoRAError(
-        f"the backbone's head has {own} outputs (num_labels), and there must be {count}, one for each"
+        f"the backbone's head has {outputs} outputs (num_labels), and there must be {count}, one for each"
         f" {task.output_is}{named}: {'leave num_labels out' if label_names else f'num_labels: {count}'}"
     )
 

@@ -64,9 +64,9 @@ class LoRATrainer(Trainer):
         refuse_unsupported_name(kwargs.get("strategy"))
         refuse_wide_shards(kwargs.get("strategy"), precision)
         refuse_listed_cpus(kwargs.get("devices"), kwargs.get("accelerator", "auto"))
-        own = lightning_precision(precision, str(kwargs.get("accelerator", "auto")))
+        plugin_word = lightning_precision(precision, str(kwargs.get("accelerator", "auto")))
         self._chooses_logging = kwargs.get("log_every_n_steps") is None
-        super().__init__(*args, precision=own, **kwargs)
+        super().__init__(*args, precision=plugin_word, **kwargs)
         if self.accumulate_grad_batches < 1:
             raise LoRAError(
                 f"trainer.accumulate_grad_batches must be at least 1, which adds up nothing, got"

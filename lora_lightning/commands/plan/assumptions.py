@@ -66,13 +66,13 @@ def size_in(
 
 
 def _length(args: dict[str, Any], backbone: Any, notes: Notes, given: int | None) -> int:
-    found = given or args.get("max_length") or args.get("max_source_length")
-    if found is None:
+    length = given or args.get("max_length") or args.get("max_source_length")
+    if length is None:
         config = getattr(backbone, "config", None)
         most = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-        found = min(most or ASSUMED_LENGTH, ASSUMED_LENGTH)
-        notes.append(f"texts of {found} tokens are assumed, as the config names no max_length: --length")
-    return int(found)
+        length = min(most or ASSUMED_LENGTH, ASSUMED_LENGTH)
+        notes.append(f"texts of {length} tokens are assumed, as the config names no max_length: --length")
+    return int(length)
 
 
 def _image(args: dict[str, Any], backbone: Any, notes: Notes) -> tuple[int, int, int]:
@@ -95,7 +95,7 @@ def _class_of(data: Any) -> type | None:
     if data is None or not data.get("class_path"):
         return None
     module, _, name = str(data["class_path"]).rpartition(".")
-    found = getattr(importlib.import_module(module), name, None)
-    if not isinstance(found, type):
+    target = getattr(importlib.import_module(module), name, None)
+    if not isinstance(target, type):
         raise LoRAError(f"data.class_path: expected a class, got '{data['class_path']}'")
-    return found
+    return target

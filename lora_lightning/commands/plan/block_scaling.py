@@ -42,22 +42,24 @@ def shorten(backbone: nn.Module, name: str, blocks: int) -> nn.Module:
 def _alike(blocks: Sequence[nn.Module]) -> bool:
     """Whether all agree in what their computation can depend on, but for their own numbers."""
     looks = [_looks(block) for block in blocks]
-    numbers = {key for key in looks[0] if all(type(v := own.get(key)) is int and v == i for i, own in enumerate(looks))}
+    numbers = {
+        key for key in looks[0] if all(type(v := look.get(key)) is int and v == i for i, look in enumerate(looks))
+    }
     return all(
-        {k: own[k] for k in own.keys() - numbers} == {k: v for k, v in looks[0].items() if k not in numbers}
-        for own in looks
+        {k: look[k] for k in look.keys() - numbers} == {k: v for k, v in looks[0].items() if k not in numbers}
+        for look in looks
     )
 
 
 def _looks(block: nn.Module) -> dict[tuple[str, str], Any]:
     """Classes, plain attributes and tensors' shapes of all modules in a block, by module and name."""
-    found: dict[tuple[str, str], Any] = {}
+    look: dict[tuple[str, str], Any] = {}
     for name, module in block.named_modules():
-        found[name, "class"] = type(module)
-        found |= {(name, k): v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        look[name, "class"] = type(module)
+        look |= {(name, k): v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
         for store in (module._parameters, module._buffers):
-            found |= {(name, k): _of(tensor) for k, tensor in store.items()}
-    return found
+            look |= {(name, k): _of(tensor) for k, tensor in store.items()}
+    return look
 
 
 def _of(tensor: Tensor | None) -> Any:
@@ -71,11 +73,11 @@ def scale(longer: StepCost, shorter: StepCost, times: int) -> StepCost:
     and until its backward ends, which is when most is held; the most of all is at another moment in a deep model
     than in a shallow one, so moments are compared one by one.
     """
-    found = {n: getattr(longer, n) + times * (getattr(longer, n) - getattr(shorter, n)) for n in NUMBERS}
+    numbers = {n: getattr(longer, n) + times * (getattr(longer, n) - getattr(shorter, n)) for n in NUMBERS}
     (forward, backward), (forward_less, backward_less) = longer.curves, shorter.curves
-    found["in_forward"] = _most(forward[::-1], forward_less[::-1], times)
-    found["in_backward"] = _most(backward, backward_less, times)
-    return StepCost(**found, curves=longer.curves)
+    numbers["in_forward"] = _most(forward[::-1], forward_less[::-1], times)
+    numbers["in_backward"] = _most(backward, backward_less, times)
+    return StepCost(**numbers, curves=longer.curves)
 
 
 def _most(longer: list[int], shorter: list[int], times: int) -> int:

@@ -50,10 +50,10 @@ def make_plan(
     module, trainer = run.module, run.config.trainer
     size = size_in(run.config.data, module.task, module.backbone, notes, batch_size=batch_size, length=length)
     on_gpu = str(trainer.accelerator) != "cpu" and torch.cuda.is_available()
-    own = _precision(trainer)
+    configured = _precision(trainer)
     wanted = Wanted(
-        precisions=tuple(p for p in PRECISIONS if precisions is None or p in (*precisions, own)),
-        way=Way(precision=own, checkpointing=module.training_forward.recomputation is not None),
+        precisions=tuple(p for p in PRECISIONS if precisions is None or p in (*precisions, configured)),
+        way=Way(precision=configured, checkpointing=module.training_forward.recomputation is not None),
         strategy=str(getattr(trainer.strategy, "class_path", trainer.strategy)).rpartition(".")[2],
         processes=processes or _processes(trainer),
         device=torch.device("cuda" if on_gpu else "cpu"),

@@ -176,5 +176,5 @@ def _fsdp2_peak(backbone: nn.Module, cost: StepCost, processes: int) -> int:
     inside = {id(p) for block in blocks.values() for p in block.parameters()}
     outside = _bytes_of_meta(p for p in backbone.parameters() if id(p) not in inside)
     largest = max((_bytes_of_meta(block.parameters()) for block in blocks.values()), default=0)
-    own = cost.weights + cost.gradients + cost.optimizer
-    return -(-own // processes) + outside + min(2, len(blocks)) * largest + cost.peak - own
+    sharded = cost.weights + cost.gradients + cost.optimizer
+    return -(-sharded // processes) + outside + min(2, len(blocks)) * largest + cost.peak - sharded

@@ -137,9 +137,9 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         here = weakref.ref(self)
 
         def free(_: Any) -> None:
-            own = here()
-            if own is not None and own._storages.pop(key, None) is not None:
-                own.now -= size
+            tracker = here()
+            if tracker is not None and tracker._storages.pop(key, None) is not None:
+                tracker.now -= size
 
         self._storages[key] = weakref.ref(storage, free)
         self.now += size

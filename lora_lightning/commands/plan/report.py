@@ -61,9 +61,9 @@ class Plan:
         """Operations of a step of LoRA and of full fine-tuning; None where the step is not known."""
         if self.full is None:
             return None
-        own, full = self.own_row().cost, self.full
+        lora, full = self.own_row().cost, self.full
         return {
-            **{"forward": own.forward, "backward": own.backward, "step": own.flops},
+            **{"forward": lora.forward, "backward": lora.backward, "step": lora.flops},
             **{"full_forward": full.forward, "full_backward": full.backward, "full_step": full.flops},
         }
 

@@ -49,8 +49,8 @@ class StepCost:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        own = {name: getattr(self, name) for name in NUMBERS}
-        return {**own, "peak": self.peak, "flops": self.flops}
+        numbers = {name: getattr(self, name) for name in NUMBERS}
+        return {**numbers, "peak": self.peak, "flops": self.flops}
 
 
 NUMBERS = tuple(name for name in StepCost.__dataclass_fields__ if name != "curves")
@@ -114,4 +114,4 @@ def step_cost(
 
 
 def _tensors_in(state: Any) -> list[Tensor]:
-    return [value for own in state.values() for value in own.values() if isinstance(value, Tensor)]
+    return [value for slots in state.values() for value in slots.values() if isinstance(value, Tensor)]

@@ -71,12 +71,17 @@ def _memory(plan: Plan, n: int) -> Table:
 def _work(plan: Plan) -> Table:
     """Operations beside those of full fine-tuning."""
     assert plan.full is not None
-    own, full = plan.own_row().cost, plan.full
+    lora, full = plan.own_row().cost, plan.full
     rows = []
-    for name, cost in (("LoRA", own), ("full", full)):
+    for name, cost in (("LoRA", lora), ("full", full)):
         flops = (cost.forward, cost.backward, cost.flops)
         rows.append((name, *(f"{short_count(count)}FLOP" for count in flops), f"{_mb(cost.peak)} MB"))
-    pairs = ((own.forward, full.forward), (own.backward, full.backward), (own.flops, full.flops), (own.peak, full.peak))
+    pairs = (
+        (lora.forward, full.forward),
+        (lora.backward, full.backward),
+        (lora.flops, full.flops),
+        (lora.peak, full.peak),
+    )
     rows.append(("share", *(f"{a / b:.2f}" if b else "" for a, b in pairs)))
     return Table(header=("", "forward", "backward", "step", "memory at most"), rows=rows)
 

@@ -128,8 +128,8 @@ def _monitored_metric(config: Any, task: Task) -> tuple[str, Goal]:
 def _is_checkpoint(class_path: str) -> bool:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    found = _import_path(class_path)
-    return isinstance(found, type) and issubclass(found, ModelCheckpoint)
+    target = _import_path(class_path)
+    return isinstance(target, type) and issubclass(target, ModelCheckpoint)
 
 
 def _import_path(path: str) -> Any:

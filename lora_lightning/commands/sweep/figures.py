@@ -93,9 +93,9 @@ def table6(points: Sequence[Point], metric: str) -> Figure:
     sets, ranks = _sets(points), sorted({int(float(point.values[RANK])) for point in points})
     cells = np.full((len(sets), len(ranks)), np.nan)
     for row, name in enumerate(sets):
-        own = [point for point in points if point.values[MATRICES] == name]
-        _draw_line(left, own, COLORS[row % len(COLORS)], readable_value(name))
-        for point in own:
+        line = [point for point in points if point.values[MATRICES] == name]
+        _draw_line(left, line, COLORS[row % len(COLORS)], readable_value(name))
+        for point in line:
             cells[row, ranks.index(int(float(point.values[RANK])))] = _mean(point)
     _label_ranks(left, points)
     left.set_xlabel("rank r")
@@ -167,11 +167,11 @@ def halving_curves(
     for place, point in enumerate(points):
         (trial,) = point.trials
         values = [decision["values"].get(trial.name) for decision in decisions]
-        found = [(share, value) for share, value in zip(shares, values, strict=True) if value is not None]
+        curve = [(share, value) for share, value in zip(shares, values, strict=True) if value is not None]
         left = next((decision["rung"] for decision in decisions if trial.name in decision["dropped"]), None)
         if left is None and point.state == "complete" and point.mean is not None:
-            found.append((1.0, point.mean))
-        if not found:
+            curve.append((1.0, point.mean))
+        if not curve:
             continue
         label = ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in point.values.items())
         style: dict[str, Any] = {
@@ -179,9 +179,9 @@ def halving_curves(
             "linestyle": "-" if place < len(COLORS) else "--",
         }
         label += "" if left is None else f", dropped at {left}"
-        axis.plot(*zip(*found, strict=True), marker="o", ms=3, lw=0.9 if left else 1.8, label=label, **style)
+        axis.plot(*zip(*curve, strict=True), marker="o", ms=3, lw=0.9 if left else 1.8, label=label, **style)
         if left is not None:
-            axis.plot(*found[-1], marker="x", ms=7, mew=1.6, color=style["color"])
+            axis.plot(*curve[-1], marker="x", ms=7, mew=1.6, color=style["color"])
     axis.set_xscale("log", base=2)
     counts = [(len(decision["values"]), len(decision["dropped"])) for decision in decisions]
     ticks = [
@@ -228,10 +228,10 @@ def _deviations(points: Sequence[Point]) -> list[float] | None:
 
 
 def _draw_line(axis: Any, points: Sequence[Point], colour: str, label: str = "") -> None:
-    own = sorted(points, key=lambda point: float(point.values[RANK]))
-    ranks, means = [float(point.values[RANK]) for point in own], [_mean(point) for point in own]
+    by_rank = sorted(points, key=lambda point: float(point.values[RANK]))
+    ranks, means = [float(point.values[RANK]) for point in by_rank], [_mean(point) for point in by_rank]
     style = {"marker": "o", "markersize": 3.5, "linewidth": 1.4, "elinewidth": 0.8, "capsize": 2}
-    axis.errorbar(ranks, means, _deviations(own), color=colour, label=label, **style)
+    axis.errorbar(ranks, means, _deviations(by_rank), color=colour, label=label, **style)
 
 
 def _label_ranks(axis: Any, points: Sequence[Point]) -> None:

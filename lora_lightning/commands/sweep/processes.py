@@ -95,11 +95,11 @@ def shares(jobs: int, gpus: int, environment: Mapping[str, str]) -> list[dict[st
     if jobs == 1:
         return [{}]
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs)) if sys.platform == "linux" else "1"
-    own = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": threads}
+    thread_limit = {} if "OMP_NUM_THREADS" in environment else {"OMP_NUM_THREADS": threads}
     named = environment.get("CUDA_VISIBLE_DEVICES")
     names = named.split(",") if named else [str(i) for i in range(gpus)]
     shared = []
     for job in range(jobs):
         mine = names[job::jobs] or names[job % len(names) :][:1] if gpus else []
-        shared.append({**own, **({"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {})})
+        shared.append({**thread_limit, **({"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {})})
     return shared

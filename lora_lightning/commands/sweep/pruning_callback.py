@@ -33,9 +33,9 @@ def reported_values(trial: Path, metric: str) -> list[float]:
     if not files:
         return []
     text = files[-1].read_text(encoding="utf-8")
-    found: dict[int, float] = {}
+    value_at: dict[int, float] = {}
     for line in text[: text.rfind("\n") + 1].splitlines():
         figures = json.loads(line)
         if metric in figures:
-            found[int(figures["step"])] = float(figures[metric])
-    return [found[step] for step in sorted(found)]
+            value_at[int(figures["step"])] = float(figures[metric])
+    return [value_at[step] for step in sorted(value_at)]

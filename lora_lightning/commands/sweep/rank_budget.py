@@ -53,10 +53,10 @@ def rank_for(backbone: nn.Module, config: LoRAConfig, budget: int) -> int:
     below, above = 1, MOST
     while above - below > 1:
         middle = (below + above) // 2
-        found = count(middle)
-        if found is not None and found <= budget:
+        parameters = count(middle)
+        if parameters is not None and parameters <= budget:
             below = middle
         else:
             above = middle
-    near = {r: found for r in (below, above) if (found := count(r)) is not None}
+    near = {r: parameters for r in (below, above) if (parameters := count(r)) is not None}
     return min(near, key=lambda r: (abs(near[r] - budget), r))

@@ -47,8 +47,8 @@ class Point:
     @property
     def minutes(self) -> float | None:
         """Of training, the mean over seeds."""
-        found = [trial.seconds / 60 for trial in self.trials if trial.seconds is not None]
-        return fmean(found) if found else None
+        durations = [trial.seconds / 60 for trial in self.trials if trial.seconds is not None]
+        return fmean(durations) if durations else None
 
     @property
     def error(self) -> str | None:
@@ -63,7 +63,7 @@ def rank_points(trials: Sequence[Trial], goal: str) -> list[Point]:
     groups: dict[tuple[tuple[str, str], ...], list[Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.point, []).append(trial)
-    points = [Point(values=dict(values), trials=found) for values, found in groups.items()]
+    points = [Point(values=dict(values), trials=members) for values, members in groups.items()]
     sign = -1 if goal == "max" else 1
 
     def place(point: Point) -> tuple[int, float, int]:

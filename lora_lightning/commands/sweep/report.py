@@ -68,8 +68,8 @@ def csv_of(points: Sequence[Point], keys: Sequence[str], metric: str) -> str:
     writer.writerow(["place", *keys, "seed", "state", metric, "mean", "sd", "trainable", "seconds", "run", "error"])
     for place, point in enumerate(points, 1):
         for t in point.trials:
-            own = [t.value, point.mean, point.deviation, t.trainable, t.seconds, t.run, t.error]
-            writer.writerow([place, *(point.values[key] for key in keys), t.seed, t.state, *map(_empty, own)])
+            cells = [t.value, point.mean, point.deviation, t.trainable, t.seconds, t.run, t.error]
+            writer.writerow([place, *(point.values[key] for key in keys), t.seed, t.state, *map(_empty, cells)])
     return text.getvalue()
 
 

@@ -80,11 +80,11 @@ class Runner:
         if take_result(trial, self.folder, self.metric):  # the sweep was killed between a fit's end and its record
             self._close(trial)
             return
-        own = [f"--{key}={value}" for key, value in trial.values.items()]
-        own += [] if trial.seed is None else [f"--seed_everything={trial.seed}"]
-        own += [f"--trainer.callbacks+={CALLBACK}"] if self.watched else []
-        own += [f"--runs_dir={self.folder}", f"--name={trial.name}", "--ckpt_path=auto"]
-        fit = Fit.start([*self.command, *self.args, *own], self.folder / trial.name / LOG, environment)
+        flags = [f"--{key}={value}" for key, value in trial.values.items()]
+        flags += [] if trial.seed is None else [f"--seed_everything={trial.seed}"]
+        flags += [f"--trainer.callbacks+={CALLBACK}"] if self.watched else []
+        flags += [f"--runs_dir={self.folder}", f"--name={trial.name}", "--ckpt_path=auto"]
+        fit = Fit.start([*self.command, *self.args, *flags], self.folder / trial.name / LOG, environment)
         self._running[slot] = (trial, fit)
         self.study.beat(trial.number, fit.process.pid)
         self.say(trial, "begins")

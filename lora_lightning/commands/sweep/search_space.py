@@ -51,12 +51,12 @@ def choices(text: str) -> Choices:
         LoRAError: it is written otherwise, or names a value twice.
     """
     key, values = _key_and_rest(text, "--grid", "model.lora.r=1,2,4,8")
-    found = tuple(split(values))
-    if not all(found):
+    options = tuple(split(values))
+    if not all(options):
         raise LoRAError(f"--grid {text}: expected values with commas between, and one of them is empty")
-    if len(set(found)) < len(found):
+    if len(set(options)) < len(options):
         raise LoRAError(f"--grid {text}: a value is there twice; for repeats give --seeds 1,2,3")
-    return Choices(key, found)
+    return Choices(key, options)
 
 
 def interval(text: str) -> Range:
@@ -83,14 +83,14 @@ def space(grid: Sequence[str], ranges: Sequence[str]) -> list[Swept]:
     Raises:
         LoRAError: a flag is named twice, or is one that a sweep sets itself.
     """
-    found: list[Swept] = [*map(choices, grid), *map(interval, ranges)]
-    keys = [swept.key for swept in found]
+    dimensions: list[Swept] = [*map(choices, grid), *map(interval, ranges)]
+    keys = [swept.key for swept in dimensions]
     for key in keys:
         if keys.count(key) > 1:
             raise LoRAError(f"'{key}' is swept twice: give all its values in one --grid or --range")
         if key in OWN:
             raise LoRAError(f"'{key}' cannot be swept: a sweep sets it itself; say it with {OWN[key]}")
-    return found
+    return dimensions
 
 
 def first_values(swept: Sequence[Swept]) -> list[str]:
@@ -139,10 +139,10 @@ def split(text: str, at: str = ",") -> list[str]:
 def number(text: str) -> float | None:
     """A value as a number, None where it is none."""
     try:
-        found = float(text)
+        value = float(text)
     except ValueError:
         return None
-    return found if math.isfinite(found) else None
+    return value if math.isfinite(value) else None
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -150,7 +150,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     parts = {key: key.split(".") for key in keys}
     count = 1
     while True:
-        names = {key: ".".join(own[-count:]) for key, own in parts.items()}
+        names = {key: ".".join(words[-count:]) for key, words in parts.items()}
         if len(set(names.values())) == len(parts) or count >= max(map(len, parts.values())):
             return names
         count += 1

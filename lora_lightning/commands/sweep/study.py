@@ -133,9 +133,9 @@ class Study:
         """Enter the fits of a grid that are not in it, and again those that failed."""
         known = {(trial.point, trial.seed): trial for trial in self.trials(waiting=True)}
         for values, seed in wanted:
-            found = known.get((tuple(values.items()), seed))
-            if found is None or found.state == "failed":
-                self._enter({}, values=values, seed=seed, name=found.name if found else None)
+            present = known.get((tuple(values.items()), seed))
+            if present is None or present.state == "failed":
+                self._enter({}, values=values, seed=seed, name=present.name if present else None)
 
     def add_proposals(self, number: int, seeds: Sequence[int | None]) -> None:
         """Enter as many points for the sampler to choose as are missing to `number`, and what failed."""
@@ -231,8 +231,8 @@ class Study:
     # Inner parts
 
     def _optuna_trials(self, *, deepcopy: bool = True) -> list[Any]:
-        found: list[Any] = self.study.get_trials(deepcopy=deepcopy)
-        return found
+        trials: list[Any] = self.study.get_trials(deepcopy=deepcopy)
+        return trials
 
     def _enter(self, params: dict[str, Any], *, name: str | None = None, **attributes: Any) -> None:
         attributes |= {} if name is None else {"name": name}
@@ -305,15 +305,15 @@ class Study:
     def _suggest(self, asked: Any) -> Values:
         """Let the sampler choose. Its seed is the trial's number, so that no two processes draw the same points."""
         self.study.sampler = self._sampler(asked.number)
-        found: Values = {}
+        suggestion: Values = {}
         for one in self.swept:
             if isinstance(one, Choices):
-                found[one.key] = asked.suggest_categorical(one.key, one.values)
+                suggestion[one.key] = asked.suggest_categorical(one.key, one.values)
             elif one.integer:
-                found[one.key] = str(asked.suggest_int(one.key, int(one.low), int(one.high), log=one.log))
+                suggestion[one.key] = str(asked.suggest_int(one.key, int(one.low), int(one.high), log=one.log))
             else:  # nine digits tell any two values of a sweep apart
-                found[one.key] = f"{asked.suggest_float(one.key, one.low, one.high, log=one.log):.9g}"
-        return found
+                suggestion[one.key] = f"{asked.suggest_float(one.key, one.low, one.high, log=one.log):.9g}"
+        return suggestion
 
     def _params(self, values: Values) -> dict[str, Any]:
         """Values as Optuna takes them back; none where no sampler learns of them."""
@@ -381,9 +381,9 @@ def first_difference(before: Any, now: Any, where: str = "") -> str | None:
     """The first place in which two pieces of plain data differ, with both values."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
-            found = first_difference(before.get(key), now.get(key), f"{where}.{key}" if where else key)
-            if found is not None:
-                return found
+            difference = first_difference(before.get(key), now.get(key), f"{where}.{key}" if where else key)
+            if difference is not None:
+                return difference
         return None
     return None if before == now else f"{where.removeprefix('config.')} ({_shorten(before)}, now {_shorten(now)})"
 

@@ -112,10 +112,10 @@ class Together:
         members: list[Member] = []
         data: LightningDataModule | None = None
         for name, trial in self._trials.items():
-            own = [f"--{key}={value}" for key, value in trial.values.items()]
-            own += [f"--runs_dir={self.folder}", f"--name={name}", "--ckpt_path=auto"]
+            flags = [f"--{key}={value}" for key, value in trial.values.items()]
+            flags += [f"--runs_dir={self.folder}", f"--name={name}", "--ckpt_path=auto"]
 
-            built = build_run(["fit", *self.args, *own], functools.partial(_as_member, data=data))
+            built = build_run(["fit", *self.args, *flags], functools.partial(_as_member, data=data))
             if data is None:
                 assert built.data is not None
                 assert built.trainer is not None

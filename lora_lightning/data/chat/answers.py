@@ -125,12 +125,12 @@ def up_to_turns_end(
 
 def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
     """Return each run of marks: the place of its first, and the one after its last."""
-    found, at = [], 0
+    spans, at = [], 0
     for mark, group in groupby(marks):
         size = len(list(group))
-        found += [(at, at + size)] if mark else []
+        spans += [(at, at + size)] if mark else []
         at += size
-    return found
+    return spans
 
 
 def special_ids(tokenizer: Any) -> set[int]:

@@ -106,11 +106,11 @@ def conversation_of(row: Mapping[str, Any], layout: Mapping[str, str], system: s
         messages = _messages_of_list(cells["messages"])
     else:
         messages = _messages_of_pair(cells, answered="answer" in layout)
-    own = cells.get("system")
-    if own is not None and not isinstance(own, str):
-        raise BadRow("system", "text", own)
-    if messages[0]["role"] not in ("system", "developer") and (own or system):
-        messages.insert(0, {"role": "system", "content": own or system})
+    system_cell = cells.get("system")
+    if system_cell is not None and not isinstance(system_cell, str):
+        raise BadRow("system", "text", system_cell)
+    if messages[0]["role"] not in ("system", "developer") and (system_cell or system):
+        messages.insert(0, {"role": "system", "content": system_cell or system})
     return messages
 
 

@@ -223,13 +223,13 @@ class ChatData(TextData, GivesPrompts):
     @property
     def stop_token_ids(self) -> list[int]:
         """Return the tokens that end answers in the first rows, and the tokenizer's own end."""
-        controls, found, layout = special_ids(self.tokenizer), set(), self.layout("train")
+        controls, ends, layout = special_ids(self.tokenizer), set(), self.layout("train")
         for row in self.tables["train"].select(range(min(len(self.tables["train"]), FEW))):
             messages = conversation_of(row, layout, self.system)
             with contextlib.suppress(TemplateError):  # such as one whose answers are not found, where all is trained on
                 ids, labels = self.template.encode(messages, tools_of(row, layout), "answers")
-                found |= {ids[end - 1] for _, end in runs([label != IGNORED for label in labels])} & controls
-        return sorted({*found, *super().stop_token_ids})
+                ends |= {ids[end - 1] for _, end in runs([label != IGNORED for label in labels])} & controls
+        return sorted({*ends, *super().stop_token_ids})
 
     def prompts(self, count: int) -> list[Prompt]:
         """Held-out conversations up to their last answer, from all over the validation set (test, train without one).
@@ -237,15 +237,15 @@ class ChatData(TextData, GivesPrompts):
         Args:
             count: how many at most.
         """
-        split, found = held_out_split(self.tables), []
+        split, result = held_out_split(self.tables), []
         layout = self.layout(split)
         for row in rows_from_all_over(self.tables[split], count):
             messages, tools = conversation_of(row, layout, self.system), tools_of(row, layout)
             end = last_answer(messages)
             assert end is not None  # see check
             ids = self.template.prompt_ids(messages[:end], tools)
-            found.append(Prompt(text=_question(messages[:end]), input_ids=ids, reference=messages[end]["content"]))
-        return found
+            result.append(Prompt(text=_question(messages[:end]), input_ids=ids, reference=messages[end]["content"]))
+        return result
 
 
 def _question(messages: Sequence[Message]) -> str:

@@ -125,7 +125,7 @@ def fill_template(template: str, rows: Mapping[str, Any] | datasets.Dataset) -> 
     columns = columns_of("template", template)
     of_table = isinstance(rows, datasets.Dataset)
     values = cells_of(rows, *columns) if of_table else zip(*(rows[column] for column in columns), strict=True)
-    return [template.format(**dict(zip(columns, own, strict=True))) for own in values]
+    return [template.format(**dict(zip(columns, cells, strict=True))) for cells in values]
 
 
 def encode_prompts(
@@ -154,9 +154,11 @@ def encode_prompts(
         completions = [ids[: max_length - 1] for ids in ended]
         encoded["completion_cut"] = [len(ids) >= max_length for ids in ended]
         encoded["prompt_cut"] = [len(ids) + len(o) > max_length for ids, o in zip(prompts, completions, strict=True)]
-        kept = [ids[-(max_length - len(own)) :] for ids, own in zip(prompts, completions, strict=True)]
-        encoded["input_ids"] = [[*ids, *own] for ids, own in zip(kept, completions, strict=True)]
-        encoded["labels"] = [[*([IGNORED] * len(ids)), *own] for ids, own in zip(kept, completions, strict=True)]
+        kept = [ids[-(max_length - len(completion)) :] for ids, completion in zip(prompts, completions, strict=True)]
+        encoded["input_ids"] = [[*ids, *completion] for ids, completion in zip(kept, completions, strict=True)]
+        encoded["labels"] = [
+            [*([IGNORED] * len(ids)), *completion] for ids, completion in zip(kept, completions, strict=True)
+        ]
     if REFERENCES in rows:
         encoded[REFERENCES] = rows[REFERENCES]
     return encoded

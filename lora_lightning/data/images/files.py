@@ -19,11 +19,13 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 def image_files(folder: Path) -> list[Path]:
     """All images below a folder, however deep, in an order of their names. Hidden files and folders are passed over."""
-    found = []
+    files_found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent) / f for f in sorted(files) if not f.startswith(".") and f.lower().endswith(SUFFIXES)]
-    return found
+        files_found += [
+            Path(parent) / f for f in sorted(files) if not f.startswith(".") and f.lower().endswith(SUFFIXES)
+        ]
+    return files_found
 
 
 def visible_folders(folder: Path) -> list[Path]:
@@ -92,19 +94,25 @@ def read_mask_folders(folder: Path, split: str, columns: Sequence[str], names: S
     images, masks = (folder / name for name in names)
     if not images.is_dir() and split == "predict":
         images = folder
-    found = {_stem(file, images): file for file in image_files(images)}
-    if not found:
+    images_by_stem = {_stem(file, images): file for file in image_files(images)}
+    if not images_by_stem:
         raise LoRAError(f"{images} holds no image ({', '.join(SUFFIXES)})")
     if split == "predict":
-        return datasets.Dataset.from_dict({columns[0]: [str(file) for file in found.values()]})
+        return datasets.Dataset.from_dict({columns[0]: [str(file) for file in images_by_stem.values()]})
     if not masks.is_dir():
         raise LoRAError(f"no folder {masks} beside {images}")
-    own = {_stem(file, masks): file for file in image_files(masks)}
-    for what, first, second in (("images without a mask", found, own), ("masks without an image", own, found)):
+    mask_files = {_stem(file, masks): file for file in image_files(masks)}
+    for what, first, second in (
+        ("images without a mask", images_by_stem, mask_files),
+        ("masks without an image", mask_files, images_by_stem),
+    ):
         alone = sorted(str(first[stem]) for stem in first.keys() - second.keys())
         if alone:
             raise LoRAError(f"{folder} has {what} of the same name: {first_few(alone)}")
-    rows = {columns[0]: [str(file) for file in found.values()], columns[1]: [str(own[stem]) for stem in found]}
+    rows = {
+        columns[0]: [str(file) for file in images_by_stem.values()],
+        columns[1]: [str(mask_files[stem]) for stem in images_by_stem],
+    }
     return datasets.Dataset.from_dict(rows)
 
 

@@ -128,8 +128,8 @@ class StreamLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self.trainer is None:
             return super().__iter__()
-        if callable(own := getattr(self.dataset, "set_epoch", None)):
-            own(self.trainer.current_epoch)
+        if callable(method := getattr(self.dataset, "set_epoch", None)):
+            method(self.trainer.current_epoch)
         return islice(super().__iter__(), self._batches_before(self.trainer), None)
 
     def _batches_before(self, trainer: Trainer) -> int:

@@ -57,18 +57,21 @@ def read_tables(
     Raises:
         LoRAError: a file that is missing, empty, or of a kind that is not read here.
     """
-    own = readers or {}
+    user_readers = readers or {}
     if isinstance(path, dict):
-        return {known_split(split): _read_part(file, name, text_by, own, streaming) for split, file in path.items()}
+        return {
+            known_split(split): _read_part(file, name, text_by, user_readers, streaming) for split, file in path.items()
+        }
     location = Path(resolve(path))
     if location.is_dir():
         if (location / "dataset_dict.json").is_file() or (location / "state.json").is_file():
             return _from_disk(str(location), streaming)
         return {
-            split: _read_file(str(file), text_by, own, streaming) for split, file in files_of(location, own).items()
+            split: _read_file(str(file), text_by, user_readers, streaming)
+            for split, file in files_of(location, user_readers).items()
         }
-    if location.is_file() or location.suffix in (*READERS, *COMPRESSED, *own):
-        return {"train": _read_file(str(location), text_by, own, streaming)}
+    if location.is_file() or location.suffix in (*READERS, *COMPRESSED, *user_readers):
+        return {"train": _read_file(str(location), text_by, user_readers, streaming)}
     return _from_hub(path, name, streaming)
 
 
@@ -115,17 +118,17 @@ def check_names(
     names: Sequence[str], columns: Sequence[str | None], where: str, settings: Mapping[str, Any] | None = None
 ) -> None:
     """The same for the names of a table's columns."""
-    own = [name for name in names if name != ROW]
+    known = [name for name in names if name != ROW]
     for column in columns:
         if column is not None and column not in names:
-            if advice := separator_advice(own):
-                raise LoRAError(f"{where}, has the one column {own[0]!r}: {advice}")
+            if advice := separator_advice(known):
+                raise LoRAError(f"{where}, has the one column {known[0]!r}: {advice}")
             settings_of_column = [
                 name for name, value in (settings or {}).items() if name.endswith("_column") and value == column
             ]
-            guess, by = did_you_mean(column, own), f" with {settings_of_column[0]}" if settings_of_column else ""
+            guess, by = did_you_mean(column, known), f" with {settings_of_column[0]}" if settings_of_column else ""
             advice = f"{guess} say so{by}" if guess and by else guess or f": name another{by}"
-            raise LoRAError(f"{where}, has no column '{column}'{advice} (columns: {', '.join(own)})")
+            raise LoRAError(f"{where}, has no column '{column}'{advice} (columns: {', '.join(known)})")
 
 
 def known_split(split: str) -> str:
@@ -156,12 +159,12 @@ def _files_by_split(folder: Path, more: Collection[str] = ()) -> dict[str, Path]
     return dict(sorted(named.items()))
 
 
-def _read_file(file: str, text_by: TextBy, own: Readers, streaming: bool) -> Any:
+def _read_file(file: str, text_by: TextBy, user_readers: Readers, streaming: bool) -> Any:
     suffix = Path(file).suffix.lower()
-    if suffix in own:
+    if suffix in user_readers:
         check_file(file)
-        return own[suffix](file)
-    kind, options = reader_of(file, text_by, own)
+        return user_readers[suffix](file)
+    kind, options = reader_of(file, text_by, user_readers)
     if streaming:
         return datasets.load_dataset(kind, data_files={"train": file}, streaming=True, **options)["train"]
     try:
@@ -235,14 +238,14 @@ def files_of(path: Path, more: Collection[str] = ()) -> dict[str, Path]:
     return files
 
 
-def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers, streaming: bool) -> Any:
+def _read_part(file: str, name: str | None, text_by: TextBy, user_readers: Readers, streaming: bool) -> Any:
     """One split: a file, or `SET@PART` of the hub."""
     on_hub, _, part = file.partition("@")
     if not part or Path(file).exists():
         location = resolve(file)
         if (Path(location) / "state.json").is_file():  # what save_to_disk made of one table
             return _from_disk(location, streaming)["train"]
-        return _read_file(location, text_by, own, streaming)
+        return _read_file(location, text_by, user_readers, streaming)
     refuse_not_there("set", on_hub)
     try:
         return datasets.load_dataset(on_hub, name, split=part, streaming=streaming)

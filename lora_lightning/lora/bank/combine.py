@@ -119,13 +119,13 @@ def combine_layers(
     for name, held in sources.items():
         _refuse(name, held)
     layers = {name: held.layers() for name, held in sources.items()}
-    paths = list(dict.fromkeys(path for own in layers.values() for path in own))
+    paths = list(dict.fromkeys(path for by_path in layers.values() for path in by_path))
     if not paths:
         raise LoRAError(f"nothing to combine: none of {', '.join(sources)} adapts a layer by A and B")
     combined = {}
     for path in paths:
-        own = {name: found[path] for name, found in layers.items() if path in found}
-        combined[path] = _combine_layer(path, list(own.values()), [weights[name] for name in own], rank)
+        adapted = {name: by_path[path] for name, by_path in layers.items() if path in by_path}
+        combined[path] = _combine_layer(path, list(adapted.values()), [weights[name] for name in adapted], rank)
     return combined
 
 
@@ -150,9 +150,9 @@ def _combine_layer(path: str, layers: list[AdaptedLayer], weights: Sequence[floa
 
 def truncate_pair(A: Tensor, B: Tensor, rank: int) -> tuple[Pair, Loss]:
     """The best approximation of `B A` of rank `rank` (Eckart and Young), and what it lacks."""
-    found = spectrum(A, B)
-    root, squares = found.S[:rank].sqrt(), found.S.square()
-    pair = ((found.V[:, :rank] * root).mT.to(A), (found.U[:, :rank] * root).to(B))
+    svd = spectrum(A, B)
+    root, squares = svd.S[:rank].sqrt(), svd.S.square()
+    pair = ((svd.V[:, :rank] * root).mT.to(A), (svd.U[:, :rank] * root).to(B))
     return pad_pair(pair, min(rank, len(A))), (float(squares[rank:].sum()), float(squares.sum()))
 
 
@@ -165,8 +165,8 @@ def pad_pair(pair: Pair, rank: int) -> Pair:
 def _scaled_blocks(layer: AdaptedLayer, *, whole: bool) -> list[Pair]:
     """The layer's update as the products `B A` of its blocks, with s in B; a subtracted init is a part of A and B."""
     scale, dtype = layer.lora_settings.scale, wide_dtype(layer.lora_A)
-    own = layer.to_peft() if whole else {}
-    first, *more = [(own["lora_A"], own["lora_B"])] if whole else layer.factor_pairs()
+    peft_tensors = layer.to_peft() if whole else {}
+    first, *more = [(peft_tensors["lora_A"], peft_tensors["lora_B"])] if whole else layer.factor_pairs()
     pairs = [subtract_init(first, layer.lora_A0, layer.lora_B0), *more]  # subtracted from layers of one block only
     return [(A.detach().to(dtype), B.detach().to(dtype) * scale) for A, B in pairs]
 
@@ -196,27 +196,27 @@ def saved_tensors(
     Raises:
         LoRAError: two adapters have different values for one module, or another adapts what one saved.
     """
-    found: dict[str, tuple[str, dict[str, Tensor]]] = {}
+    by_path: dict[str, tuple[str, dict[str, Tensor]]] = {}
     for name, held in sources.items():
         for share in held.shares:
             if not issubclass(share.grafted, SavedCopy):
                 continue
             copy: nn.Module = share.stores["_modules"][COPY]
             state = {key: tensor.detach() for key, tensor in copy.state_dict().items()}
-            other, there = found.setdefault(share.path, (name, state))
+            other, there = by_path.setdefault(share.path, (name, state))
             if any(not torch.equal(tensor, there[key]) for key, tensor in state.items()):
                 raise LoRAError(
                     f"'{other}' and '{name}' both saved '{share.path}' in full, with different values, and a head has"
                     f" no update to add: combine adapters that share it, or save them without it"
                 )
-    for path, (name, _) in found.items():
+    for path, (name, _) in by_path.items():
         both = [layer.name for layer in combined.values() if f"{layer.name}.".startswith(f"{path}.")]
         if both:
             raise LoRAError(
                 f"'{name}' saved '{path}' in full, and another adapts '{both[0]}' by A and B: combine adapters that"
                 f" train it in one way"
             )
-    return {path: state for path, (_, state) in found.items()}
+    return {path: state for path, (_, state) in by_path.items()}
 
 
 def config_of(combined: Mapping[str, CombinedLayer], saved: list[str]) -> LoRAConfig:

@@ -64,8 +64,8 @@ class Share:
             _store(module, store).update(entries)
         for name, child in self.stores["_modules"].items():
             if name == COPY:
-                own = [m for path, m in module.named_modules(remove_duplicate=False) if not _within_copy(path)]
-                for twin, original in zip(child.modules(), dict.fromkeys(own), strict=True):
+                modules = [m for path, m in module.named_modules(remove_duplicate=False) if not _within_copy(path)]
+                for twin, original in zip(child.modules(), dict.fromkeys(modules), strict=True):
                     twin.training = original.training
             else:
                 child.train(module.training)
@@ -117,8 +117,8 @@ class DetachedAdapter:
 
 def find_adapter(model: nn.Module) -> DetachedAdapter:
     """The adapter that `model` has, as it is in place; no shares where there is none."""
-    own = [(path, module) for path, module in grafted_modules(model) if not _is_adapter_part(path)]
-    return DetachedAdapter([_share(path, module) for path, module in own])
+    adapted = [(path, module) for path, module in grafted_modules(model) if not _is_adapter_part(path)]
+    return DetachedAdapter([_share(path, module) for path, module in adapted])
 
 
 def take_out(model: nn.Module, device: torch.device | None = None) -> DetachedAdapter:
@@ -137,9 +137,9 @@ def take_out(model: nn.Module, device: torch.device | None = None) -> DetachedAd
 def to_modules(held: DetachedAdapter) -> None:
     """Move each share to the device of the module that it belongs to."""
     for share in held.shares:
-        own = next(iter((*share.module.parameters(), *share.module.buffers())), None)
-        if own is not None:
-            share.move(own.device)
+        first = next(iter((*share.module.parameters(), *share.module.buffers())), None)
+        if first is not None:
+            share.move(first.device)
 
 
 def to_device(held: DetachedAdapter, device: torch.device | None) -> None:

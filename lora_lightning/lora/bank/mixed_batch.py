@@ -122,14 +122,16 @@ class MixedForward(Grafted):
         for adapter, rows in self.lora_batch.groups(self.lora_path, query, self).items():
             if adapter not in self.lora_twins:
                 continue
-            own = {name: value for name, value in given.items() if name != "self"}
-            picked = {id(own[name]): own[name][rows] for name in ("query", "key", "value")}  # one tensor stays one
-            own |= {name: picked[id(own[name])] for name in ("query", "key", "value")}
-            if (padding := own.get("key_padding_mask")) is not None:
-                own["key_padding_mask"] = padding[rows]
-            if (mask := own.get("attn_mask")) is not None and mask.dim() == 3:  # (rows * heads, ...)
-                own["attn_mask"] = mask.unflatten(0, (len(query), -1))[rows].flatten(0, 1)
-            theirs = self.lora_twins[adapter].forward(**own)
+            arguments = {name: value for name, value in given.items() if name != "self"}
+            picked = {
+                id(arguments[name]): arguments[name][rows] for name in ("query", "key", "value")
+            }  # one tensor stays one
+            arguments |= {name: picked[id(arguments[name])] for name in ("query", "key", "value")}
+            if (padding := arguments.get("key_padding_mask")) is not None:
+                arguments["key_padding_mask"] = padding[rows]
+            if (mask := arguments.get("attn_mask")) is not None and mask.dim() == 3:  # (rows * heads, ...)
+                arguments["attn_mask"] = mask.unflatten(0, (len(query), -1))[rows].flatten(0, 1)
+            theirs = self.lora_twins[adapter].forward(**arguments)
             out[0].index_copy_(0, rows, theirs[0])
             if weights is not None:
                 weights.index_copy_(0, rows, theirs[1])
@@ -168,9 +170,9 @@ def mixed_batch(model: nn.Module, sources: Mapping[str, DetachedAdapter], batch:
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # the kernels that read the weights of what they do not call
-        for module, own in twins.items():
+        for module, module_twins in twins.items():
             graft(module, MixedForward)
-            module.__dict__.update(lora_batch=batch, lora_path=names[module], lora_twins=own)
+            module.__dict__.update(lora_batch=batch, lora_path=names[module], lora_twins=module_twins)
         with torch.no_grad():
             yield
     finally:

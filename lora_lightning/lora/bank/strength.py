@@ -43,9 +43,9 @@ def scaled(model: nn.Module, strength: float) -> Iterator[None]:
     finally:
         for tensor, values in zip(tensors, before, strict=True):
             tensor.detach().copy_(values)
-        for layer, own in settings:
+        for layer, settings_before in settings:
             if "lora_settings" in layer.__dict__:  # not after a merge
-                layer.__dict__["lora_settings"] = own
+                layer.__dict__["lora_settings"] = settings_before
 
 
 def refuse_strength(strength: float) -> None:

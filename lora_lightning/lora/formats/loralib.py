@@ -224,13 +224,13 @@ def _check_rest(
     Raises:
         AdapterError: keys that the model does not have, or weights that are not its own.
     """
-    own = plain_state(model)
+    state = plain_state(model)
     rest = {k: t for k, t in rest.items() if not any(_is_within(k, name) for name in saved)}
-    if strangers := [key for key in rest if key not in own]:
-        hint = did_you_mean(strangers[0], own)
+    if strangers := [key for key in rest if key not in state]:
+        hint = did_you_mean(strangers[0], state)
         raise AdapterError(f"the checkpoint has {len(strangers)} keys left over: {first_few(strangers, 10)}{hint}")
-    moved = [key for key, tensor in rest.items() if not _is_same(tensor, own[key])]
-    biases = [key for key in moved if key.rpartition(".")[2] == "bias" and isinstance(own[key], nn.Parameter)]
+    moved = [key for key, tensor in rest.items() if not _is_same(tensor, state[key])]
+    biases = [key for key in moved if key.rpartition(".")[2] == "bias" and isinstance(state[key], nn.Parameter)]
     others = [key for key in moved if key not in biases]
     if others and not allow_other_base:
         raise AdapterError(
@@ -240,7 +240,7 @@ def _check_rest(
         )
     if others:
         warn_of_other_base(f"{len(others)} weights in the checkpoint are not this model's: {first_few(others)}")
-    if any(key not in rest and not any(_is_within(key, name) for name in saved) for key in own):
+    if any(key not in rest and not any(_is_within(key, name) for name in saved) for key in state):
         warn_of_no_fingerprint()
     if not biases:
         return "none"
@@ -252,12 +252,12 @@ def _our_tensors(model: nn.Module, factors: Mapping[str, Factors], rest: Mapping
     convs = {name for name, one in factors.items() if one.A.dim() == 4}  # loralib's `lora_only` leaves theirs frozen
     for name, one in factors.items():
         ours |= {f"{name}.lora_A": one.A, f"{name}.lora_B": one.B}
-    for key, own in adapter_tensors(model).items():
+    for key, parameter in adapter_tensors(model).items():
         theirs = key.replace(".lora_copy.", ".").replace(".lora_trained_bias", ".bias")
         if key not in ours and theirs in rest:
             ours[key] = rest[theirs]
         elif theirs.removesuffix(".bias") in convs:
-            ours[key] = own
+            ours[key] = parameter
         elif key not in ours:
             missing.append(theirs)
     if missing:
@@ -265,8 +265,8 @@ def _our_tensors(model: nn.Module, factors: Mapping[str, Factors], rest: Mapping
     return ours
 
 
-def _is_same(tensor: Tensor, own: Tensor) -> bool:
-    return tensor.shape == own.shape and torch.equal(tensor.to(own.dtype), own.cpu())
+def _is_same(tensor: Tensor, stored: Tensor) -> bool:
+    return tensor.shape == stored.shape and torch.equal(tensor.to(stored.dtype), stored.cpu())
 
 
 def _is_within(key: str, name: str) -> bool:

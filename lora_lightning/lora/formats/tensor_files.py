@@ -122,9 +122,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     data = read_bytes(path, next(iter(header), ""), first, sum(at.size for at in header.values()))
     tensors = {}
     for key, at in header.items():
-        own = data[at.start - first : at.start - first + at.size]
-        own = own if own.storage_offset() % at.width == 0 else own.clone()
-        tensors[key] = own.view(DTYPES[at.dtype]).reshape(at.shape)
+        part = data[at.start - first : at.start - first + at.size]
+        part = part if part.storage_offset() % at.width == 0 else part.clone()
+        tensors[key] = part.view(DTYPES[at.dtype]).reshape(at.shape)
     return tensors, metadata
 
 

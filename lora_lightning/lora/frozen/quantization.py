@@ -113,8 +113,8 @@ def _is_4bit(module: nn.Module) -> bool:
 def plain_weight(module: nn.Module) -> Tensor:
     """W0 as numbers: the weight itself, or what its quantized form stands for."""
     library = _find(module)
-    own = module._parameters.get("weight")  # of an adapted attention `.weight` reads as W0 + s B A
-    weight = module.weight if own is None else own
+    stored = module._parameters.get("weight")  # of an adapted attention `.weight` reads as W0 + s B A
+    weight = module.weight if stored is None else stored
     assert isinstance(weight, Tensor)
     return library[1](module) if library else weight
 

@@ -54,8 +54,8 @@ def update_pairs(layer: AdaptedLayer) -> list[Pair]:
     """The factors (A, B) of each matrix of a layer's update, without s. Parts of a fused weight are one matrix."""
     if isinstance(layer, LoRAParameter) or (isinstance(layer, LoRAMultiheadAttention) and layer.in_proj_weight is None):
         return layer.factor_pairs()
-    own = layer.to_peft()
-    return [subtract_init(matrix_pair(own["lora_A"], own["lora_B"]), layer.lora_A0, layer.lora_B0)]
+    peft_tensors = layer.to_peft()
+    return [subtract_init(matrix_pair(peft_tensors["lora_A"], peft_tensors["lora_B"]), layer.lora_A0, layer.lora_B0)]
 
 
 def base_matrices(layer: AdaptedLayer, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Tensor]:

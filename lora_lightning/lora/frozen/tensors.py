@@ -30,8 +30,8 @@ _FOUND: dict[type[nn.Module], str | None] = {}
 def _wrapped_child(cls: type[nn.Module]) -> str | None:
     """Under which name a wrapper holds what it wraps; None for any other class."""
     if cls not in _FOUND:
-        found = (_WRAPPED_CHILD.get(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
-        _FOUND[cls] = next((child for child in found if child), None)
+        children = (_WRAPPED_CHILD.get(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
+        _FOUND[cls] = next((child for child in children if child), None)
     return _FOUND[cls]
 
 
@@ -87,7 +87,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     state = plain_state(model)
     grafted = [(name, module) for name, module in named_modules(model) if isinstance(module, Grafted)]
-    factors = {full_name(name, own) for name, module in grafted for own in module.lora_tensors()}
+    factors = {full_name(name, attribute) for name, module in grafted for attribute in module.lora_tensors()}
     copies = tuple(full_name(name, "lora_copy.") for name, module in grafted if isinstance(module, SavedCopy))
     if hidden := sorted(factors - state.keys()):
         raise AdapterError(f"'{hidden[0]}' is not in the model's state_dict: a wrapper inside renames its keys")
@@ -144,9 +144,9 @@ def iter_base(model: nn.Module) -> Iterator[BaseTensor]:
             ours = module.lora_all_names
             copies += (full_name(path, "lora_copy"),) if isinstance(module, SavedCopy) else ()
         saved = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-        for own, tensor in (*module._parameters.items(), *saved.items()):
-            if tensor is not None and own not in ours:
-                yield BaseTensor(full_name(path, own), module, own, tensor)
+        for attribute, tensor in (*module._parameters.items(), *saved.items()):
+            if tensor is not None and attribute not in ours:
+                yield BaseTensor(full_name(path, attribute), module, attribute, tensor)
 
 
 def _adapter_keys(model: nn.Module) -> set[str]:

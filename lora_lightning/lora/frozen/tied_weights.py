@@ -57,6 +57,6 @@ def _untie(model: nn.Module, still_tied: set[str]) -> None:
     for group in shared_parameters(model).values():
         loose = [(module, name) for module, name in group if f"{names[module]}.{name}".lstrip(".") not in still_tied]
         for module, name in loose[len(loose) == len(group) :]:
-            own = module._parameters[name]
-            assert own is not None
-            module._parameters[name] = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+            tied = module._parameters[name]
+            assert tied is not None
+            module._parameters[name] = nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad)

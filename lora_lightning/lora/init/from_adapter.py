@@ -139,9 +139,9 @@ def _keep_own_heads(
     Returns:
         The tensors, and why each such head keeps its own init.
     """
-    own, filled, left = adapter_tensors(model), dict(tensors), dict[str, str]()
+    present, filled, left = adapter_tensors(model), dict(tensors), dict[str, str]()
     for name in _head_names(model):
-        head = {keys[key]: tensor for key, tensor in own.items() if key.startswith(f"{full_name(name, COPY)}.")}
+        head = {keys[key]: tensor for key, tensor in present.items() if key.startswith(f"{full_name(name, COPY)}.")}
         others = [(tensors[k].shape, t.shape) for k, t in head.items() if k in tensors and tensors[k].shape != t.shape]
         if not head.keys() & tensors.keys():
             left[name] = "the adapter brings none"

@@ -41,15 +41,15 @@ def init_from_data(model: nn.Module, layers: Layers, init: str, data: Any, loss:
         _init_loftq(layers, data)
         return
     with _eval_mode(model):
-        found = _main_directions(model, layers, data) if init == "eva" else _gradients(model, layers, data, loss)
+        directions = _main_directions(model, layers, data) if init == "eva" else _gradients(model, layers, data, loss)
     for name, layer in layers:
-        if name not in found:
+        if name not in directions:
             raise LoRAError(f"init '{init}': the data never reached '{name}': give batches that use it, or exclude it")
         r, A = layer.lora_settings.r, layer.lora_A
         if init == "eva":
-            layer.set_init(*eva(found[name], layer.lora_B, r))
+            layer.set_init(*eva(directions[name], layer.lora_B, r))
         else:
-            layer.set_init(*lora_ga(found[name].to(A.dtype), r))
+            layer.set_init(*lora_ga(directions[name].to(A.dtype), r))
 
 
 def _init_loftq(layers: Layers, original: Any) -> None:

@@ -37,10 +37,10 @@ class ReadWeight(AdaptedLayer):
         return tuple(cls.adapted_parameters(module, settings))
 
     def lora_read(self, name: str) -> Tensor:
-        own = self._parameters[name]
-        assert own is not None
+        stored = self._parameters[name]
+        assert stored is not None
         is_there = self.lora_enabled and "lora_settings" in self.__dict__
-        return self.updated_weights()[name].to(own.dtype) if is_there else own
+        return self.updated_weights()[name].to(stored.dtype) if is_there else stored
 
     def base_weight(self) -> Tensor:
         weight = self._parameters["weight"]
@@ -101,8 +101,8 @@ class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
         taken = _own_parts(self, self.lora_settings)
         if taken is None:
             return dict(zip(PARTS, ((self.lora_A, B) for B in self.lora_B.chunk(3)), strict=True))
-        own = torch.split(self.lora_A, [_input_widths(self)[part] for part in taken], dim=1)
-        return dict(zip(taken, zip(own, torch.split(self.lora_B, self.embed_dim), strict=True), strict=True))
+        a_parts = torch.split(self.lora_A, [_input_widths(self)[part] for part in taken], dim=1)
+        return dict(zip(taken, zip(a_parts, torch.split(self.lora_B, self.embed_dim), strict=True), strict=True))
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         return super().factor_pairs() if _own_parts(self, self.lora_settings) is None else list(self._pairs().values())
@@ -178,7 +178,7 @@ def _switched_attribute(name: str, value: int) -> property:
     def read(module: Any) -> Any:
         return value if module.lora_enabled else module.__dict__[name]
 
-    return property(read, lambda module, own: module.__dict__.update({name: own}))
+    return property(read, lambda module, new: module.__dict__.update({name: new}))
 
 
 class EncoderLayerHost(Grafted, nn.TransformerEncoderLayer):

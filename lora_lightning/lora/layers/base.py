@@ -285,8 +285,8 @@ class AdaptedLayer(Grafted):
 
         A large weight comes part after part, so that one part's update is in memory at a time.
         """
-        ((name, own),) = self.adapted_parameters(self.lora_owner, self.lora_settings).items()
-        weight = own if scheme(self.lora_owner) is None else self.base_weight()
+        ((name, parameter),) = self.adapted_parameters(self.lora_owner, self.lora_settings).items()
+        weight = parameter if scheme(self.lora_owner) is None else self.base_weight()
         factor = None if self.lora_magnitude_vector is None else self.dora_factor()
         for place, part in self._parts(weight):
             delta = self.delta_weight(part)
@@ -302,7 +302,10 @@ class AdaptedLayer(Grafted):
         with _no_autocast(self.lora_A):  # the dtype of a weight must not change
             for name, _, before, delta in self.updates():
                 parts.setdefault(name, []).append(before + delta)
-        return {n: own[0] if len(own) == 1 else torch.cat(own, dim=self.part_dim or 0) for n, own in parts.items()}
+        return {
+            n: tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=self.part_dim or 0)
+            for n, tensors in parts.items()
+        }
 
     def update_bias(self) -> Tensor | None:
         """What a merge adds to the bias, in float32 or wider; None without `lora_bias`."""
@@ -341,8 +344,8 @@ class AdaptedLayer(Grafted):
 
     def to_peft(self) -> dict[str, Tensor]:
         """Our trained tensors in PEFT's layout, without loss."""
-        own = self.lora_tensors()
-        return {name: own[name] for name in AdaptedLayer.peft_keys("") if name in own}
+        tensors = self.lora_tensors()
+        return {name: tensors[name] for name in AdaptedLayer.peft_keys("") if name in tensors}
 
     def from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `to_peft`.

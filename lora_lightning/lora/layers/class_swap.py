@@ -44,8 +44,8 @@ class Grafted(nn.Module):
 
     def lora_tensors(self) -> dict[str, Tensor]:
         """The adapter's tensors that this module holds, by name, from every class that was grafted onto it."""
-        own = ((name, self._parameters.get(name, self._buffers.get(name))) for name in self.lora_all_names)
-        return {name: tensor for name, tensor in own if tensor is not None}
+        tensors = ((name, self._parameters.get(name, self._buffers.get(name))) for name in self.lora_all_names)
+        return {name: tensor for name, tensor in tensors if tensor is not None}
 
     def reset_lora_parameters(self) -> None:
         """Start the adapter's tensors anew, from what the module's own tensors are now."""
@@ -82,8 +82,8 @@ def _chain(cls: type[nn.Module]) -> tuple[type[nn.Module], list[tuple[type[Graft
         return cls, []
     assert issubclass(cls, Grafted)
     added, base, read = cls.grafted_from
-    own, grafts = _chain(base)
-    return own, [*grafts, (added, read)]
+    plain_class, grafts = _chain(base)
+    return plain_class, [*grafts, (added, read)]
 
 
 def own_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -124,8 +124,8 @@ def is_shard(tensor: Tensor | None) -> bool:
 
 def _reader(name: str) -> property:
     def read(module: Any) -> Tensor:
-        own = module._parameters.get(name)
-        value: Tensor = own if is_shard(own) else module.lora_read(name)
+        stored = module._parameters.get(name)
+        value: Tensor = stored if is_shard(stored) else module.lora_read(name)
         return value
 
     return property(read)
@@ -162,7 +162,7 @@ def ungraft(module: nn.Module, added: type[Grafted]) -> None:
     module.__class__ = cls  # type: ignore[assignment]
 
 
-def interpolate_(trained: Tensor, own: Tensor, strength: float, done: set[int]) -> None:
+def interpolate_(trained: Tensor, frozen: Tensor, strength: float, done: set[int]) -> None:
     """Make a tensor that trains in full `W0 + strength (W - W0)`, once; at 0 it is W0 to the bit.
 
     Whole numbers, such as a norm's count of batches, have nothing in between: they stay, and are W0's at 0.
@@ -170,7 +170,7 @@ def interpolate_(trained: Tensor, own: Tensor, strength: float, done: set[int]) 
     if id(trained) in done:
         return
     done.add(id(trained))
-    wide = own.to(trained.dtype)
+    wide = frozen.to(trained.dtype)
     if strength == 0:
         trained.copy_(wide)
     elif trained.is_floating_point():

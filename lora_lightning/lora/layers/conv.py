@@ -86,8 +86,8 @@ class _Conv(AdaptedLayer):
         if groups == 1 or A.dim() != self.lora_A.dim() or A.shape[1] % groups:
             return dict(tensors)
         wide = torch.unflatten(torch.unflatten(A, 1, (groups, -1)), 0, (groups, -1))
-        own = torch.arange(groups)
-        narrow = wide[own, :, own]
+        group = torch.arange(groups)
+        narrow = wide[group, :, group]
         if torch.count_nonzero(narrow) != torch.count_nonzero(A):
             raise AdapterError(
                 f"lora_A of a convolution with {groups} groups reaches across groups, as PEFT trains it: no weight"

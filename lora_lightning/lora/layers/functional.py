@@ -100,8 +100,8 @@ def without_groups(weight: Tensor, groups: int) -> Tensor:
         return weight
     out, channels, *kernel = weight.shape
     wide = weight.new_zeros(groups, out // groups, groups, channels, *kernel)
-    own = torch.arange(groups, device=weight.device)
-    wide[own, :, own] = torch.unflatten(weight, 0, (groups, -1))
+    group = torch.arange(groups, device=weight.device)
+    wide[group, :, group] = torch.unflatten(weight, 0, (groups, -1))
     return wide.flatten(2, 3).flatten(0, 1)
 
 

@@ -194,8 +194,8 @@ def _base_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: boo
     else:
         out = F.linear(x, weight, bias).contiguous()
     # The same memory, but no view in torch's books: a view that a function returns may not be written into.
-    own: Tensor = torch.empty(0, dtype=out.dtype, device=out.device).set_(out)  # type: ignore[call-overload]
-    return own
+    view: Tensor = torch.empty(0, dtype=out.dtype, device=out.device).set_(out)  # type: ignore[call-overload]
+    return view
 
 
 def _masks(rows: Tensor, dropped: int, seed: int) -> Iterator[tuple[slice, Tensor]]:

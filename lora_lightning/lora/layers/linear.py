@@ -23,8 +23,10 @@ CONV1D = "transformers.pytorch_utils.Conv1D"
 @functools.cache
 def _has_torchs_forward(cls: type) -> bool:
     """Whether the base layer's forward is torch's or transformers' own, on a weight that no property stands for."""
-    own = own_class(cls)
-    is_known = own.forward is nn.Linear.forward or f"{own.__module__}.{own.__qualname__}" == CONV1D
+    plain_class = own_class(cls)
+    is_known = (
+        plain_class.forward is nn.Linear.forward or f"{plain_class.__module__}.{plain_class.__qualname__}" == CONV1D
+    )
     bases = [base for base in cls.__mro__ if base is not TrainedBias]  # whose copy is asked for by name
     return is_known and not any(name in vars(base) for base in bases for name in ("weight", "bias"))
 
@@ -82,13 +84,13 @@ class _Projection(AdaptedLayer):
 
     def _fuses(self, x: Any) -> bool:
         """Whether the base layer's product is torch's own, with a frozen W0; else the eager form is taken."""
-        own: dict[str, Any] = self._parameters
-        weight = own.get("weight")
+        parameters: dict[str, Any] = self._parameters
+        weight = parameters.get("weight")
         # Some wrappers, such as DataParallel, hang plain tensors where the parameters were.
-        if weight is None or weight.requires_grad or not own.keys() >= {"bias", "lora_A", "lora_B"}:
+        if weight is None or weight.requires_grad or not parameters.keys() >= {"bias", "lora_A", "lora_B"}:
             return False
         return (
-            can_fuse(x, weight, *own.values(), *self._buffers.values())
+            can_fuse(x, weight, *parameters.values(), *self._buffers.values())
             and _has_torchs_forward(type(self))  # type: ignore[arg-type]  # mypy takes no metaclass for hashable
             and drops_by_bytes(self.lora_settings.dropout)
         )

@@ -75,13 +75,13 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _check(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
-    own, stored = model.state_dict(), checkpoint.stored
+    state, stored = model.state_dict(), checkpoint.stored
     problems = [f"no '{names[0]}'" for names in names_by_tensor(model) if not any(name in stored for name in names)]
-    problems += [f"'{key}', which the module has not" for key in stored if key not in own]
+    problems += [f"'{key}', which the module has not" for key in stored if key not in state]
     problems += [
-        f"'{key}' of shape {stored[key].shape} instead of {tuple(own[key].shape)}"
+        f"'{key}' of shape {stored[key].shape} instead of {tuple(state[key].shape)}"
         for key in stored
-        if key in own and stored[key].shape != tuple(own[key].shape)
+        if key in state and stored[key].shape != tuple(state[key].shape)
     ]
     if problems:
         raise LoRAError(f"{path} does not fit {type(model).__name__}: it has {first_few(problems)}")

@@ -54,7 +54,7 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
         )
     base = files.base(model)
     sources = {name: one for one in empty if (name := _source(base, one)) is not None}
-    if without := [one.names[0] for one in empty if not any(one is found for found in sources.values())]:
+    if without := [one.names[0] for one in empty if not any(one is source for source in sources.values())]:
         raise LoRAError(
             f"{files.checkpoint.directory} has no values for {len(without)} tensors of {type(model).__name__} that are"
             f" on the meta device: {first_few(without)}"
@@ -68,15 +68,15 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
 
 
 def _empty_tensors(model: nn.Module) -> list[Empty]:
-    found: dict[int, Empty] = {}
+    empties: dict[int, Empty] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if tensor is not None and tensor.is_meta:
-                    one = found.setdefault(id(tensor), Empty(tensor))
+                    one = empties.setdefault(id(tensor), Empty(tensor))
                     one.names.append(f"{path}.{name}".removeprefix("."))
                     one.places.append((store, name))
-    return list(found.values())
+    return list(empties.values())
 
 
 def _source(base: Base, one: Empty) -> str | None:

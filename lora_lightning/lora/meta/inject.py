@@ -39,28 +39,31 @@ OF_W0 = ("lora_A0", "lora_B0")
 def hold_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the block, `model` holds these tensors under these names, in place of those on the meta device."""
     places = {name: place_of(model, name) for name in tensors}
-    before = {name: store[own] for name, (store, own) in places.items()}
+    before = {name: store[key] for name, (store, key) in places.items()}
     try:
-        for name, (store, own) in places.items():
+        for name, (store, key) in places.items():
             is_parameter = isinstance(before[name], nn.Parameter)
-            store[own] = nn.Parameter(tensors[name], requires_grad=False) if is_parameter else tensors[name]
+            store[key] = nn.Parameter(tensors[name], requires_grad=False) if is_parameter else tensors[name]
         yield
     finally:
-        for name, (store, own) in places.items():
-            store[own] = before[name]
+        for name, (store, key) in places.items():
+            store[key] = before[name]
 
 
 def place_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     """The store that holds a tensor of the model, and its key there."""
-    path, _, own = name.rpartition(".")
+    path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    return module._parameters if own in module._parameters else module._buffers, own
+    return module._parameters if attribute in module._parameters else module._buffers, attribute
 
 
 def adapted_names(path: str, layer: AdaptedLayer) -> dict[str, str]:
     """The names in the model of the tensors of W0 that a layer at `path` adapts, by their names in their module."""
     owner = path if layer.lora_owner is layer else layer.lora_name(path).rpartition(".")[0]
-    return {own: full_name(owner, own) for own in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)}
+    return {
+        attribute: full_name(owner, attribute)
+        for attribute in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
+    }
 
 
 @torch.no_grad()
@@ -70,9 +73,9 @@ def start_from_present(layer: AdaptedLayer) -> None:
         return
     loaded = {name: tensor.clone() for name, tensor in layer.lora_tensors().items() if name not in OF_W0}
     layer.reset_lora_parameters()
-    own = layer.lora_tensors()
+    tensors = layer.lora_tensors()
     for name, tensor in loaded.items():
-        own[name].copy_(tensor)
+        tensors[name].copy_(tensor)
 
 
 @torch.no_grad()
@@ -131,7 +134,7 @@ def _names_to_start(model: nn.Module, path: str, module: Grafted) -> list[str]:
     if isinstance(module, TokenRows):
         names.append(full_name(path, "weight"))
     if isinstance(module, SavedCopy):
-        names += [full_name(path, own) for own in module.lora_copy.state_dict()]
+        names += [full_name(path, attribute) for attribute in module.lora_copy.state_dict()]
     return [name for name in names if (place := place_of(model, name))[0][place[1]].is_meta]
 
 

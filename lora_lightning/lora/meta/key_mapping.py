@@ -54,11 +54,11 @@ def single_group(key: str, name: str) -> Group:
 
 def names_by_tensor(model: nn.Module) -> list[list[str]]:
     """The names of each tensor in the model's state dict: several where it is tied."""
-    found: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
-            found.setdefault(id(tensor), []).append(name)
-    return list(found.values())
+            names.setdefault(id(tensor), []).append(name)
+    return list(names.values())
 
 
 class Base:
@@ -100,14 +100,14 @@ class Base:
         """Untie what the files hold twice with different values, as loading does."""
         names = {module: name for name, module in model.named_modules()}
         for places in shared_parameters(model).values():
-            there = [(m, own, f"{names[m]}.{own}".removeprefix(".")) for m, own in places]
+            there = [(m, attribute, f"{names[m]}.{attribute}".removeprefix(".")) for m, attribute in places]
             there = [place for place in there if place[2] in self.of_name]
-            for module, own, name in there[1:]:
+            for module, attribute, name in there[1:]:
                 first, other = self(there[0][2]), self(name)
                 if first is not None and other is not None and not torch.equal(first, other):
-                    parameter = module._parameters[own]
+                    parameter = module._parameters[attribute]
                     assert parameter is not None
-                    module._parameters[own] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+                    module._parameters[attribute] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
         self.forget()
 
     def refuse_other_shapes(self, state: Mapping[str, Tensor], brought: Collection[str]) -> None:
@@ -163,9 +163,9 @@ class WeightFiles:
         base, state = self.base(model), model.state_dict()
 
         def read(name: str) -> Tensor | None:
-            found = base(name)
+            tensor = base(name)
             base.forget()
-            return None if found is None else found.to(state[name].dtype)
+            return None if tensor is None else tensor.to(state[name].dtype)
 
         return read
 
@@ -177,8 +177,8 @@ def keep_files(model: nn.Module, files: WeightFiles) -> None:
 
 def files_of(model: nn.Module) -> WeightFiles | None:
     """Where the model's weights lie; None for a model that has them, or that came from elsewhere."""
-    found = model.__dict__.get(ATTRIBUTE)
-    return found if isinstance(found, WeightFiles) else None
+    files = model.__dict__.get(ATTRIBUTE)
+    return files if isinstance(files, WeightFiles) else None
 
 
 class BaseCheck:
@@ -229,10 +229,10 @@ class BaseCheck:
 
     def _has_digest(self, tensor: Tensor, digests: set[str]) -> bool:
         """Whether the tensor, in its own dtype or as the adapter's base was loaded in another, has these digests."""
-        own = [tensor.dtype]
+        dtypes = [tensor.dtype]
         if tensor.is_floating_point():
-            own += [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-        for dtype in dict.fromkeys([self.dtype, *own] if self.dtype in own else own):
+            dtypes += [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+        for dtype in dict.fromkeys([self.dtype, *dtypes] if self.dtype in dtypes else dtypes):
             assert dtype is not None
             if set(fingerprint_of_tensors({"": tensor.to(dtype)}).tensors.values()) == digests:
                 self.dtype = dtype

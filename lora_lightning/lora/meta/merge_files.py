@@ -161,11 +161,11 @@ class StreamedMerge:
 
     def _header(self, key: str, state: dict[str, Tensor]) -> Stored:
         at, names = self.checkpoint.stored[key], self._names(key)
-        own = DTYPES.get(at.dtype)
-        if own is None:
+        dtype = DTYPES.get(at.dtype)
+        if dtype is None:
             return Stored(dtype=at.dtype, shape=at.shape, size=at.size)
         alone = len(names) == 1 and len(self.base.of_key[key].stored) == 1 and names[0] in self.changed
-        return self._stored_size(own, tuple(state[names[0]].shape) if alone else at.shape)
+        return self._stored_size(dtype, tuple(state[names[0]].shape) if alone else at.shape)
 
     def _stored_size(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
         dtype = self._target_dtype(dtype)
@@ -217,7 +217,7 @@ class StreamedMerge:
         if name not in self.made:
             done = self.changes.makers[maker]()
             self.base.forget()
-            self.made |= {wanted: done[own] for wanted in self.wanted if (own := self.changed[wanted]) in done}
+            self.made |= {wanted: done[source] for wanted in self.wanted if (source := self.changed[wanted]) in done}
         return self.made.pop(name)
 
 
@@ -248,15 +248,15 @@ class Changes:
                 self._add(path, module)
 
     def _add_copy(self, path: str, module: SavedCopy) -> None:
-        for own, tensor in module.lora_copy.state_dict(keep_vars=True).items():
-            name = full_name(path, own)
+        for attribute, tensor in module.lora_copy.state_dict(keep_vars=True).items():
+            name = full_name(path, attribute)
             self.makers[name] = lambda n=name, t=tensor: {n: t.detach()}  # type: ignore[misc]
             self.parts[name] = id(tensor)
 
     def _add(self, path: str, module: Grafted) -> None:
         parts: dict[str, Hashable] = {}
         if isinstance(module, AdaptedLayer):
-            parts |= {name: (id(module), own) for own, name in adapted_names(path, module).items()}
+            parts |= {name: (id(module), attribute) for attribute, name in adapted_names(path, module).items()}
             parts |= {full_name(path, "bias"): id(module)} if module.lora_B_bias is not None else {}
         if isinstance(module, TrainedBias):
             parts[full_name(path, "bias")] = id(module.lora_trained_bias)
@@ -277,7 +277,7 @@ class Changes:
             if isinstance(module, AdaptedLayer) and share is not None:
                 self.kept[module.lora_name(path)] = share
             places = {name: place_of(self.model, name) for name in names}
-            return {name: store[own].detach() for name, (store, own) in places.items()}
+            return {name: store[key].detach() for name, (store, key) in places.items()}
 
     def _must_read(self, name: str, *, wide: bool) -> Tensor:
         """W0's tensor; `wide`: in the wider of its dtype and that of the results, so that it is rounded once."""
@@ -295,11 +295,11 @@ def apply_ties(plain: nn.Module, parts: Mapping[str, Hashable]) -> list[str]:
     ties = shared_parameters(plain)
     fresh: dict[Hashable, nn.Parameter] = {}
     for name, part in parts.items():
-        module, _, own = name.rpartition(".")
+        module, _, attribute = name.rpartition(".")
         place = plain.get_submodule(module)._parameters
-        before = place.get(own)
+        before = place.get(attribute)
         if before is not None:  # else a buffer, which is not tied
-            place[own] = fresh.setdefault(part, nn.Parameter(torch.empty_like(before), requires_grad=False))
+            place[attribute] = fresh.setdefault(part, nn.Parameter(torch.empty_like(before), requires_grad=False))
     untied = untied_since(plain, ties)
     if untied:
         untie_config(plain)

@@ -57,12 +57,12 @@ def _is_composed(module: nn.Module) -> bool:
 
 def _is_repeated(block: nn.Module, others: dict[str, nn.Module]) -> bool:
     """Whether most of the block's tensors have the shape that they have in another one."""
-    cls, own = own_class(type(block)), _shapes(block)
+    cls, shapes = own_class(type(block)), _shapes(block)
     for other in others.values():
         if other is not block and own_class(type(other)) is cls:
             theirs = _shapes(other)
-            alike = sum(theirs.get(name) == shape for name, shape in own.items())
-            if 2 * alike > min(len(own), len(theirs)):
+            alike = sum(theirs.get(name) == shape for name, shape in shapes.items())
+            if 2 * alike > min(len(shapes), len(theirs)):
                 return True
     return False
 

@@ -49,20 +49,20 @@ BYPASSES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 def _children_read(parent: type[nn.Module]) -> frozenset[str]:
     """Names of the children whose weight the class reads."""
-    found: set[str] = set()
+    names: set[str] = set()
     for cls in parent.__mro__:
         for package, pattern, children in BYPASSES:
             if re.fullmatch(rf"{package}\.(?:.+\.)?(?:{pattern})", f"{cls.__module__}.{cls.__qualname__}"):
-                found.update(children)
-    return frozenset(found)
+                names.update(children)
+    return frozenset(names)
 
 
 def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
     """Modules whose parent reads their weight, each with the reason not to adapt it."""
     bypassed: dict[nn.Module, str] = {}
     for module in names:
-        own = {"out_proj"} if _reads_out_proj(module) else set()
-        for child in own | _children_read(type(module)):
+        always = {"out_proj"} if _reads_out_proj(module) else set()
+        for child in always | _children_read(type(module)):
             read = module._modules.get(child)
             if read is not None and kind_of(read) is not None:
                 reason = f"{type(module).__name__} reads its weight and may never call it, so an adapter there would be"

@@ -151,7 +151,7 @@ def _modules_to_save(names: Names, config: LoRAConfig, bypassed: dict[nn.Module,
     for name, module in outermost:
         if module in bypassed:
             raise TargetError(f"modules_to_save: cannot train '{name}': {bypassed[module]}")
-        if quantized := [own for own, inner in module.named_modules() if scheme(inner)]:
+        if quantized := [inner_name for inner_name, inner in module.named_modules() if scheme(inner)]:
             inside = f"{name}.{quantized[0]}".removesuffix(".")
             raise TargetError(
                 f"modules_to_save: '{inside}' is quantized, and a copy of it cannot train: leave it out of the"
@@ -173,14 +173,14 @@ def _target_modules(
     inside_saved = selection.inside_saved
     candidates = {m: group for m, group in names.items() if m not in inside_saved}
     if config.target_modules == ALL_LINEAR:
-        found = _all_linear(model, candidates, unfit, selection)
+        targets = _all_linear(model, candidates, unfit, selection)
     else:
-        found = _by_name(model, names, candidates, config, unfit)
+        targets = _by_name(model, names, candidates, config, unfit)
     excluded, everything = config.exclude_modules or [], all_names(names.values())
     for entry in [excluded] if isinstance(excluded, str) else excluded:
         if not any(matches([entry] if isinstance(excluded, list) else entry, name) for name in everything):
             raise TargetError(no_match("exclude_modules", entry, everything, is_regex=isinstance(excluded, str)))
-    return [f for f in found if not any(matches(excluded, name) for name in f.names)]
+    return [f for f in targets if not any(matches(excluded, name) for name in f.names)]
 
 
 def _by_name(
@@ -188,7 +188,7 @@ def _by_name(
 ) -> list[Target]:
     preset = preset_pattern(model, config.target_modules)
     pattern = config.target_modules if preset is None else preset
-    found: list[Target] = []
+    targets: list[Target] = []
     used: set[str] = set()
     for module, group in candidates.items():
         hits = matches_any(pattern, group)
@@ -199,11 +199,11 @@ def _by_name(
             raise TargetError(f"cannot adapt '{group[0]}': {unfit[module]}")
         if kind_of(module) is None:
             raise TargetError(_unknown_kind(group[0], module, hits[0], candidates))
-        found.append(Target(group, module, hits[0] if preset is None else str(config.target_modules)))
+        targets.append(Target(group, module, hits[0] if preset is None else str(config.target_modules)))
     for entry in [pattern] if isinstance(pattern, str) else pattern:
         if entry not in used:
             raise TargetError(_unused_target(entry, pattern, names, candidates))
-    return found
+    return targets
 
 
 def _unused_target(entry: str, pattern: str | list[str], names: Names, candidates: Names) -> str:
@@ -219,7 +219,7 @@ def _unused_target(entry: str, pattern: str | list[str], names: Names, candidate
 
 def _all_linear(model: nn.Module, candidates: Names, unfit: dict[nn.Module, str], selection: Selection) -> list[Target]:
     heads = output_head(model)
-    found: list[Target] = []
+    targets: list[Target] = []
     for module, group in candidates.items():
         kind = kind_of(module)
         if kind is None or not kind.linear_like:
@@ -229,57 +229,57 @@ def _all_linear(model: nn.Module, candidates: Names, unfit: dict[nn.Module, str]
         elif module in unfit:
             selection.skipped[group[0]] = unfit[module]
         else:
-            found.append(Target(group, module, ALL_LINEAR))
-    return found
+            targets.append(Target(group, module, ALL_LINEAR))
+    return targets
 
 
 def _stacks(targets: list[Target], names: Names, config: LoRAConfig, selection: Selection) -> list[str]:
     """Parameters that hold a matrix for each expert and are not adapted: `all-linear` sees modules alone."""
     taken, inside_saved = {(target.module, target.parameter) for target in targets}, selection.inside_saved
-    layers, found = config.layers_to_transform, []
+    layers, stacks = config.layers_to_transform, []
     for module, group in names.items():
         if kind_of(module) is not None or module in inside_saved or type(module).__module__.startswith("torch."):
             continue
-        for own, p in module._parameters.items():
-            if p is None or is_lazy(p) or p.dim() != 3 or min(p.shape) < 2 or (module, own) in taken:
+        for attribute, p in module._parameters.items():
+            if p is None or is_lazy(p) or p.dim() != 3 or min(p.shape) < 2 or (module, attribute) in taken:
                 continue
-            places = [full_name(name, own) for name in group]
+            places = [full_name(name, attribute) for name in group]
             outside = isinstance(layers, list) and block_number(places[0]) not in layers
             if not outside and not any(matches(config.exclude_modules or [], name) for name in (*places, *group)):
-                found.append(places[0])
-    return found
+                stacks.append(places[0])
+    return stacks
 
 
 def _target_parameters(names: Names, config: LoRAConfig, selection: Selection) -> list[Target]:
     """The parameters that `target_parameters` selects and `exclude_modules` leaves."""
     entries, inside_saved = config.target_parameters or [], selection.inside_saved
-    used, known, found = set[str](), list[str](), list[Target]()
+    used, known, targets = set[str](), list[str](), list[Target]()
     for module, group in names.items() if entries else ():
-        for own in module._parameters if module not in inside_saved else ():
-            places = [full_name(name, own) for name in group]
+        for attribute in module._parameters if module not in inside_saved else ():
+            places = [full_name(name, attribute) for name in group]
             known += places
             hits = matches_any(entries, places)
             used.update(hits)
             excluded = any(matches(config.exclude_modules or [], name) for name in places)
-            if hits and module._parameters[own] is not None and not excluded:
-                found.append(Target(places, module, hits[0], own))
+            if hits and module._parameters[attribute] is not None and not excluded:
+                targets.append(Target(places, module, hits[0], attribute))
     for entry in entries:
         if entry not in used:
             raise TargetError(no_match("target_parameters", entry, known, what="parameter"))
-    return found
+    return targets
 
 
-def _in_layers(found: list[Target], config: LoRAConfig) -> list[Target]:
+def _in_layers(targets: list[Target], config: LoRAConfig) -> list[Target]:
     layers = config.layers_to_transform
     if layers is None:
-        return found
+        return targets
     assert isinstance(layers, list)
-    numbers = [block_number(f.names[0]) for f in found]
+    numbers = [block_number(f.names[0]) for f in targets]
     there = sorted({n for n in numbers if n is not None})
     if missing := sorted(set(layers) - set(there)):
         blocks = f"{there[0]} to {there[-1]}" if there else "none: no selected module has a number in its name"
         raise TargetError(f"layers_to_transform: no selected module is in block {missing[0]}; blocks there: {blocks}")
-    return [f for f, n in zip(found, numbers, strict=True) if n in layers]
+    return [f for f, n in zip(targets, numbers, strict=True) if n in layers]
 
 
 def _biases(model: nn.Module, config: LoRAConfig, selection: Selection, *, required: bool) -> list[nn.Module]:

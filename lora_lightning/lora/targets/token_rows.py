@@ -33,11 +33,11 @@ def token_targets(
     if not wanted:
         return []
     if isinstance(wanted, dict):
-        found = [(_by_name(entry, names), numbers) for entry, numbers in wanted.items()]
+        embeddings = [(_by_name(entry, names), numbers) for entry, numbers in wanted.items()]
     else:
-        found = [(_input_embedding(model, names), wanted)]
+        embeddings = [(_input_embedding(model, names), wanted)]
     targets = []
-    for module, tokens in found:
+    for module, tokens in embeddings:
         name, numbers = names[module][0], [_number(model, token) for token in tokens]
         if reason := token_refusal(module, numbers):
             raise TargetError(f"trainable_token_indices: '{name}' {reason}")

@@ -98,8 +98,8 @@ class _GradientInForward(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, by_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # In float32: a loss scaler's factor is beyond float16, and bfloat16's rounding of it would go into every entry.
-        own = [None if g is None else (g.to(by_loss.dtype) * by_loss).to(g.dtype) for g in ctx.saved_tensors]
-        return (*own, None, None)
+        gradients = [None if g is None else (g.to(by_loss.dtype) * by_loss).to(g.dtype) for g in ctx.saved_tensors]
+        return (*gradients, None, None)
 
 
 def loss_in_chunks(

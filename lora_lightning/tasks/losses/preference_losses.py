@@ -77,10 +77,10 @@ def preference_losses(policy: LogProbs, reference: LogProbs | None, terms: Prefe
         reference: the same under the frozen one; None for the losses that need none.
         terms: of the loss.
     """
-    own = policy.mean if terms.loss in OF_MEANS else policy.total
+    policy_scores = policy.mean if terms.loss in OF_MEANS else policy.total
     if reference is not None:
-        own = own - (reference.mean if terms.loss in OF_MEANS else reference.total)
-    chosen, rejected = own.chunk(2)
+        policy_scores = policy_scores - (reference.mean if terms.loss in OF_MEANS else reference.total)
+    chosen, rejected = policy_scores.chunk(2)
     loss = _loss(chosen, rejected, terms)
     if terms.rpo_alpha:
         loss = loss - terms.rpo_alpha * policy.mean.chunk(2)[0]

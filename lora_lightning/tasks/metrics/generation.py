@@ -47,8 +47,8 @@ class Rouge(Metric):
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        for text, own in zip(texts, references, strict=True):
-            score = rouge_score([text], [list(own)], rouge_keys=self.key)
+        for text, targets in zip(texts, references, strict=True):
+            score = rouge_score([text], [list(targets)], rouge_keys=self.key)
             self.total += score[f"{self.key}_fmeasure"].to(self.total.device)
         self.count += len(texts)
 
@@ -72,7 +72,7 @@ class ExactMatch(Metric):
 
     def update(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
         pairs = zip(texts, references, strict=True)
-        self.matches += sum(text.strip() in {reference.strip() for reference in own} for text, own in pairs)
+        self.matches += sum(text.strip() in {reference.strip() for reference in targets} for text, targets in pairs)
         self.count += len(texts)
 
     def compute(self) -> Tensor:

@@ -19,7 +19,7 @@ AT_ONCE = 1024
 
 
 def info_nce(
-    anchors: Tensor, candidates: Tensor, own: Tensor, groups: Tensor, temperature: Tensor | float = 1.0
+    anchors: Tensor, candidates: Tensor, positive_rows: Tensor, groups: Tensor, temperature: Tensor | float = 1.0
 ) -> Tensor:
     """Each anchor's `-log softmax(sim / temperature)` at its own candidate (arXiv 1807.03748), (n,).
 
@@ -35,11 +35,11 @@ def info_nce(
     with torch.autocast(anchors.device.type, enabled=False):
         wide = wide_dtype(anchors)
         logits = anchors.to(wide) @ candidates.to(wide).T / temperature
-        logits = logits.masked_fill(_also_right(own, groups), -torch.inf)
-        return F.cross_entropy(logits, own, reduction="none")
+        logits = logits.masked_fill(_also_right(positive_rows, groups), -torch.inf)
+        return F.cross_entropy(logits, positive_rows, reduction="none")
 
 
-def ranks(anchors: Tensor, candidates: Tensor, own: Tensor, groups: Tensor) -> Tensor:
+def ranks(anchors: Tensor, candidates: Tensor, positive_rows: Tensor, groups: Tensor) -> Tensor:
     """Of each anchor's own candidate: 1 and the number of other groups with a candidate that is nearer, (n,).
 
     An equally near one counts a half, so that a model which makes all texts alike has not found anything.
@@ -48,15 +48,15 @@ def ranks(anchors: Tensor, candidates: Tensor, own: Tensor, groups: Tensor) -> T
     numbers = torch.unique(groups, return_inverse=True)[1]
     nearest = logits.new_full((len(anchors), int(numbers.max()) + 1), -torch.inf)
     nearest.scatter_reduce_(1, numbers.expand(len(anchors), -1), logits, "amax")
-    nearest.scatter_(1, numbers[own].unsqueeze(1), -torch.inf)
-    right = logits.gather(1, own.unsqueeze(1))
+    nearest.scatter_(1, numbers[positive_rows].unsqueeze(1), -torch.inf)
+    right = logits.gather(1, positive_rows.unsqueeze(1))
     return 1 + (nearest > right).sum(1) + (nearest == right).sum(1) / 2
 
 
-def _also_right(own: Tensor, groups: Tensor) -> Tensor:
+def _also_right(positive_rows: Tensor, groups: Tensor) -> Tensor:
     """(n, m): of the own candidate's group, and not it."""
-    same = groups[own].unsqueeze(1) == groups.unsqueeze(0)
-    return same.scatter(1, own.unsqueeze(1), False)
+    same = groups[positive_rows].unsqueeze(1) == groups.unsqueeze(0)
+    return same.scatter(1, positive_rows.unsqueeze(1), False)
 
 
 class Retrieval(Metric):
@@ -104,13 +104,13 @@ class Retrieval(Metric):
         groups = number_singles(torch.cat([dim_zero_cat(self.groups), *_all(self.extra_groups)]))
         every = torch.arange(len(anchors), device=anchors.device)
         if self.figure == "loss":
-            losses = _in_parts(lambda a, own: info_nce(a, candidates, own, groups), anchors, every)
+            losses = _in_parts(lambda a, rows: info_nce(a, candidates, rows, groups), anchors, every)
             if self.symmetric:
                 back = groups[: len(every)]
-                other = _in_parts(lambda p, own: info_nce(p, anchors, own, back), positives, every)
+                other = _in_parts(lambda p, rows: info_nce(p, anchors, rows, back), positives, every)
                 losses = (losses + other) / 2
             return losses.mean()
-        ranked = _in_parts(lambda a, own: ranks(a, candidates, own, groups), anchors, every)
+        ranked = _in_parts(lambda a, rows: ranks(a, candidates, rows, groups), anchors, every)
         if self.figure == "mrr":
             return ranked.reciprocal().mean()
         return (ranked <= int(self.figure.partition("@")[2])).to(ranked.dtype).mean()
@@ -119,8 +119,8 @@ class Retrieval(Metric):
 def number_singles(groups: Tensor) -> Tensor:
     """Give each -1 a group number of its own."""
     alone = groups < 0
-    own = groups.max().clamp(min=-1) + 1 + alone.cumsum(0)
-    return torch.where(alone, own, groups)
+    singles = groups.max().clamp(min=-1) + 1 + alone.cumsum(0)
+    return torch.where(alone, singles, groups)
 
 
 def _all(states: list[Tensor] | Tensor) -> list[Tensor]:
@@ -128,7 +128,7 @@ def _all(states: list[Tensor] | Tensor) -> list[Tensor]:
     return [dim_zero_cat(states)] if len(states) else []
 
 
-def _in_parts(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, own: Tensor) -> Tensor:
+def _in_parts(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, positive_rows: Tensor) -> Tensor:
     return torch.cat(
-        [function(r, o) for r, o in zip(torch.split(rows, AT_ONCE), torch.split(own, AT_ONCE), strict=True)]
+        [function(r, o) for r, o in zip(torch.split(rows, AT_ONCE), torch.split(positive_rows, AT_ONCE), strict=True)]
     )

@@ -65,8 +65,8 @@ class Offload:
                 rank_zero_info("offload_activations: this run is on a CPU already, so that nothing has to be moved")
             yield
             return
-        own = (*self.model.parameters(), *self.model.buffers())
-        weights = {tensor.untyped_storage().data_ptr() for tensor in own if _is_plain(tensor)}
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        weights = {tensor.untyped_storage().data_ptr() for tensor in tensors if _is_plain(tensor)}
         # By the tensor's identity: the reference says whether it is still the same one.
         seen: dict[int, tuple[weakref.ref[Tensor], int, Waiting]] = {}
         self.moved = 0

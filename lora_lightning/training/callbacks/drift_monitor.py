@@ -87,8 +87,10 @@ class DriftMonitor(EveryNSteps):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self._source(pl_module) == RUN:
             loader = next(loaders_of(data))
-            found = loader[0] if isinstance(loader, list | tuple) else loader
-            batches = [trainer.precision_plugin.convert_input(move_data_to_device(b, pl_module.device)) for b in found]
+            first_loader = loader[0] if isinstance(loader, list | tuple) else loader
+            batches = [
+                trainer.precision_plugin.convert_input(move_data_to_device(b, pl_module.device)) for b in first_loader
+            ]
             tokenizer = getattr(data, "tokenizer", None)
             self._batches, self._names = run_batches(batches, pl_module.task, pl_module.backbone, tokenizer, self.count)
             # A sharded model runs in all processes at once, of which one may have a batch less.
@@ -100,7 +102,7 @@ class DriftMonitor(EveryNSteps):
     def look(self, trainer: Trainer, module: LoRAModule, step: int) -> None:
         """All processes run the model, since a sharded one needs them all; each logger writes in the first."""
         forward = trainer.precision_plugin.forward_context
-        (found,) = measure_drift(module.backbone, self._batches, self._names, forward=forward).values()
-        self.last = {f"drift/{name}": mean.value for name, mean in found.figures.items()}
+        (drift,) = measure_drift(module.backbone, self._batches, self._names, forward=forward).values()
+        self.last = {f"drift/{name}": mean.value for name, mean in drift.figures.items()}
         for logger in trainer.loggers:
             logger.log_metrics(self.last, step=step)

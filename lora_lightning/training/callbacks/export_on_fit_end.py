@@ -104,11 +104,11 @@ def export_module(
     module: LoRAModule, datamodule: Any, target: Path, *, batch: dict[str, Any] | None, **options: Any
 ) -> ExportReport:
     """Export the module's backbone, with the DataModule's tokenizer, image processor and labels beside it."""
-    own: dict[str, Any] = {
+    extras: dict[str, Any] = {
         name: getattr(datamodule, name, None) for name in ("tokenizer", "image_processor", "label_names")
     }
     w0, example = module.w0_fingerprint(), module.example_input_array
-    return export(module.backbone, module.task, w0, target, batch=batch, example=example, **options, **own)
+    return export(module.backbone, module.task, w0, target, batch=batch, example=example, **options, **extras)
 
 
 def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:

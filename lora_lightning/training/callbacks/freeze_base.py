@@ -190,12 +190,12 @@ def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
 
 def _missed_shards(trains: list[tuple[str, nn.Parameter]]) -> list[str]:
     """FSDP2 gives zeros to what no process's backward reached; of a fresh adapter A has them too, for B is zero."""
-    own = [(name, p) for name, p in trains if isinstance(p.grad, DTensor) and not name.endswith("lora_A")]
-    if not own:
+    shards = [(name, p) for name, p in trains if isinstance(p.grad, DTensor) and not name.endswith("lora_A")]
+    if not shards:
         return []
-    zero = {name for name, p in own if p.grad is not None and not local_shard(p.grad).any()}
+    zero = {name for name, p in shards if p.grad is not None and not local_shard(p.grad).any()}
     everywhere = set.intersection(*gather(zero))
-    return [] if len(everywhere) == len(own) else sorted(everywhere)  # a batch of no units gives zeros to all
+    return [] if len(everywhere) == len(shards) else sorted(everywhere)  # a batch of no units gives zeros to all
 
 
 def _lora_module(module: LightningModule) -> LoRAModule:

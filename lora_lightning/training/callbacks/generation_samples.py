@@ -162,8 +162,8 @@ def generate_answers(
 
 def stop_tokens(backbone: nn.Module, data: GivesPrompts) -> list[int]:
     """What ends an answer: the data's own ends of turns, and what the model stops at anyway."""
-    own: Any = backbone.generation_config.eos_token_id  # type: ignore[union-attr]
-    return sorted({*data.stop_token_ids, *([own] if isinstance(own, int) else own or [])})
+    eos: Any = backbone.generation_config.eos_token_id  # type: ignore[union-attr]
+    return sorted({*data.stop_token_ids, *([eos] if isinstance(eos, int) else eos or [])})
 
 
 def page_of(samples: list[Sample]) -> str:

@@ -52,8 +52,8 @@ def parts_of_gradients(module: LightningModule, optimizer: Optimizer) -> dict[st
         "B": [layer.lora_B.grad for layer in layers],
         "all": [p.grad for group in optimizer.param_groups for p in group["params"]],
     }
-    by_part = {name: [gradient for gradient in own if gradient is not None] for name, own in parts.items()}
-    return {name: own for name, own in by_part.items() if own}
+    by_part = {name: [gradient for gradient in gradients if gradient is not None] for name, gradients in parts.items()}
+    return {name: gradients for name, gradients in by_part.items() if gradients}
 
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:

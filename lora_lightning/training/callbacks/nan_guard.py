@@ -99,9 +99,9 @@ def rows_of(trainer: Trainer, batch_idx: int) -> list[int]:
     if len(table) != sampler.count or ROW not in table.column_names:  # cut or packed: rows are no rows of the file
         return []
     size = sampler.block // sampler.num_replicas
-    own = sampler.order()[sampler.rank :: sampler.num_replicas][batch_idx * size : (batch_idx + 1) * size]
+    indices = sampler.order()[sampler.rank :: sampler.num_replicas][batch_idx * size : (batch_idx + 1) * size]
     numbers = table[ROW]
-    return [numbers[i] for i in own]
+    return [numbers[i] for i in indices]
 
 
 def first_bad_layer(module: LightningModule, batch: Any) -> str | None:

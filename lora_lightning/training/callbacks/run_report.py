@@ -123,11 +123,11 @@ class RunReport(Callback):
         """All processes bring theirs together; the first one writes."""
         if self._classes is None:
             return
-        own, *others = gather(self._classes)
+        counts, *others = gather(self._classes)
         if folder is None or not trainer.is_global_zero:
             return
         names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-        figures = own.join(others).to_dict(None if names is None else list(names))
+        figures = counts.join(others).to_dict(None if names is None else list(names))
         write_bytes(folder / CLASSES.format(stage=stage), (json.dumps(figures) + "\n").encode())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

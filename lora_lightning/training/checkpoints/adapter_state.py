@@ -141,7 +141,7 @@ def refuse_other_config(checkpoint: Mapping[str, Any], config: LoRAConfig) -> No
             )
 
 
-def refuse_misfits(module: nn.Module, own: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def refuse_misfits(module: nn.Module, expected: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Raise unless a checkpoint's tensors are the adapter's, by keys and shapes.
 
     Args:
@@ -151,15 +151,15 @@ def refuse_misfits(module: nn.Module, own: Mapping[str, Any], state: Mapping[str
     Raises:
         AdapterError: with what is missing, left over or wrongly shaped.
     """
-    own = {plain_name(module, key): value for key, value in own.items()}
+    expected = {plain_name(module, key): value for key, value in expected.items()}
     state = {plain_name(module, key): value for key, value in state.items()}
     frozen = frozen_keys_of(module)
-    problems = [f"missing '{k}'" for k in own if k not in state and k not in frozen]
-    problems += [f"left over '{k}'{did_you_mean(k, own)}" for k in state if k not in own]
+    problems = [f"missing '{k}'" for k in expected if k not in state and k not in frozen]
+    problems += [f"left over '{k}'{did_you_mean(k, expected)}" for k in state if k not in expected]
     problems += [
-        f"'{k}' has shape {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own
-        if k in state and isinstance(own[k], Tensor) and state[k].shape != own[k].shape
+        f"'{k}' has shape {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
+        for k in expected
+        if k in state and isinstance(expected[k], Tensor) and state[k].shape != expected[k].shape
     ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""

@@ -64,8 +64,8 @@ def canonical_state(fit_loop: dict[str, Any], place: Place) -> dict[str, Any]:
     """The state of the loops as of one of the two places."""
     state = {key: _copy_state(value) for key, value in fit_loop.items()}
     batches, epochs = state["epoch_loop.batch_progress"], state["epoch_progress"]
-    own = state["epoch_loop.state_dict"]
-    stepped = own["_batches_that_stepped"] + (place.in_epoch_loop and place.at_step)
+    epoch_state = state["epoch_loop.state_dict"]
+    stepped = epoch_state["_batches_that_stepped"] + (place.in_epoch_loop and place.at_step)
     offset = epochs["total"]["started"] - epochs["current"]["started"]  # of earlier fits with this trainer
     for which, more in (("total", offset), ("current", 0)):
         over = place.epochs + more
@@ -79,7 +79,7 @@ def canonical_state(fit_loop: dict[str, Any], place: Place) -> dict[str, Any]:
             batches[which]["processed"] = batches[which]["ready"]
     batches["is_last_batch"] = False
     # Lightning adds the step of a batch's end when it resumes there, and nothing between epochs.
-    own["_batches_that_stepped"] = stepped - (place.kind == "batch" and place.at_step)
+    epoch_state["_batches_that_stepped"] = stepped - (place.kind == "batch" and place.at_step)
     return state
 
 

@@ -57,13 +57,16 @@ class Resume(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         place = place_of(trainer)
-        own = {"random": random_state(), "figures": dict(figures_of(pl_module)) if place.kind == "batch" else {}}
+        process_state = {
+            "random": random_state(),
+            "figures": dict(figures_of(pl_module)) if place.kind == "batch" else {},
+        }
         checkpoint["loops"]["fit_loop"] = canonical_state(checkpoint["loops"]["fit_loop"], place)
         checkpoint[RESUME_KEY] = {
             "kind": place.kind,
             "at_step": place.at_step,
             "validates_next": place.validates_next,
-            "processes": gather(own),
+            "processes": gather(process_state),
             "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
             "plateaus": plateaus_due(trainer, place),
             "settings": self._settings,
@@ -120,9 +123,9 @@ class Resume(Callback):
         self._found = None
         forget_restart(trainer)  # else Lightning tells no plateau at this epoch's end
         if trainer.world_size == len(states):
-            own = states[trainer.global_rank]
-            put_figures(module, own["figures"])
-            set_random_state(own["random"])
+            process_state = states[trainer.global_rank]
+            put_figures(module, process_state["figures"])
+            set_random_state(process_state["random"])
 
 
 def next_log_step(place: Mapping[str, Any], stepped: int) -> int:
@@ -135,11 +138,11 @@ def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
     task = getattr(module, "task", None)
     for kind in ("losses", "metrics"):
         counted = getattr(task, kind, {})
-        found = counted["train_"] if isinstance(counted, nn.ModuleDict) and "train_" in counted else None
-        if isinstance(found, MetricCollection):
-            yield from ((f"{kind}.{name}", metric) for name, metric in found.items(keep_base=True, copy_state=False))
-        elif isinstance(found, Metric):
-            yield kind, found
+        metrics = counted["train_"] if isinstance(counted, nn.ModuleDict) and "train_" in counted else None
+        if isinstance(metrics, MetricCollection):
+            yield from ((f"{kind}.{name}", metric) for name, metric in metrics.items(keep_base=True, copy_state=False))
+        elif isinstance(metrics, Metric):
+            yield kind, metrics
 
 
 def figures_of(module: LightningModule) -> Iterator[tuple[str, Any]]:
@@ -202,15 +205,17 @@ def reasons_against(state: Mapping[str, Any], processes: int, anew: list[str]) -
 
 def settings_of(trainer: Trainer) -> dict[str, Any]:
     """What optimizers and schedules are set to, as plain values by name."""
-    found: dict[str, Any] = {}
+    plain_settings: dict[str, Any] = {}
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
-            own = {key: value for key, value in group.items() if key not in ("params", "name", "initial_lr")}
-            own["lr"] = group.get("initial_lr", group["lr"])  # which a schedule leaves alone
-            found |= {f"{key} of {group['name']}" if "name" in group else key: value for key, value in own.items()}
+            settings = {key: value for key, value in group.items() if key not in ("params", "name", "initial_lr")}
+            settings["lr"] = group.get("initial_lr", group["lr"])  # which a schedule leaves alone
+            plain_settings |= {
+                f"{key} of {group['name']}" if "name" in group else key: value for key, value in settings.items()
+            }
     for config in trainer.lr_scheduler_configs:
-        found |= {f"schedule's {k}": v for k, v in config.scheduler.state_dict().items() if k not in MOVES}
-    return {key: _number(value) for key, value in found.items() if _is_plain(_number(value))}
+        plain_settings |= {f"schedule's {k}": v for k, v in config.scheduler.state_dict().items() if k not in MOVES}
+    return {key: _number(value) for key, value in plain_settings.items() if _is_plain(_number(value))}
 
 
 def _number(value: Any) -> Any:

@@ -93,9 +93,9 @@ def run_of_checkpoint(checkpoint: Path) -> Path:
 
 def test_dir(trainer: Trainer) -> Path | None:
     """Where a test's figures go: to the run that the checkpoint is of, those on other data to a folder of their own."""
-    own = run_dir(trainer)
-    if trainer.ckpt_path is None or (own is not None and own.name.startswith("test_")):
-        return own
+    folder = run_dir(trainer)
+    if trainer.ckpt_path is None or (folder is not None and folder.name.startswith("test_")):
+        return folder
     return run_of_checkpoint(Path(str(trainer.ckpt_path)))
 
 
@@ -140,12 +140,12 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
 
 def _runs_in(folder: Path) -> list[Path]:
     """Folders of runs right below, such as `runs/demo`, of which the one that was trained last comes first."""
-    found: dict[Path, float] = {}
+    last_change: dict[Path, float] = {}
     for run in (entry for entry in folder.iterdir() if entry.is_dir()):
         kept = [version / CHECKPOINTS for version in _newest_first(run)]
         if times := [checkpoints.stat().st_mtime for checkpoints in kept if _checkpoints(checkpoints)]:
-            found[run] = max(times)
-    return sorted(found, key=lambda run: found[run], reverse=True)
+            last_change[run] = max(times)
+    return sorted(last_change, key=lambda run: last_change[run], reverse=True)
 
 
 def refuse_folder(path: Path) -> None:
@@ -270,9 +270,9 @@ def _read_report(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(report, dict):
+            return report
     except ValueError:
         pass
     aside = file.with_name(f"{file.name}.damaged")

@@ -111,20 +111,20 @@ def dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> dict[str
     """
     sign = 1 if goal == "max" else -1
     order = sorted(standings, key=lambda name: (-sign * standings[name].value, standings[name].loss))
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     if keep >= len(order):
-        return found
+        return reasons
     last = standings[order[keep - 1]]
     for name in order[keep:]:
-        own = standings[name]
-        gap, error = _paired(last.value, own.value, last.values, own.values)
+        member = standings[name]
+        gap, error = _paired(last.value, member.value, last.values, member.values)
         if gap and sign * gap > error:
-            found[name] = f"{abs(gap):.4f} behind '{order[keep - 1]}' (standard error {error:.4f})"
+            reasons[name] = f"{abs(gap):.4f} behind '{order[keep - 1]}' (standard error {error:.4f})"
         elif not gap:
-            gap, error = _paired(own.loss, last.loss, own.losses, last.losses)
+            gap, error = _paired(member.loss, last.loss, member.losses, last.losses)
             if gap > error:
-                found[name] = f"like '{order[keep - 1]}', with a loss {gap:.4f} higher (standard error {error:.4f})"
-    return found
+                reasons[name] = f"like '{order[keep - 1]}', with a loss {gap:.4f} higher (standard error {error:.4f})"
+    return reasons
 
 
 def _paired(a: float, b: float, without_a: Sequence[float], without_b: Sequence[float]) -> tuple[float, float]:
@@ -242,4 +242,4 @@ def replay(module: LoRAModule, outputs: Sequence[StepOutput]) -> None:
 
 
 def _sums(module: LoRAModule) -> list[float]:
-    return [float(own.detach().double().sum()) for own in module.parameters() if own.requires_grad]
+    return [float(parameter.detach().double().sum()) for parameter in module.parameters() if parameter.requires_grad]

@@ -227,7 +227,7 @@ class Population:
                         self._close(member, one.error)
                 if asked is None:
                     self._decide()
-                    asked = next((number for own in gather(noted[:1]) for number in own), None)
+                    asked = next((number for number_list in gather(noted[:1]) for number in number_list), None)
                 say(self)
         if asked is not None:
             raise Interrupted(asked)
@@ -364,9 +364,11 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def copy_over_base(backbone: nn.Module) -> nn.Module:
     """Other modules over the same numbers, whose parameters can be cast and leave those of `backbone` as they are."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in backbone.buffers()}
-    for own in backbone.parameters():
-        plain = type(own) is nn.Parameter
-        memo[id(own)] = nn.Parameter(own.detach(), requires_grad=own.requires_grad) if plain else own
+    for parameter in backbone.parameters():
+        plain = type(parameter) is nn.Parameter
+        memo[id(parameter)] = (
+            nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad) if plain else parameter
+        )
     return copy.deepcopy(backbone, memo)
 
 

@@ -71,12 +71,12 @@ def gather_to(tensor: Tensor, to: int) -> Tensor | None:
         return local_shard(tensor) if to == rank() else None
     rows = -(-tensor.shape[0] // world_size())  # of a chunk; the last may be short or empty
     row = (tensor.numel() // max(tensor.shape[0], 1)) * tensor.element_size()
-    own = torch.zeros(rows * row, dtype=torch.uint8, device=tensor.device)
+    padded = torch.zeros(rows * row, dtype=torch.uint8, device=tensor.device)
     mine = tensor.to_local().contiguous().reshape(-1).view(torch.uint8)
-    own[: mine.numel()] = mine
-    pieces = [torch.empty_like(own) for _ in range(world_size())] if to == rank() else None
-    if own.numel():
-        distributed.gather(own, pieces, dst=to)
+    padded[: mine.numel()] = mine
+    pieces = [torch.empty_like(padded) for _ in range(world_size())] if to == rank() else None
+    if padded.numel():
+        distributed.gather(padded, pieces, dst=to)
     if pieces is None:
         return None
     return torch.cat(pieces)[: tensor.shape[0] * row].view(tensor.dtype).view(tensor.shape)

@@ -22,18 +22,18 @@ def rank() -> int:
     return distributed.get_rank() if world_size() > 1 else 0
 
 
-def gather(own: Any) -> list[Any]:
+def gather(value: Any) -> list[Any]:
     """Every process's object, in the order of their ranks."""
     if world_size() == 1:
-        return [own]
-    found: list[Any] = [None] * world_size()
-    distributed.all_gather_object(found, own)
-    return found
+        return [value]
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
-def first_problem(own: str | None) -> str | None:
+def first_problem(problem_here: str | None) -> str | None:
     """The first problem that any process has, in all of them; each must call it."""
-    return next((problem for problem in gather(own) if problem is not None), None)
+    return next((problem for problem in gather(problem_here) if problem is not None), None)
 
 
 def run_in_all(run: Callable[[], T]) -> T:
@@ -64,7 +64,7 @@ def run_in_first(run: Callable[[], T]) -> T:
     """
     value = run_in_all(lambda: run() if rank() == 0 else None)
     if world_size() > 1:
-        found = [value]
-        distributed.broadcast_object_list(found, src=0)
-        value = found[0]
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        value = box[0]
     return value  # type: ignore[return-value]

@@ -146,10 +146,10 @@ def end_together(trainer: Trainer, unless: tuple[type[BaseException], ...] = ())
     except unless:
         raise
     except BaseException as error:
-        own = watch.error_to_end_with(error)
-        if own is error:
+        ending = watch.error_to_end_with(error)
+        if ending is error:
             raise
-        raise own from error
+        raise ending from error
     finally:
         watch.over.set()
 

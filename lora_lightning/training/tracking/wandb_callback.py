@@ -57,10 +57,10 @@ class Tracking(Callback):
         loggers = self._loggers(trainer)
         if not self.predictions or not loggers or not isinstance(pl_module, LoRAModule):
             return
-        found = prediction_table(trainer, pl_module, self.predictions)
-        if found is not None:
+        table = prediction_table(trainer, pl_module, self.predictions)
+        if table is not None:
             for logger in loggers:
-                logger.log_table("predictions", columns=found[0], data=found[1], step=trainer.global_step)
+                logger.log_table("predictions", columns=table[0], data=table[1], step=trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The report's values, and what the run made."""
@@ -179,9 +179,9 @@ def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
     flows = [logger for logger in given if isinstance(logger, MLFlowLogger)]
     if not (ours or flows) or not Path(checkpoint).exists():
         return
-    found = run.load_checkpoint(checkpoint).get(RESUME_KEY, {})
-    go_on_with(flows, found.get("loggers", []), 0)
-    runs = [which for kind, which in found.get("loggers", []) if kind == "WandbLogger"]
+    record = run.load_checkpoint(checkpoint).get(RESUME_KEY, {})
+    go_on_with(flows, record.get("loggers", []), 0)
+    runs = [which for kind, which in record.get("loggers", []) if kind == "WandbLogger"]
     for logger, version in zip(ours, runs, strict=False):
         logger.go_on_with(str(version))
 

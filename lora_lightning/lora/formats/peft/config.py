@@ -73,11 +73,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"'{next(n for n in names if names.count(n) > 1)[:40]}' stands there twice")
-    return found
+    return mapping
 
 
 def _regex_refusal(value: Any) -> str:
@@ -217,7 +217,9 @@ def find_alphas(
         AdapterError: entries of different values match one module and `chosen` does not have it, or has one too many.
     """
     hits = {name: matches(peft.get("alpha_pattern"), peft_name) for name, peft_name in names.items()}
-    doubtful = {name: found for name, found in hits.items() if len({float(v) for v in found.values()}) > 1}
+    doubtful = {
+        name: alpha_by_key for name, alpha_by_key in hits.items() if len({float(v) for v in alpha_by_key.values()}) > 1
+    }
     for name in chosen:
         if name not in names:
             raise AdapterError(f"alphas: the adapter has no module '{name}'{did_you_mean(name, names)}")
@@ -236,8 +238,8 @@ def find_alphas(
         )
     default = float(peft.get("lora_alpha", 8))
     return {
-        name: float(chosen[name]) if name in chosen else float(next(iter(found.values()), default))
-        for name, found in hits.items()
+        name: float(chosen[name]) if name in chosen else float(next(iter(alpha_by_key.values()), default))
+        for name, alpha_by_key in hits.items()
     }
 
 

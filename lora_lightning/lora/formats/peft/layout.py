@@ -48,8 +48,10 @@ class LayerLayout:
     @property
     def keys(self) -> dict[str, str]:
         """The layer's keys in PEFT's file, by the names of our tensors."""
-        own = self.layer.lora_tensors()
-        return {name: key.removeprefix(".") for name, key in self.layer.peft_keys(self.prefix).items() if name in own}
+        present = self.layer.lora_tensors()
+        return {
+            name: key.removeprefix(".") for name, key in self.layer.peft_keys(self.prefix).items() if name in present
+        }
 
     @property
     def loaded_settings(self) -> tuple[int, float]:
@@ -73,9 +75,9 @@ class LayerLayout:
         """The layer's tensors as the file holds them, by PEFT's keys."""
         tensors = self.layer.to_peft()
         if self.has_init:
-            own = self.layer.lora_tensors()
-            tensors |= {"lora_A": torch.cat([own["lora_A"], own["lora_A0"]])}
-            tensors |= {"lora_B": torch.cat([own["lora_B"], -own["lora_B0"]], dim=1)}
+            factors = self.layer.lora_tensors()
+            tensors |= {"lora_A": torch.cat([factors["lora_A"], factors["lora_A0"]])}
+            tensors |= {"lora_B": torch.cat([factors["lora_B"], -factors["lora_B0"]], dim=1)}
         more = self.rank - self.layer.peft_rank() * (1 + self.has_init)
         if more:
             tensors |= {"lora_A": F.pad(tensors["lora_A"], (0, 0, 0, more))}
@@ -87,9 +89,9 @@ class LayerLayout:
     def to_ours(self, file: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `tensors`, by our keys, from a file whose keys and shapes were checked."""
         tensors = {name: file[key] for name, key in self.keys.items()}
-        own = self.layer.peft_rank()
-        if self.rank != own:
-            tensors |= {"lora_A": tensors["lora_A"][:own], "lora_B": tensors["lora_B"][:, :own]}
+        rank = self.layer.peft_rank()
+        if self.rank != rank:
+            tensors |= {"lora_A": tensors["lora_A"][:rank], "lora_B": tensors["lora_B"][:, :rank]}
         if self.scale != self.layer.lora_settings.scale:
             tensors |= {"lora_B": _multiply(tensors["lora_B"], self.scale / self.layer.lora_settings.scale)}
         ours = self.layer.from_peft(tensors)
@@ -108,7 +110,7 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
     """
     layers = dict(adapted_layers(model))
     modules = dict(named_modules(model, remove_duplicate=False))
-    found = []
+    layouts = []
     for path, layer in layers.items():
         parent, _, last = path.rpartition(".")
         name = peft_name = prefix = path
@@ -123,7 +125,7 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
             partner = layers.get(full_name(path, "out_proj"))
         has_init = inits and layer.lora_A0 is not None
         rank = max(one.peft_rank() * (1 + (inits and one.lora_A0 is not None)) for one in (layer, partner or layer))
-        found.append(
+        layouts.append(
             LayerLayout(
                 name=name,
                 path=path,
@@ -135,7 +137,7 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
                 scale=scale,
             )
         )
-    return found
+    return layouts
 
 
 def _count_later(layer: LoRAParameter, holder: nn.Module) -> int:
@@ -177,13 +179,13 @@ def bias_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
 
 def to_peft(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, Tensor]:
     """Everything that a file of this adapter holds, by PEFT's keys."""
-    own = adapter_tensors(model)
+    ours_by_key = adapter_tensors(model)
     tensors = zero_factors(layouts)
     for one in layouts:
         tensors |= one.tensors()
     tensors |= {token_key(name): embedding.lora_tokens for name, embedding in grafted_modules(model, TokenRows)}
-    tensors |= {theirs: own[ours] for ours, theirs in bias_keys(model, layouts).items()}
-    tensors |= {copy_key(key): tensor for key, tensor in own.items() if copy_key(key) != key}
+    tensors |= {theirs: ours_by_key[ours] for ours, theirs in bias_keys(model, layouts).items()}
+    tensors |= {copy_key(key): tensor for key, tensor in ours_by_key.items() if copy_key(key) != key}
     return {PREFIX + key: tensor for key, tensor in tensors.items()}
 
 

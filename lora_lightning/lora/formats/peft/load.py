@@ -157,8 +157,13 @@ def inject_and_fill(
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_plain = not any(isinstance(module, Grafted) for module in model.modules())
     try:
-        own = config()
-        report = inject(model, own, run_init=make_real is None and from_weight.is_from_weight(own.init), any_rank=True)
+        lora_config = config()
+        report = inject(
+            model,
+            lora_config,
+            run_init=make_real is None and from_weight.is_from_weight(lora_config.init),
+            any_rank=True,
+        )
         if make_real is not None:
             make_real(model)
         load_tensors(model, {**_subtracted_factors(model), **tensors()})
@@ -189,14 +194,14 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         AdapterError: with the list of all keys that are missing, left over or wrongly shaped. Nothing is loaded then.
     """
-    own = adapter_tensors(model)
-    refuse_misfits(own, tensors)
+    parameters = adapter_tensors(model)
+    refuse_misfits(parameters, tensors)
     first: dict[int, str] = {}
-    for key, tensor in list(own.items()):
+    for key, tensor in list(parameters.items()):
         twin = first.setdefault(id(tensor), key)
         if twin != key and not torch.equal(tensors[key], tensors[twin]):
             module, _, name = key.rpartition(".")
-            own[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
-            setattr(get_module(model, module), name, own[key])
-    for key, tensor in own.items():
+            parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+            setattr(get_module(model, module), name, parameters[key])
+    for key, tensor in parameters.items():
         tensor.data.copy_(tensors[key])

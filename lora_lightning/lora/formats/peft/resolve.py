@@ -78,8 +78,10 @@ def _add_tied_copies(
     plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     saved = [t for name, t in plain.items() if name.endswith(".weight") and saved_module(name, listed)]
     weights = {name: plain[f"{name}.weight"] for name in modules if f"{name}.weight" in plain}
-    others = {name: own for name, own in weights.items() if not saved_module(f"{name}.weight", listed)}
-    twins = [n for n, own in others.items() if any(own.shape == t.shape and torch.equal(own, t) for t in saved)]
+    others = {name: weight for name, weight in weights.items() if not saved_module(f"{name}.weight", listed)}
+    twins = [
+        n for n, weight in others.items() if any(weight.shape == t.shape and torch.equal(weight, t) for t in saved)
+    ]
     return listed + twins
 
 
@@ -174,9 +176,9 @@ def _add_adapted(
         return
     entries = peft.get("target_parameters") or []
     full = {f"{plain}.{n}".removeprefix("."): n for n in holder._parameters}
-    own = [name for name in full if peft_selects(entries, name)]
-    if depth < len(own):
-        name = own[len(own) - 1 - depth]
+    selected = [name for name in full if peft_selects(entries, name)]
+    if depth < len(selected):
+        name = selected[len(selected) - 1 - depth]
         parameter = holder._parameters[full[name]]
         assert parameter is not None
         contents.parameters[name] = rank // (parameter.shape[0] if parameter.dim() == 3 else 1)

@@ -180,8 +180,8 @@ def common_dropout(layouts: list[LayerLayout]) -> float:
 
 def other_dropouts(layouts: list[LayerLayout]) -> dict[str, float]:
     """By module, the dropouts that differ from `common_dropout`; they go into the metadata."""
-    common, own = common_dropout(layouts), {one.name: one.layer.lora_settings.dropout for one in layouts}
-    return {name: dropout for name, dropout in own.items() if dropout != common}
+    common, dropouts = common_dropout(layouts), {one.name: one.layer.lora_settings.dropout for one in layouts}
+    return {name: dropout for name, dropout in dropouts.items() if dropout != common}
 
 
 def _task(model: nn.Module, task_type: str | None) -> str | None:

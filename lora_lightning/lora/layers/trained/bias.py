@@ -24,46 +24,46 @@ class TrainedBias(Grafted):
     @property
     def bias(self) -> Tensor | None:
         """The trained copy in the original's dtype; the original while the adapter is switched off, or as a shard."""
-        own = self._parameters["bias"]
-        assert own is not None
-        if not self.lora_enabled or is_shard(own):
-            return own
+        frozen = self._parameters["bias"]
+        assert frozen is not None
+        if not self.lora_enabled or is_shard(frozen):
+            return frozen
         # A view where no cast makes a tensor of its own: bitsandbytes sets `.data` of what it gets here.
-        return self.lora_trained_bias.view_as(self.lora_trained_bias).to(own.dtype)
+        return self.lora_trained_bias.view_as(self.lora_trained_bias).to(frozen.dtype)
 
     @classmethod
     def attach(cls, module: nn.Module, copies: dict[int, nn.Parameter]) -> None:
         """Copy the module's bias, in float32 or wider, and train the copy. `copies` by the original's id: ties stay."""
         graft(module, cls)
-        own = module._parameters["bias"]
-        assert own is not None
-        if id(own) not in copies:
-            copies[id(own)] = nn.Parameter(own.detach().clone().to(wide_dtype(own)))
-        module.lora_trained_bias = copies[id(own)]
+        frozen = module._parameters["bias"]
+        assert frozen is not None
+        if id(frozen) not in copies:
+            copies[id(frozen)] = nn.Parameter(frozen.detach().clone().to(wide_dtype(frozen)))
+        module.lora_trained_bias = copies[id(frozen)]
 
     @torch.no_grad()
     def fold(self, folded: dict[int, nn.Parameter]) -> None:
         """Make the trained values the module's own, in a new parameter. `folded` by the copy's id: ties stay."""
-        own = self._parameters["bias"]
-        assert own is not None
+        frozen = self._parameters["bias"]
+        assert frozen is not None
         trained = self.lora_trained_bias
         if id(trained) not in folded:
-            value = trained.detach().clone().to(own.dtype)
-            folded[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad)
+            value = trained.detach().clone().to(frozen.dtype)
+            folded[id(trained)] = nn.Parameter(value, requires_grad=frozen.requires_grad)
         self._parameters["bias"] = folded[id(trained)]
 
     def rescale_update(self, strength: float, done: set[int]) -> None:
-        own = self._parameters["bias"]
-        assert own is not None
-        interpolate_(self.lora_trained_bias, own, strength, done)
+        frozen = self._parameters["bias"]
+        assert frozen is not None
+        interpolate_(self.lora_trained_bias, frozen, strength, done)
         super().rescale_update(strength, done)
 
     def reset_lora_parameters(self) -> None:
         """Start the copy anew from the original."""
-        own = self._parameters["bias"]
-        assert own is not None
+        frozen = self._parameters["bias"]
+        assert frozen is not None
         with torch.no_grad():
-            self.lora_trained_bias.copy_(own)
+            self.lora_trained_bias.copy_(frozen)
         super().reset_lora_parameters()
 
     def reset_parameters(self) -> None:

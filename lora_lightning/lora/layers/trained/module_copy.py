@@ -59,12 +59,12 @@ class SavedCopy(Grafted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_enabled:
             return super().forward(*args, **kwargs)
-        own = dict(self.named_parameters(remove_duplicate=False))
+        frozen = dict(self.named_parameters(remove_duplicate=False))
         trained = dict(self.lora_copy.named_parameters(remove_duplicate=False))
-        if all(value.dtype == own[name].dtype for name, value in trained.items()):
+        if all(value.dtype == frozen[name].dtype for name, value in trained.items()):
             return self.lora_copy(*args, **kwargs)
         # Half-precision steps are too coarse to train in, and its arithmetic is what the model runs on.
-        cast = {name: value.to(own[name].dtype) for name, value in trained.items()}
+        cast = {name: value.to(frozen[name].dtype) for name, value in trained.items()}
         return functional_call(self.lora_copy, cast, args, kwargs)
 
     @torch.no_grad()
@@ -74,25 +74,25 @@ class SavedCopy(Grafted):
         The parameters are replaced, not written into: a tensor tied to another module stays as it was there. `folded`
         holds what other copies have brought, by the id of the trained tensor, so that tied copies stay tied.
         """
-        for (path, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
-            assert own.shape == trained.shape, path
+        for (path, frozen), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+            assert frozen.shape == trained.shape, path
             owner = self.get_submodule(path.rpartition(".")[0])
             if id(trained) not in folded:
-                value = trained.detach().clone().to(own.dtype)
-                is_parameter = isinstance(own, nn.Parameter)
-                folded[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad) if is_parameter else value
+                value = trained.detach().clone().to(frozen.dtype)
+                is_parameter = isinstance(frozen, nn.Parameter)
+                folded[id(trained)] = nn.Parameter(value, requires_grad=frozen.requires_grad) if is_parameter else value
             setattr(owner, path.rpartition(".")[2], folded[id(trained)])
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
         """Start the copy anew from the original."""
-        for (_, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
-            trained.copy_(own)
+        for (_, frozen), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+            trained.copy_(frozen)
         super().reset_lora_parameters()
 
     def rescale_update(self, strength: float, done: set[int]) -> None:
-        for (path, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
-            interpolate_(trained, own, strength, done)
+        for (path, frozen), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+            interpolate_(trained, frozen, strength, done)
             if path.endswith("running_var") and bool((trained < 0).any()):
                 raise LoRAError(
                     f"at a strength of {strength:g} the variance '{path}' of a module of modules_to_save is below 0:"
@@ -123,9 +123,13 @@ class SavedProjection(SavedCopy):
     """The same for the `out_proj` of `nn.MultiheadAttention`: whoever reads its weight and bias gets the copy's."""
 
     def lora_read(self, name: str) -> torch.Tensor:
-        own = self._parameters[name]
-        assert own is not None
-        return self.lora_copy.get_parameter(name).to(own.dtype) if self.lora_enabled and COPY in self._modules else own
+        frozen = self._parameters[name]
+        assert frozen is not None
+        return (
+            self.lora_copy.get_parameter(name).to(frozen.dtype)
+            if self.lora_enabled and COPY in self._modules
+            else frozen
+        )
 
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

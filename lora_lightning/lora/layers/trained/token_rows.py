@@ -62,9 +62,9 @@ class TokenRows(Grafted, nn.Embedding):
 
     def put_in(self, out: Tensor, ids: Tensor) -> Tensor:
         """`out` (..., width), as looked up for `ids` (...), with the trained rows at the chosen tokens."""
-        own = self.token_ids()
-        place = torch.searchsorted(own, ids).clamp(max=len(own) - 1)
-        chosen = (own[place] == ids).unsqueeze(-1)
+        trained_ids = self.token_ids()
+        place = torch.searchsorted(trained_ids, ids).clamp(max=len(trained_ids) - 1)
+        chosen = (trained_ids[place] == ids).unsqueeze(-1)
         return torch.where(chosen, F.embedding(place, self.lora_tokens).to(out.dtype), out)
 
     def token_ids(self) -> Tensor:

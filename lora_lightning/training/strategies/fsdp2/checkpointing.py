@@ -80,8 +80,8 @@ class AdapterCheckpoints(ModelParallelStrategy):
         module, state = self._saved_module, checkpoint["state_dict"]
         if strict:
             refuse_misfits(module, module.state_dict(), state)
-        own = adapter_only(module, module.state_dict())
-        shards = {key: _shard_like(value, own[key]) for key, value in state.items() if key in own}
+        expected = adapter_only(module, module.state_dict())
+        shards = {key: _shard_like(value, expected[key]) for key, value in state.items() if key in expected}
         with read_as_stored(module.backbone):
             module.load_state_dict(shards, strict=strict)
 
@@ -93,9 +93,9 @@ class AdapterCheckpoints(ModelParallelStrategy):
             there = [i for group in state["param_groups"] for i in group["params"]]
             parameters = dict(zip(there, here, strict=False))
             shards = {
-                i: {name: _shard_like(value, parameters[i]) for name, value in own.items()}
-                for i, own in state["state"].items()
-                if own and i in parameters
+                i: {name: _shard_like(value, parameters[i]) for name, value in slots.items()}
+                for i, slots in state["state"].items()
+                if slots and i in parameters
             }
             plain.load_state_dict({"state": shards, "param_groups": state["param_groups"]})
 
@@ -109,8 +109,8 @@ def _gather_state(state: Any) -> Any:
 
     All processes must call it. A copy on the CPU, which the next step does not write into.
     """
-    found = _gather_whole(state)
-    return found if rank() == 0 else {}
+    whole = _gather_whole(state)
+    return whole if rank() == 0 else {}
 
 
 def _gather_whole(value: Any) -> Any:

@@ -41,12 +41,12 @@ class EvaluatesTogether(ParallelStrategy):
 
     def _evaluate(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """The step; after a process's last batch it runs the model on, unheard, for those that have one more."""
-        found = self._call(step, batch, batch_idx, *((dataloader_idx,) if dataloader_idx else ()))
-        own = self._batches()[dataloader_idx]
-        if self._most and batch_idx + 1 == own:
-            for _ in range(self._most[dataloader_idx] - int(own)):
+        output = self._call(step, batch, batch_idx, *((dataloader_idx,) if dataloader_idx else ()))
+        batches = self._batches()[dataloader_idx]
+        if self._most and batch_idx + 1 == batches:
+            for _ in range(self._most[dataloader_idx] - int(batches)):
                 self._call("unheard_step", batch, step == "predict_step")
-        return found
+        return output
 
     def _call(self, step: str, *args: Any) -> Any:
         """A method of the module, as Lightning calls it."""

@@ -87,31 +87,31 @@ def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) 
     Raises:
         LoRAError: one of them trains, so that its gradients would not be added up over the processes.
     """
-    found = shared_or_scalar_parameters(backbone, blocks)
-    trained = [name for name, parameter in found.items() if parameter.requires_grad]
+    whole = shared_or_scalar_parameters(backbone, blocks)
+    trained = [name for name, parameter in whole.items() if parameter.requires_grad]
     if trained:
         raise LoRAError(
             f"FSDP2 cannot train what has no rows or stands in several blocks: {first_few(trained)}; exclude it from"
             " lora.target_modules or lora.modules_to_save, or train with --trainer.strategy ddp"
         )
-    return found
+    return whole
 
 
 def shared_or_scalar_parameters(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """Scalars, and parameters that stand in several blocks, or in one and outside of all."""
     homes: dict[int, set[int]] = {}
-    found: dict[str, nn.Parameter] = {}
+    result: dict[str, nn.Parameter] = {}
     blocks_of: dict[int, set[int]] = {}
     for number, block in enumerate(blocks.values()):
         for module in block.modules():
             blocks_of.setdefault(id(module), set()).add(number)
     for path, module in backbone.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            own = homes.setdefault(id(parameter), set())
-            own |= blocks_of.get(id(module), {-1})
-            if not parameter.dim() or len(own) > 1:
-                found[f"{path}.{name}" if path else name] = parameter
-    return found
+            home = homes.setdefault(id(parameter), set())
+            home |= blocks_of.get(id(module), {-1})
+            if not parameter.dim() or len(home) > 1:
+                result[f"{path}.{name}" if path else name] = parameter
+    return result
 
 
 def broadcast_unsharded(module: nn.Module, device: torch.device, done: set[int]) -> None:
@@ -127,14 +127,14 @@ def broadcast_unsharded(module: nn.Module, device: torch.device, done: set[int])
 
 def gather_before(root: Any, method: str) -> None:
     """Let a method of the backbone find gathered what lies outside of the blocks: it may call parts of the model."""
-    own = getattr(root, method, None)
-    if not callable(own):
+    method_here = getattr(root, method, None)
+    if not callable(method_here):
         return
 
-    @functools.wraps(own)
+    @functools.wraps(method_here)
     def gathered(*args: Any, **kwargs: Any) -> Any:
         root.unshard()
-        return own(*args, **kwargs)
+        return method_here(*args, **kwargs)
 
     setattr(root, method, gathered)
 
@@ -164,13 +164,13 @@ def named_blocks(model: nn.Module, patterns: Sequence[str], of: str = "FSDP2Stra
     Raises:
         LoRAError: a pattern fits nothing, or what it fits has no parameters.
     """
-    modules, found = dict(model.named_modules()), dict[str, nn.Module]()
+    modules, block_of = dict(model.named_modules()), dict[str, nn.Module]()
     for pattern in patterns:
         fits = {name: module for name, module in modules.items() if name and fnmatchcase(name, pattern)}
         if not any(_has_parameters(module) for module in fits.values()):
             raise LoRAError(f"{of}.blocks: '{pattern}' fits no module with parameters{_near_miss(pattern, modules)}")
-        found |= {name: module for name, module in fits.items() if _has_parameters(module)}
-    return {name: found[name] for name in modules if name in found}
+        block_of |= {name: module for name, module in fits.items() if _has_parameters(module)}
+    return {name: block_of[name] for name in modules if name in block_of}
 
 
 def _near_miss(pattern: str, names: dict[str, nn.Module]) -> str:
