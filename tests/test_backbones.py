@@ -273,6 +273,9 @@ def test_a_gguf_model_is_adapted_merged_and_saved_like_any_other(tmp_path):
     for name, key in {"ffn_up": "mlp.up_proj", "attn_v": "self_attn.v_proj"}.items():
         weight = model.get_parameter(f"model.layers.1.{key}.weight")
         torch.testing.assert_close(weight, torch.from_numpy(tensors[f"blk.1.{name}.weight"]))
+    quantized = {"quantization_config": {"load_in_4bit": True}}
+    with pytest.raises(LoRAError, match="is a GGUF file, which transformers reads as plain numbers"):
+        huggingface(str(tmp_path / "tiny.gguf"), auto_class="AutoModelForCausalLM", model_kwargs=quantized)
     inject(model, LoRAConfig(r=2))
     ids = torch.arange(10).unsqueeze(0)
     with torch.no_grad():

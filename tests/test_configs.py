@@ -11,7 +11,7 @@ import yaml
 
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from tests.command.process import REPOSITORY, command, run
+from tests.command.process import REPOSITORY, command
 from tests.recipes.recipe import parse
 
 CONFIGS = REPOSITORY / "configs"
@@ -40,36 +40,9 @@ def test_overlay_works_with_fit_test_and_export(overlay, tiny, tmp_path):
         assert list((tmp_path / "runs" / "wandb").glob("offline-run-*/*.wandb"))
 
 
-DEMOS = ["demo.yaml", "demo-lm.yaml", "demo-vision.yaml", "demo-vision-dinov2.yaml"]
-
-
 @pytest.mark.parametrize("overlay", [o for o in OVERLAYS if o.startswith(("strategy", "precision/nf4"))])
 def test_an_overlay_of_larger_machines_is_parsed(overlay):
     assert parse(["demo.yaml", overlay]).trainer.devices
-
-
-BRIEF = """
-trainer:
-  {max_epochs: 1, limit_train_batches: 2, limit_val_batches: 1, log_every_n_steps: 1, enable_progress_bar: false,
-   callbacks: []}
-"""
-
-
-@pytest.mark.slow  # each trains a demo's own model
-@pytest.mark.parametrize("overlay", [o for o in OVERLAYS if o != "strategy/multi-node.yaml"])
-@pytest.mark.parametrize("demo", DEMOS)
-def test_every_demo_trains_with_every_overlay_or_says_why_not(demo, overlay, tmp_path):
-    (tmp_path / "brief.yaml").write_text(BRIEF)
-    configs = ["-c", CONFIGS / demo, "-c", CONFIGS / overlay, "-c", tmp_path / "brief.yaml"]
-    if overlay == "precision/nf4-base.yaml" and demo != "demo.yaml":
-        said = "is a GGUF file, which" if demo == "demo-lm.yaml" else "nf4-base"
-        refused = run("fit", *configs, cwd=tmp_path, ok=False)
-        assert (refused.returncode, said in refused.stderr) == (2, True)
-        return
-    run("fit", *configs, cwd=tmp_path)
-    if overlay != "debug.yaml":
-        report = json.loads(next((tmp_path / "runs").rglob("version_0/report.json")).read_text())
-        assert report["w0_unchanged"]
 
 
 def test_a_runs_own_config_runs_again_and_gives_the_same_adapter(trained, tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 from lora_lightning import LoRAConfig, LoRAError, SequenceClassification, inject
 from lora_lightning.analysis.drift import Batch, Drift, Mean, measure_drift, pool_rows, ratio, token_figures
 from lora_lightning.analysis.drift_inputs import neutral_texts, pick_evenly, read_texts, run_batches, text_batches
-from lora_lightning.analysis.strength import Strength, choose, parse_scales, validation_metrics
+from lora_lightning.analysis.strength import Strength, choose, validation_metrics
 from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.language_model import CausalLM
@@ -208,13 +208,6 @@ def test_a_runs_own_inputs_are_compared_where_its_task_trains():
 
 
 # Strengths.
-
-
-def test_scales_are_numbers_with_commas_between():
-    assert parse_scales("1, 0.5,0,1") == [0.0, 0.5, 1.0]
-    for wrong in ("0,,1", "nan"):
-        with pytest.raises(LoRAError):
-            parse_scales(wrong)
 
 
 def test_the_smallest_strength_within_one_standard_error_of_the_best_is_chosen():

@@ -98,7 +98,7 @@ def test_two_adapters_are_compared_without_w0(trained, tmp_path, monkeypatch, ca
     for layer in found["pairs"][0]["layers"]:
         assert all(abs(layer["phi"][i][i] - 1) < 1e-6 for i in range(len(layer["phi"])))
     assert (tmp_path / "out" / "phi-A.png").is_file()
-    code, said = called(monkeypatch, capsys, *args, "--layers", "nothing", "--plots", "false")
+    code, said = called(monkeypatch, capsys, *args, "--layers", "nothing")
     assert (code, "no adapted layer matches" in said) == (2, True)
 
 

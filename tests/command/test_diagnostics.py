@@ -1,16 +1,15 @@
 """What was meant: near misses of class paths and of flags, other tools' names, and lines of a config that is none."""
 
-import inspect
 import re
 from contextlib import nullcontext
 
 import pytest
-import torch
 
 import lora_lightning
 from lora_lightning import LoRAError
 from lora_lightning.cli.build import run_parser
 from lora_lightning.cli.config_files import check_file
+from lora_lightning.cli.diagnostics import _arguments_of as arguments_of
 from lora_lightning.cli.diagnostics import explain, wrong_path
 from lora_lightning.cli.other_tools import HERE, NOT_NEEDED
 
@@ -62,19 +61,18 @@ def test_what_is_wrong_in_a_config_is_said_with_its_line(name, text, said, tmp_p
 
 # ---- flags, and what other tools call them
 
-OURS = [getattr(lora_lightning, name) for name in lora_lightning.__all__ if name.endswith("Data")]
-CLASSES = {
-    "data": OURS,
-    "model.backbone": [lora_lightning.huggingface],
-    "model.optimizer": [torch.optim.AdamW],
-    "model.lr_scheduler": [lora_lightning.WarmupDecay],
-    "model.task": [lora_lightning.SequenceClassification],
-}
-
 
 @pytest.fixture(scope="module")
 def options():
     return run_parser("fit").options_of("fit")
+
+
+CLASSES = {
+    "data": [name for name in lora_lightning.__all__ if name.endswith("Data")],
+    "model.backbone": ["huggingface"],
+    "model.lr_scheduler": ["WarmupDecay"],
+    "model.task": ["SequenceClassification"],
+}
 
 
 def takes(key, options):
@@ -82,8 +80,8 @@ def takes(key, options):
     place, _, argument = key.partition(".init_args.")
     if not argument:
         return f"--{key}".removesuffix("+=EarlyStopping") in options
-    made_by = [base for one in CLASSES[place] for base in (inspect.getmro(one)[:-1] if inspect.isclass(one) else [one])]
-    return any(argument.partition(".")[0] in inspect.signature(one).parameters for one in made_by)
+    paths = ["torch.optim.AdamW"] if place == "model.optimizer" else [f"lora_lightning.{n}" for n in CLASSES[place]]
+    return any(argument.partition(".")[0] in arguments_of(path) for path in paths)
 
 
 def test_every_answer_to_another_tools_name_is_a_key_of_fit_and_none_is_one_of_ours(options):

