@@ -17,31 +17,12 @@ class Pictures(Dataset):
         return {"pixel_values": torch.randn(3, 4, 4, generator=draw) + row % 4, "labels": torch.tensor(row % 4)}
 
 
-class Words(Dataset):
-    """Of a sentence's 6 words, each with one of 3 labels."""
-
-    def __len__(self):
-        return 8
-
-    def __getitem__(self, row):
-        ids = torch.randint(5, 20, (6,), generator=torch.Generator().manual_seed(row))
-        return {"input_ids": ids, "labels": ids % 3, "word_ids": torch.arange(6)}
-
-
 class Net(nn.Sequential):
     def __init__(self, outputs: int = 4) -> None:
         super().__init__(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, outputs))
 
     def forward(self, pixel_values):
         return super().forward(pixel_values)
-
-
-class Tagger(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 3))
-
-    def forward(self, input_ids):
-        return super().forward(input_ids)
 
 
 class Asking(nn.Module):

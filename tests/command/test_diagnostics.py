@@ -92,27 +92,12 @@ def test_every_answer_to_another_tools_name_is_a_key_of_fit_and_none_is_one_of_o
             assert f"--{name}" not in options, name
 
 
-@pytest.mark.parametrize(
-    ("flag", "said"),
-    [
-        ("--lora_query", ": here it is --model.lora.target_modules"),
-        ("--per-device-train-batch-size", ": here it is --data.init_args.batch_size"),
-        ("--model.lora.lora_dropout", ": here it is --model.lora.dropout"),
-        ("--model.lora.loftq_config", ": here it is --model.lora.init loftq"),
-        ("--lora_target_linear", ": leave it out, all linear layers are adapted unless model.lora.target_modules says"),
-        ("--model.lora.megatron_config", ": --help lora tells what there is"),
-        ("--model.lora.target_module", "; did you mean '--model.lora.target_modules' or '--model.lora.target_param"),
-    ],
-)
-def test_a_flag_of_another_tool(flag, said, options, tmp_path):
-    """It is not taken for a key of that name in a config."""
-    (tmp_path / "run.yaml").write_text("data:\n  init_args:\n    batch_size: 16\n")
-    args = ["fit", "-c", str(tmp_path / "run.yaml"), flag, "3"]
-    assert explain(f"unrecognized arguments: {flag} 3", args, options, "fit").startswith(f"unknown option {flag}{said}")
-
-
-def test_a_command_without_a_model_is_not_told_of_one_and_an_option_that_is_gone_is_answered():
+def test_a_flag_of_another_tool_and_one_that_is_gone_are_answered_by_what_the_command_takes(options, tmp_path):
     said = explain("unrecognized arguments: --lora_r 3", ["--lora_r", "3"], ["--base_model", "--adapter"], "merge")
     assert said == "unknown option --lora_r: --help tells what there is"
+    (tmp_path / "run.yaml").write_text("data:\n  init_args:\n    batch_size: 16\n")
+    given = ["fit", "-c", str(tmp_path / "run.yaml"), "--batch_size", "3"]
+    said = explain("unrecognized arguments: --batch_size 3", given, options, "fit")
+    assert said.startswith("unknown option --batch_size: here it is --data"), "not taken for the key of the file"
     given = ["--directions", "4"]
     assert "it is gone; " in explain("unrecognized arguments: --directions 4", given, ["--adapters"], "analyze")

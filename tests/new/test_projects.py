@@ -36,16 +36,11 @@ def test_a_project_has_all_its_parts_and_can_be_read_in_ten_minutes(project):
     assert {Path(name) for name in (".gitignore", ".env.example", ".pre-commit-config.yaml", "LICENSE")} < set(files)
     texts = {file: (project / file).read_text() for file in files if file.suffix != ".png"}
     for file, text in texts.items():
-        assert text.endswith("\n"), file
-        assert not text.endswith("\n\n"), file
         unrendered = re.findall(r"\{%|(?<!\$)\{\{", text)  # but for GitHub's ${{ and a chat template
         assert not unrendered or file.parent.name == "tokenizer", file
     to_read = [file for file in texts if file.parts[0] != "data" and file.name != "LICENSE"]
     assert len(to_read) <= 28
     assert sum(len(texts[file].splitlines()) for file in to_read) < 700
-    rows = [text for file, text in texts.items() if file.suffix == ".jsonl"]
-    assert all(20 <= len(text.splitlines()) <= 60 for text in rows)
-    assert rows or any(file.suffix == ".png" for file in files) or project.name == "for_own"
 
 
 def succeeds(*module, cwd, **env):
