@@ -105,10 +105,6 @@ def test_a_config_is_todays_or_is_parsed_or_says_what_to_take(earlier, monkeypat
             "over.yaml, line 1: lora_lightning.FSDP2Strategy takes no 'tensor_parallel_size' any more: leave it out",
         ),
         (
-            "trainer: {strategy: {class_path: lora_lightning.ZeRO3Strategy}}",
-            "over.yaml, line 1: trainer.strategy: 'lora_lightning.ZeRO3Strategy': it is gone, since it saved nothing",
-        ),
-        (
             "model:\n  task: {class_path: lora_lightning.tasks.sequence_classification.SequenceClassification}\n",
             "over.yaml, line 2: model.task: there is no 'lora_lightning.tasks.sequence_classification': take"
             " 'lora_lightning.SequenceClassification'",

@@ -15,7 +15,7 @@ from lora_lightning.commands.new import PACKAGE, new
 from lora_lightning.commands.projects import checks
 from lora_lightning.commands.projects.checks import questions, requirement
 from lora_lightning.lora.errors import LoRAError, MissingPackageError
-from tests.command.process import REPOSITORY, command, files_in, mistake
+from tests.command.process import REPOSITORY, files_in, mistake
 from tests.new.test_git import told_by_pip
 from tests.recipes.recipe import parse
 
@@ -152,10 +152,3 @@ def test_a_full_folder_and_a_missing_copier_leave_everything_as_it_is(tmp_path, 
     with pytest.raises(MissingPackageError):
         new("a_b-c", defaults=True)
     assert files_in(tmp_path) == before
-
-
-def test_defaults_stands_alone_or_with_its_value(tmp_path, monkeypatch):
-    for name, flags in (("one", ["--defaults"]), ("two", ["--defaults", "true"]), ("three", ["--defaults=false"])):
-        given = ["--git", "false", name]
-        command(monkeypatch, "new", *([*given, *flags] if flags == ["--defaults"] else [*flags, *given]))
-        assert (tmp_path / name / "Makefile").is_file()
