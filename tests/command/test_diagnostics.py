@@ -100,4 +100,4 @@ def test_a_flag_of_another_tool_and_one_that_is_gone_are_answered_by_what_the_co
     said = explain("unrecognized arguments: --batch_size 3", given, options, "fit")
     assert said.startswith("unknown option --batch_size: here it is --data"), "not taken for the key of the file"
     given = ["--directions", "4"]
-    assert "it is gone; " in explain("unrecognized arguments: --directions 4", given, ["--adapters"], "analyze")
+    assert "two adapters" in explain("unrecognized arguments: --directions 4", given, ["--adapters"], "analyze")
