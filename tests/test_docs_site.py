@@ -74,4 +74,3 @@ def test_each_fault_of_a_page_fails_the_build(tmp_path):
     done = build(tmp_path, tmp_path / "out")
     assert done.returncode != 0
     assert [said for said in FAULTS if said not in done.stderr] == []
-

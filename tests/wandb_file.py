@@ -47,8 +47,8 @@ class Tracked:
     history: list[dict[str, Any]] = field(default_factory=list)
     """One row for each call of `log`, with W&B's own `_step` and Lightning's `trainer/global_step`."""
     summary: dict[str, Any] = field(default_factory=dict)
-    artifacts: list[tuple[str, str, list[str]]] = field(default_factory=list)
-    """Type, name, aliases."""
+    artifacts: dict[str, list[str]] = field(default_factory=dict)
+    """The files of each, by its name and aliases: `NAME:ALIAS,ALIAS`."""
     exit_code: int | None = None
     """None where the process was killed."""
 
@@ -76,8 +76,9 @@ def read_run(file: Path) -> Tracked:
             case "summary":
                 run.summary |= _values(record.summary.update)
             case "artifact":
-                made = record.artifact
-                run.artifacts.append((made.type, made.name, list(made.aliases)))
+                run.artifacts |= _files(record.artifact)
+            case "request" if record.request.HasField("log_artifact"):
+                run.artifacts |= _files(record.request.log_artifact.artifact)
             case "exit":
                 run.exit_code = record.exit.exit_code
     return run
@@ -85,6 +86,10 @@ def read_run(file: Path) -> Tracked:
 
 def _values(items: Any) -> dict[str, Any]:
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def _files(made: Any) -> dict[str, list[str]]:
+    return {f"{made.name}:{','.join(made.aliases)}": [entry.path for entry in made.manifest.contents]}
 
 
 def runs_in(folder: Path) -> list[Tracked]:

@@ -1,7 +1,7 @@
 """The factors of every adapted layer, read from an adapter's files by PEFT's keys, without its model.
 
-What only a model could tell is refused: of several adapted parameters of one module, which is which (but for the
-stacks of transformers' experts), and the three weights of an attention with `kdim` or `vdim`.
+Two cases need the model and are refused without it: several adapted parameters of one module, whose order is unknown
+(except for transformers' experts), and the three weights of an attention with `kdim` or `vdim`.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ class Factors:
     """One adapted layer: its update is `s B A`, or a stack of such products."""
 
     name: str
-    """In the backbone: a module, or a bare parameter."""
+    """The name in the backbone of the module or bare parameter."""
     kind: str
     r: int
-    """As its kind counts it: of each expert, of all groups of a convolution."""
+    """The rank of each expert; of a convolution, the sum over its groups."""
     scale: float
     """s."""
     pairs: list[Pair]
-    """A (r, k) and B (m, r): one pair, or one for each entry of a stack. A convolution's k are its inputs times its
-    kernel; an embedding's are the tokens."""
+    """A (r, k) and B (m, r): one pair, or one for each entry of a stack. k is the inputs times the kernel of a
+    convolution, and the number of tokens of an embedding."""
     keys: tuple[str, str] = ("", "")
-    """Of A and B in the file."""
+    """The keys of A and B in the file."""
     peft_name: str = ""
-    """By which PEFT looks up its rank: two projections of an attention share it."""
+    """The name by which PEFT looks up the rank: two projections of an attention share it."""
     groups: int = 1
-    """Of a convolution whose B has them."""
+    """The groups of a convolution."""
     dora: bool = False
-    """Whether magnitudes rescale `W0 + s B A`; what is told here is told of `s B A`."""
+    """Whether magnitudes rescale `W0 + s B A`; the measures are of `s B A`."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,7 +62,7 @@ class Factors:
 
     @property
     def parts(self) -> list[Pair]:
-        """What keeps a rank of its own, the same for all: the entries of a stack, the groups of a convolution."""
+        """The parts that each have a rank, the same for all: the entries of a stack, the groups of a convolution."""
         if self.groups == 1:
             return self.pairs
         A, B = self.pairs[0]
@@ -71,17 +71,17 @@ class Factors:
 
     @property
     def parameters(self) -> int:
-        """Of A and B."""
+        """The number of parameters of A and B."""
         return sum(A.numel() + B.numel() // self.groups for A, B in self.pairs)
 
     def cost(self, rank: int) -> int:
-        """Parameters at another rank."""
+        """The number of parameters at another rank."""
         return self.parameters // self.r * rank
 
 
 @dataclass
-class _Found:
-    """One layer's tensors before anything is known of their scale."""
+class _LayerTensors:
+    """One layer's tensors, before its scale is known."""
 
     name: str
     kind: str
@@ -95,36 +95,36 @@ class _Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """An adapter's files with the factors in them."""
+    """An adapter's files and their factors."""
 
     label: str
-    """What tables and plots call it."""
+    """The name in tables and plots."""
     source: str
-    """Where it lies."""
+    """The path or name from which it was read."""
     factors: list[Factors]
     files: AdapterFiles
     tensors: dict[str, Tensor]
-    """All of the file's, by PEFT's own keys."""
+    """All tensors of the file, by PEFT's canonical keys."""
 
 
 def read_factors(
     files: AdapterFiles, alphas: Mapping[str, float] | None = None, modules: Mapping[str, nn.Module] | None = None
 ) -> tuple[list[Factors], dict[str, Tensor]]:
-    """Every layer's factors in the order of the file's names, and all tensors by PEFT's own keys.
+    """Every layer's factors, sorted by name, and all tensors by PEFT's canonical keys.
 
     Args:
         alphas: as in `load_adapter`.
-        modules: of the plain model, where it is at hand: they say in which order parameters were registered.
+        modules: of the plain model, if there is one: they give the order in which parameters were registered.
 
     Raises:
-        AdapterError: keys that are not PEFT's, an A without a B, shapes or ranks that do not go together, no layer.
+        AdapterError: keys are not PEFT's, an A has no B, shapes or ranks contradict each other, or there is no layer.
     """
     tensors = canonical_keys(files.tensors)
     if strangers := [key for key in tensors if not key.startswith(PREFIX)]:
         raise AdapterError(f"{files.directory}: adapter keys must start with '{PREFIX}', got {first_few(strangers)}")
     matched = [_find_layer(key, tensors, files, modules or {}) for key in tensors if key.endswith(A_ENDS)]
     if files.record:
-        # A projection that only fills PEFT's form is not in the record.
+        # The zeros of a projection that is not adapted are not in the record.
         matched = [layer for layer in matched if layer.name in files.record.settings]
     if not matched:
         raise AdapterError(f"{files.directory / WEIGHTS} has no A and B: nothing to analyse")
@@ -135,19 +135,19 @@ def read_factors(
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Orders `layer.2` before `layer.10`."""
+    """A sort key with `layer.2` before `layer.10`."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 def _find_layer(
     key_a: str, tensors: Mapping[str, Tensor], files: AdapterFiles, modules: Mapping[str, nn.Module]
-) -> _Found:
+) -> _LayerTensors:
     end = next(end for end in A_ENDS if key_a.endswith(end))
     key_b = key_a.removesuffix(end) + end.replace("_A", "_B")
     path, A, B = key_a.removeprefix(PREFIX).removesuffix(end), tensors[key_a], tensors.get(key_b)
     if B is None:
         raise AdapterError(f"{files.directory / WEIGHTS} has '{key_a}' and no '{key_b}': it is torn")
-    layer = _Found(path, "Linear", (key_a, key_b), A, B, path)
+    layer = _LayerTensors(path, "Linear", (key_a, key_b), A, B, path)
     if A.dim() < 2 or A.dim() != B.dim() or not A.shape[0] or not B.shape[1] or A.shape[0] % B.shape[1]:
         raise AdapterError(f"'{path}': A of shape {tuple(A.shape)} and B of {tuple(B.shape)} are no factors")
     layer.rank = A.shape[0]
@@ -161,13 +161,13 @@ def _find_layer(
 
 
 def _name_wrapped(
-    layer: _Found,
+    layer: _LayerTensors,
     path: str,
     tensors: Mapping[str, Tensor],
     files: AdapterFiles,
     modules: Mapping[str, nn.Module],
 ) -> None:
-    """PEFT's wrappers out of the name: those of an attention and of bare parameters."""
+    """Set the layer's name and kind from a path with PEFT's wrappers of an attention or of bare parameters."""
     if path.endswith(OUT):
         layer.peft_name = path.removesuffix(OUT)
         layer.name = f"{layer.peft_name}.out_proj"
@@ -184,18 +184,18 @@ def _name_wrapped(
         plain = plain.removesuffix(f".{WRAPPER}")
     depth = (len(path) - len(plain)) // len(f".{WRAPPER}")
     leaves = {entry.rpartition(".")[2] for entry in files.peft.get("target_parameters") or []}
-    names = _in_order(plain, [leaf for leaf in leaves if _adapts(files, f"{plain}.{leaf}")], modules)
-    if depth >= len(names):
+    adapted = _in_order(plain, [leaf for leaf in leaves if _adapts(files, f"{plain}.{leaf}")], modules)
+    if depth >= len(adapted):
         layer.name = layer.peft_name = plain
         return
-    layer.kind, layer.name = "Parameter", f"{plain}.{names[len(names) - 1 - depth]}".removeprefix(".")
+    layer.kind, layer.name = "Parameter", f"{plain}.{adapted[len(adapted) - 1 - depth]}".removeprefix(".")
     layer.peft_name = layer.name
     layer.rank = _entry_rank(layer, files)
     layer.count = layer.A.shape[0] // layer.rank
 
 
 def _in_order(plain: str, leaves: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Adapted parameters of one module as they were registered, by which PEFT wraps them; its config has any order."""
+    """Adapted parameters of one module in the order of registration, in which PEFT wraps them."""
     holder = modules.get(plain)
     known = REGISTERED if holder is None else tuple(holder._parameters)
     if len(leaves) > 1 and not {*leaves} <= {*known}:
@@ -210,8 +210,8 @@ def _adapts(files: AdapterFiles, name: str) -> bool:
     return peft_selects(files.peft.get("target_parameters") or [], name.removeprefix("."))
 
 
-def _entry_rank(layer: _Found, files: AdapterFiles) -> int:
-    """The rank of one entry of a stack, of which the tensors hold the rank times the number of entries."""
+def _entry_rank(layer: _LayerTensors, files: AdapterFiles) -> int:
+    """The rank of one entry of a stack: A has the rank times the number of entries as rows."""
     if files.record and layer.name in files.record.settings:
         return files.record.settings[layer.name][0]
     ranks = set(matches(files.peft.get("rank_pattern"), layer.name).values()) or {files.peft.get("r", 8)}
@@ -224,25 +224,25 @@ def _entry_rank(layer: _Found, files: AdapterFiles) -> int:
     return fitting[0]
 
 
-def _scales(matched: list[_Found], files: AdapterFiles, alphas: Mapping[str, float]) -> dict[str, float]:
+def _scales(matched: list[_LayerTensors], files: AdapterFiles, alphas: Mapping[str, float]) -> dict[str, float]:
     """s of every layer, by name: from our record, or from PEFT's patterns."""
     if files.record:
         return {layer.name: files.record.settings[layer.name][2] for layer in matched}
     for layer in matched:
         refuse_other_rank(files.peft, layer.name, layer.peft_name, layer.rank)
     ranks = {layer.name: layer.rank for layer in matched}
-    alpha_of = find_alphas(files.peft, {layer.name: layer.peft_name for layer in matched}, ranks, alphas)
+    layer_alphas = find_alphas(files.peft, {layer.name: layer.peft_name for layer in matched}, ranks, alphas)
     rslora = bool(files.peft.get("use_rslora"))
-    return {name: alpha_of[name] / (math.sqrt(rank) if rslora else rank) for name, rank in ranks.items()}
+    return {name: layer_alphas[name] / (math.sqrt(rank) if rslora else rank) for name, rank in ranks.items()}
 
 
-def _pairs(layer: _Found) -> list[Pair]:
+def _pairs(layer: _LayerTensors) -> list[Pair]:
     if layer.count == 1:
         return [matrix_pair(layer.A, layer.B)]
     return list(zip(*stack_factors(layer.A, layer.B, layer.count), strict=True))
 
 
-def _factors(layer: _Found, scale: float, *, dora: bool) -> Factors:
+def _factors(layer: _LayerTensors, scale: float, *, dora: bool) -> Factors:
     groups = layer.A.shape[0] // layer.B.shape[1] if layer.A.dim() > 2 else 1
     return Factors(
         name=layer.name,

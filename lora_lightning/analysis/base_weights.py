@@ -1,4 +1,4 @@
-"""W0 of each adapted layer, as matrices that go with its pairs: from a model in memory, or from files one by one."""
+"""W0 of each adapted layer as one matrix for each pair (A, B): from a model in memory, or from files one by one."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lora_lightning.lora.frozen.spectrum import Pair, subtract_init, weight_matr
 from lora_lightning.lora.init.from_weight import factors_from_weight, is_from_weight
 
 Read = Callable[[nn.Module, str, str], Tensor | None]
-"""A module's parameter by its own name and its full name; None where there are no values."""
+"""A function of a module, a parameter's name in it and its full name; returns None where there are no values."""
 
 
 class Weights:
     """W0 by the names of adapted layers.
 
     Args:
-        model: the plain model or the adapted one; on the meta device where `read` brings the values.
+        model: the plain model or the adapted one; on the meta device where `read` reads the values.
     """
 
     def __init__(self, model: nn.Module, read: Read | None = None) -> None:
         self.modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.prefix = str(getattr(model, "base_model_prefix", ""))
-        """transformers' name of the part without a head, which an adapter's names may have or lack."""
+        """transformers' name of the model without its head, with which an adapter's names may begin."""
         self.read = read or _in_memory
 
     def of(self, layer: Factors) -> list[Tensor] | None:
@@ -36,8 +36,8 @@ class Weights:
         Raises:
             AdapterError: the model has no such layer, or it has another shape.
         """
-        owner, attribute = self._place(layer)
-        weight = self.read(self.modules[owner], attribute, f"{owner}.{attribute}".removeprefix("."))
+        owner, key = self._place(layer)
+        weight = self.read(self.modules[owner], key, f"{owner}.{key}".removeprefix("."))
         if weight is None:
             return None
         matrices = weight_matrices(self.modules[owner], weight.detach(), stacked=layer.kind == "Parameter")
@@ -55,28 +55,28 @@ class Weights:
             self._place(layer)
 
     def _place(self, layer: Factors) -> tuple[str, str]:
-        """The module that holds W0, and what the parameter is called there."""
+        """The name of the module that holds W0, and the parameter's name in it."""
         if layer.kind == "Parameter":
-            owner, _, attribute = layer.name.rpartition(".")
+            owner, _, key = layer.name.rpartition(".")
         else:
-            owner, attribute = layer.name, "in_proj_weight" if layer.kind == "MultiheadAttention" else "weight"
+            owner, key = layer.name, "in_proj_weight" if layer.kind == "MultiheadAttention" else "weight"
         for name in (owner, owner.removeprefix(f"{self.prefix}."), f"{self.prefix}.{owner}"):
             module = self.modules.get(name)
-            if module is not None and module._parameters.get(attribute) is not None:
-                return name, attribute
+            if module is not None and module._parameters.get(key) is not None:
+                return name, key
         raise AdapterError(f"the base has no '{layer.name}', which the adapter changes: name the base of its own")
 
 
-def _in_memory(module: nn.Module, attribute: str, full: str) -> Tensor | None:
-    quantized = attribute == "weight" and scheme(module) is not None
-    return plain_weight(module) if quantized else module._parameters[attribute]  # `.weight` may be one that is adapted
+def _in_memory(module: nn.Module, key: str, full: str) -> Tensor | None:
+    quantized = key == "weight" and scheme(module) is not None
+    return plain_weight(module) if quantized else module._parameters[key]  # `.weight` may read as the adapted one
 
 
 def add_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:
-    """The layers with the start that PEFT took out of W0, where the file's factors count on one: `s (B A - B0 A0)`.
+    """The layers with the update `s (B A - B0 A0)`, where PEFT's init subtracted s B0 A0 from W0.
 
     Raises:
-        AdapterError: there is such a start and no W0 to compute it from.
+        AdapterError: there is such an init and no W0 to compute it from.
     """
     if not is_from_weight(init):
         return layers

@@ -1,11 +1,11 @@
-"""How far an adapter moved the model: it beside itself with the adapter switched off, text by text.
+"""How far an adapter moved the model: its outputs with the adapter on and off are compared, text by text.
 
-Of a language model each position that predicts a token is compared: KL(p0 || p) of the base's next-token distribution
-p0 and the adapted p, the loss of both on the text's own token, and whether their largest logits differ. Of any other
-model the pooled output is compared, and that of each repeated block: `1 - cos(h0, h)` and `||h - h0|| / ||h0||`.
+For a language model each position that predicts a token is compared: KL(p0 || p) of the base's next-token distribution
+p0 and the adapted p, both losses on the text's next token, and whether the top predictions differ. For any other model
+the pooled output is compared, and that of each repeated block: `1 - cos(h0, h)` and `||h - h0|| / ||h0||`.
 
-A text is the unit. A figure per token is the ratio R = sum_i y_i / sum_i t_i of what the texts hold together (y_i of
-text i, over its t_i tokens); its standard error is that of a ratio estimator, linearized:
+Errors are over texts. A figure per token is the ratio R = sum_i y_i / sum_i t_i, where text i has the sum y_i over its
+t_i tokens; its standard error is that of a ratio estimator, linearized:
 `sqrt(n / (n - 1) sum_i (y_i - R t_i)^2) / sum_i t_i`. With t_i = 1 it is the mean and its usual error.
 """
 
@@ -34,20 +34,20 @@ from lora_lightning.tasks.losses.token_loss import IGNORED, refuse_labels, with_
 from lora_lightning.tasks.positions import in_evaluation
 
 MOST_NAMED = 5
-"""Texts that are named as those that moved most."""
+"""Number of texts in the list of those that moved most."""
 EXCERPT = 160
 """Characters of a text that are shown."""
 KL, COSINE = "kl", "cosine"
-"""The figure that stands for the drift: of language models, and of all others."""
+"""The main figure of the drift: for language models, and for all others."""
 
 
 class Batch(NamedTuple):
-    """Some texts, or images, as the backbone takes them."""
+    """Some texts or images as inputs of the backbone."""
 
     inputs: Mapping[str, Any]
     """The backbone's arguments by name."""
     labels: Tensor | None
-    """(b, t): the token that each output predicts, -100 where none is; None where pooled outputs are compared."""
+    """(b, t): the token that each output predicts, or -100; None where pooled outputs are compared."""
     numbers: Sequence[int]
     """The number of each row's text."""
 
@@ -58,7 +58,7 @@ class Mean:
 
     value: float
     error: float | None
-    """Its standard error over texts; None of a single one."""
+    """Its standard error over texts; None for a single text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,18 +66,18 @@ class Moved:
     """A text that moved far."""
 
     number: int
-    """From 0, in the order in which the texts were given."""
+    """The text's number from 0, in the order of the texts."""
     value: float
-    """Its own KL per token, or 1 - cosine."""
+    """The text's KL per token, or 1 - cosine."""
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """What was found at one strength of the update."""
+    """The drift at one strength of the update."""
 
     kind: str
-    """`kl` of language models, `cosine` of all others."""
+    """`kl` for language models, `cosine` for all others."""
     figures: dict[str, Mean]
     """`kl`, `perplexity_base`, `perplexity` and `changed`; or `cosine` (1 - cosine) and `relative_l2`."""
     texts: int
@@ -88,7 +88,7 @@ class Drift:
 
     @property
     def main(self) -> Mean:
-        """The figure that stands for all."""
+        """The main figure, `figures[kind]`."""
         return self.figures[self.kind]
 
 
@@ -111,25 +111,25 @@ def measure_drift(
     forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[float, Drift]:
-    """The drift at each strength of the update; the model and its modes are afterwards as before.
+    """The drift at each strength of the update; afterwards the model and its modes are unchanged.
 
-    The base runs once a batch and the adapted model once for each strength; logits are made in chunks of tokens, in
-    float32 or wider, where the model's head can be taken apart.
+    For each batch the base runs once and the adapted model once per strength; logits are computed in chunks of tokens,
+    in float32 or wider, where the model's head can run separately.
 
     Args:
         model: adapted.
         batches: on the model's device; each text once.
-        texts: what each is called, by number.
+        texts: the texts, or other names of the inputs, by number.
         scales: strengths as in `lora.bank.strength.scaled`: 1 is what was trained.
         forward: a context for each forward, such as autocast.
         advance: called after each batch.
 
     Raises:
-        LoRAError: the model has no adapter; nothing to compare; a model without a pooled output.
+        LoRAError: the model has no adapter or no pooled output, or there is nothing to compare.
     """
     if not grafted_modules(model):
         raise LoRAError("this model has no adapter, so nothing has moved it: call inject or load_adapter first")
-    parts_by_scale: dict[float, list[tuple[Sequence[int], dict[str, Tensor]]]] = {scale: [] for scale in scales}
+    by_scale: dict[float, list[tuple[Sequence[int], dict[str, Tensor]]]] = {scale: [] for scale in scales}
     kind = KL
     with in_evaluation(model), torch.no_grad():
         for batch in batches:
@@ -137,17 +137,17 @@ def measure_drift(
             with forward():
                 compare = _pooled_figures if batch.labels is None else _next_tokens
                 for scale, sums in compare(model, batch, scales):
-                    parts_by_scale[scale].append((batch.numbers, sums))
+                    by_scale[scale].append((batch.numbers, sums))
             advance()
-    return {scale: _drift(kind, parts, texts) for scale, parts in parts_by_scale.items()}
+    return {scale: _drift(kind, parts, texts) for scale, parts in by_scale.items()}
 
 
 def _drift(kind: str, parts: list[tuple[Sequence[int], dict[str, Tensor]]], texts: Sequence[str]) -> Drift:
     """The figures from each text's sums."""
     if not parts:
         raise LoRAError("there are no texts to compare on")
-    numbers = torch.tensor([number for numbers, _ in parts for number in numbers])
-    sums = {name: torch.cat([sums[name] for _, sums in parts]) for name in parts[0][1]}
+    numbers = torch.tensor([number for values, _ in parts for number in values])
+    sums = {name: torch.cat([values[name] for _, values in parts]) for name in parts[0][1]}
     counts = sums.pop("tokens", torch.ones(len(numbers), dtype=torch.float64))
     seen = counts > 0
     numbers, counts = numbers[seen], counts[seen]
@@ -167,18 +167,18 @@ def _drift(kind: str, parts: list[tuple[Sequence[int], dict[str, Tensor]]], text
         figure, _, layer = name.partition(" ")
         if layer:
             layers.setdefault(layer, {})[figure] = mean
-    means = {name: means[name] for name in (COSINE, "relative_l2")}
-    return Drift(kind=kind, figures=means, texts=len(numbers), layers=layers, most=most)
+    values = {name: means[name] for name in (COSINE, "relative_l2")}
+    return Drift(kind=kind, figures=values, texts=len(numbers), layers=layers, most=most)
 
 
 def _perplexity(loss: Mean) -> Mean:
-    """exp of a mean loss; its error by the derivative."""
+    """exp of a mean loss, with the linearized error."""
     value = math.exp(min(loss.value, 700.0))
     return Mean(value=value, error=None if loss.error is None else value * loss.error)
 
 
 def excerpt(text: str) -> str:
-    """One line of a text's beginning."""
+    """The beginning of a text, in one line."""
     line = " ".join(text.split())
     return line if len(line) <= EXCERPT else f"{line[: EXCERPT - 3]}..."
 
@@ -187,7 +187,7 @@ def excerpt(text: str) -> str:
 
 
 def _next_tokens(model: nn.Module, batch: Batch, scales: Sequence[float]) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """By strength, of each row the sums over its predicted tokens."""
+    """Yields for each strength the sums over each row's predicted tokens."""
     assert batch.labels is not None
     with disabled(model):
         base = _States.of(model, batch)
@@ -207,13 +207,13 @@ def _next_tokens(model: nn.Module, batch: Batch, scales: Sequence[float]) -> Ite
 
 
 def token_figures(base: Tensor, adapted: Tensor, labels: Tensor) -> Tensor:
-    """Of each token KL(base || adapted) in nats, -log p of its label under both, and whether the top one differs.
+    """For each token KL(base || adapted) in nats, -log p of its label in both, and whether the top predictions differ.
 
     Shapes: logits (n, V) and labels (n,); returns (n, 4), in float32 or wider.
     """
     refuse_labels(labels, base.shape[-1])
     p, q = (logits.to(wide_dtype(logits)).log_softmax(-1) for logits in (base, adapted))
-    # What the base gives no probability adds nothing, whatever the adapted model gives it.
+    # A token to which the base gives no probability adds nothing.
     kl = torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1)
     losses = [-x.gather(-1, labels.unsqueeze(-1)).squeeze(-1) for x in (p, q)]
     return torch.stack([kl, *losses, (p.argmax(-1) != q.argmax(-1)).to(kl.dtype)], 1)
@@ -221,14 +221,14 @@ def token_figures(base: Tensor, adapted: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass
 class _States:
-    """What logits are made of, at the positions that predict a token: hidden states, or the logits themselves."""
+    """The inputs of the head at the positions that predict a token, or the logits where the head cannot run alone."""
 
     values: Tensor
     """(n, d)."""
     head: Callable[[Tensor], Tensor]
     vocabulary: int
     predicted: Tensor
-    """(b, t): which positions these are."""
+    """(b, t): True at these positions."""
     labels: Tensor
     """(n,)."""
 
@@ -255,7 +255,7 @@ class _States:
         return cls(states[predicted], logits, before.vocabulary, predicted, labels[predicted])
 
     def chunks(self) -> Iterator[slice]:
-        """Rows whose logits are made at once."""
+        """Slices of rows whose logits are computed at once."""
         size = rows_at_once(self.values, self.vocabulary)
         return (slice(start, start + size) for start in range(0, max(len(self.values), 1), size))
 
@@ -269,55 +269,55 @@ class _States:
 def _pooled_figures(
     model: nn.Module, batch: Batch, scales: Sequence[float]
 ) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """By strength, of each row the figures of the pooled output and of each block's."""
+    """Yields for each strength the figures of each row's pooled output and of each block's."""
     with disabled(model):
         base = pooled_outputs(model, batch)
     for scale in scales:
         with scaled(model, scale):
             adapted = pooled_outputs(model, batch)
-        figures: dict[str, Tensor] = {}
+        by_name: dict[str, Tensor] = {}
         for name, before in base.items():
             for figure, values in vector_figures(before, adapted[name]).items():
-                figures[f"{figure} {name}".rstrip()] = values.double().cpu()
-        yield scale, figures
+                by_name[f"{figure} {name}".rstrip()] = values.double().cpu()
+        yield scale, by_name
 
 
 def vector_figures(base: Tensor, adapted: Tensor) -> dict[str, Tensor]:
-    """`1 - cos` and `||adapted - base|| / ||base||` of each row; both 0 where nothing moved. (b, d) to (b,)."""
+    """`1 - cos` and `||adapted - base|| / ||base||` of each row, exactly 0 for equal rows. (b, d) to (b,)."""
     h0, h = base.double(), adapted.double()
     norm0, norm = h0.norm(dim=-1), h.norm(dim=-1)
-    # By the distance of the unit vectors, 1 - cos = ||u - v||^2 / 2: exact near 0, where a product would cancel.
+    # 1 - cos = ||u - v||^2 / 2 of the unit vectors, which is exact near 0, where 1 minus a product would cancel.
     apart = h / norm.clamp_min(1e-300).unsqueeze(-1) - h0 / norm0.clamp_min(1e-300).unsqueeze(-1)
     far = (h - h0).norm(dim=-1)
     return {COSINE: apart.square().sum(-1) / 2, "relative_l2": far / norm0.clamp_min(1e-300)}
 
 
 def pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """The pooled output, by the name "", and that of each repeated block: one vector (b, d) for each row.
+    """The pooled output, under the name "", and that of each repeated block: one vector (b, d) for each row.
 
-    The pooled output is what the model hands its head; without a head, its `last_hidden_state`, its embeddings, or the
-    tensor that it returns. Tokens (b, t, d) are averaged where `attention_mask` is 1, the places of an image too.
+    The pooled output is the input of the model's head; without a head, its `last_hidden_state`, its embeddings, or the
+    tensor that it returns. Tokens (b, t, d) are averaged where `attention_mask` is 1, and so are positions of an image.
 
     Raises:
-        LoRAError: there is none of these.
+        LoRAError: the model has none of these.
     """
     mask, rows = batch.inputs.get("attention_mask"), len(batch.numbers)
     pooled: dict[str, Tensor] = {}
-    handed: list[Tensor] = []
+    features: list[Tensor] = []
 
     def pool(value: Any, module: nn.Module | None = None) -> Tensor | None:
         return pool_rows(first_tensor(value), rows, mask, module)
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            if (one := pool(out, module)) is not None:
-                pooled[name] = one
+            if (vector := pool(out, module)) is not None:
+                pooled[name] = vector
 
         return hook
 
     def before(module: nn.Module, args: Any) -> None:
-        if args and (one := pool(args[0])) is not None:
-            handed.append(one)
+        if args and (vector := pool(args[0])) is not None:
+            features.append(vector)
 
     handles = [block.register_forward_hook(keep(name)) for name, block in repeated_blocks(model).items()]
     handles += [get_module(model, name).register_forward_pre_hook(before) for name in output_head(model)]
@@ -326,7 +326,7 @@ def pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    whole = handed[0] if handed else _pooled_of(out, pool)
+    whole = features[0] if features else _pooled_of(out, pool)
     if whole is None:
         raise LoRAError(
             f"{type(model).__name__} has no pooled output: no head that is handed features, no last_hidden_state, no"
@@ -353,13 +353,13 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def pool_rows(h: Tensor | None, rows: int, mask: Any = None, module: nn.Module | None = None) -> Tensor | None:
-    """One vector (b, d) for each row, in float32 or wider; None of what has no row for each.
+    """One vector (b, d) for each row, in float32 or wider; None where `h` has no dimension of rows.
 
     Args:
-        h: (b, d), tokens (b, t, d), or an image (b, d, height, width), with d last where the module's norms say so.
+        h: (b, d), tokens (b, t, d), or images (b, d, height, width), with d last where the module's norms are over it.
         rows: b.
         mask: (b, t), 1 where a token counts.
-        module: which gave it.
+        module: the module that returned `h`.
     """
     if h is None or not h.is_floating_point() or h.dim() not in (2, 3, 4) or len(h) != rows:
         return None

@@ -1,4 +1,4 @@
-"""What a drift is measured on: neutral text of this package, texts of a file or a set, or the run's own inputs."""
+"""The inputs on which a drift is measured: this package's neutral texts, the texts of a set, or the run's inputs."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from lora_lightning.tasks.losses.token_loss import IGNORED
 from lora_lightning.tasks.positions import is_packed, learned_positions
 
 NEUTRAL, RUN = "neutral", "run"
-"""Words in the place of a file: the package's own text, and the run's validation inputs."""
+"""Options in place of a file: this package's texts, and the run's validation inputs."""
 MOST = 200
-"""Texts, unless another number is asked for."""
+"""Default number of texts."""
 ROWS = 8
-"""Texts that run together."""
+"""Texts in a batch."""
 LONGEST = 512
-"""Tokens of a text, where neither the model nor the data says less."""
+"""Largest number of tokens of a text, where neither the model nor the data has a smaller limit."""
 CAUSAL, SEQ2SEQ = "CAUSAL_LM", "SEQ_2_SEQ_LM"
 
 
 def neutral_texts() -> list[str]:
-    """Paragraphs on everyday matters, written for this package and under its license."""
+    """Paragraphs on everyday topics, written for this package and under its license."""
     text = Path(__file__).with_name("neutral.txt").read_text(encoding="utf-8")
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
 def read_texts(source: str, column: str = "text", most: int = MOST) -> list[str]:
-    """Texts of a file (.txt one a line, CSV, TSV, JSONL, Parquet), a directory or a set on the hub; blank ones are left
-    out. Of a set with splits its test, else its validation, else its train. Of more than `most`, from all over it.
+    """At most `most` texts of a file (.txt by lines, CSV, TSV, JSONL, Parquet), a directory or a set on the hub.
+
+    Blank texts are left out. Of a set with splits, the test split is read, else validation, else train.
 
     Raises:
-        LoRAError: there is nothing of the kind, no such column, a value that is no text, or only blank ones.
+        LoRAError: there is no such set or column, a value is no text, or all texts are blank.
     """
     tables = read_tables(source)
     split = next((name for kind in ("test", "validation", "train") for name in tables if kind_of(name) == kind), None)
@@ -60,17 +61,17 @@ def read_texts(source: str, column: str = "text", most: int = MOST) -> list[str]
 
 
 def pick_evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many, at even distances from all over."""
+    """At most `most` items, evenly spaced."""
     if len(items) <= most:
         return list(items)
     return [items[i * len(items) // most] for i in range(most)]
 
 
 def text_batches(texts: Sequence[str], tokenizer: Any, task: Task, backbone: nn.Module, longest: int) -> list[Batch]:
-    """Texts as the backbone takes them, those of like length together, cut at `longest` tokens.
+    """Batches of texts for the backbone, sorted by length and cut at `longest` tokens.
 
     Raises:
-        LoRAError: the task's model takes other things than one text.
+        LoRAError: the task's model maps a text to a text.
     """
     if task.peft_task_type == SEQ2SEQ:
         raise LoRAError(f"a model from text to text has a target for each text: measure its drift on {RUN}")
@@ -101,21 +102,21 @@ def text_batches(texts: Sequence[str], tokenizer: Any, task: Task, backbone: nn.
 
 
 def _labels(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Each output is held to the next token of its text."""
+    """The label of each output: the next token of its text."""
     return shift_labels(inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED))
 
 
 def run_batches(
     batches: Iterable[Any], task: Task, backbone: nn.Module, tokenizer: Any = None, most: int = MOST
 ) -> tuple[list[Batch], list[str]]:
-    """A run's own inputs, and what each is called: of all batches some at even distances, until there are `most` rows.
+    """Evenly spaced batches of a run with about `most` rows, and a name for each row.
 
-    Of a language model the tokens that its task trains on are compared.
+    For a language model, the tokens that its task trains on are compared.
     """
     every = list(batches)
     sizes = [task.examples(batch) for batch in every]
     wanted = min(len(every), max(1, -(-most * len(every) // max(sum(sizes), 1))))
-    kept: list[Batch] = []
+    chosen: list[Batch] = []
     names: list[str] = []
     for batch in pick_evenly(every, wanted):
         inputs, labels = dict(task.inputs(backbone, batch)), None
@@ -124,13 +125,13 @@ def run_batches(
         elif task.peft_task_type == SEQ2SEQ:
             labels = batch["labels"]
         rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
-        kept.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
+        chosen.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
         names += _describe_texts(inputs, len(names), rows, tokenizer)
-    return kept, names
+    return chosen, names
 
 
 def _describe_texts(inputs: Mapping[str, Any], before: int, rows: int, tokenizer: Any) -> list[str]:
-    """The texts of token numbers, else numbers."""
+    """The decoded text of each row, or `input 1` and so on without a tokenizer."""
     ids = inputs.get("input_ids")
     if tokenizer is None or not isinstance(ids, Tensor):
         return [f"input {before + i + 1}" for i in range(rows)]

@@ -1,4 +1,4 @@
-"""Where in a model a layer is: what it does, and in which block."""
+"""The group (function) and the block of each layer, from its name."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import NamedTuple
 
 
 class Place(NamedTuple):
-    """Of one layer."""
+    """One layer's group and block."""
 
     group: str
-    """What it does: its name without numbers, less what all numbered layers begin with."""
+    """The layer's name without numbers and without the beginning that all numbered layers share."""
     block: str
     """The numbers in its name, `3` or `0.11`; empty where there is none."""
 
 
 def places(names: Iterable[str]) -> dict[str, Place]:
-    """By name; layers that do the same in each block have one group."""
+    """The place of each layer, by name; layers with the same function in each block have one group."""
     bare = {name: [part for part in name.split(".") if not part.isdigit()] for name in names}
     blocks = {name: ".".join(part for part in name.split(".") if part.isdigit()) for name in bare}
     shared = _common([parts[:-1] for name, parts in bare.items() if blocks[name]])
@@ -25,7 +25,7 @@ def places(names: Iterable[str]) -> dict[str, Place]:
 
 
 def _common(lists: list[list[str]]) -> int:
-    """How many parts at the front all have."""
+    """The number of leading parts that all lists share."""
     count = 0
     for parts in zip(*lists, strict=False):
         if len(set(parts)) > 1:

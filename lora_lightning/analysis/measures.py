@@ -1,4 +1,4 @@
-"""What is told of each layer of an adapter and of the whole, and of a layer while it trains."""
+"""The measures of each layer of an adapter, of the whole adapter, and of a layer while it trains."""
 
 from __future__ import annotations
 
@@ -31,43 +31,43 @@ from lora_lightning.lora.frozen.spectrum import (
 from lora_lightning.lora.layers import AdaptedLayer
 
 SHARES = (0.9, 0.95, 0.99)
-"""Of the energy, for which the smallest ranks are told."""
+"""Shares of the energy for which the smallest ranks are computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgainstBase:
-    """The update beside W0: the paper's section 7.3 and Table 7."""
+    """The update compared with W0: the paper's section 7.3 and Table 7."""
 
     w0_norm: float
     """`||W0||_F`."""
     relative: float
     """`||s B A||_F / ||W0||_F`."""
     in_update: float
-    """`||U^T W0 V||_F` in the update's own directions."""
+    """`||U^T W0 V||_F` in the update's directions U and V."""
     in_w0: float
-    """The same in as many top directions of W0 itself: the most that it can be."""
+    """The same in as many top directions of W0, which is the largest possible value."""
     in_random: float
-    """The same in random directions, drawn once."""
+    """The same in one sample of random directions."""
     by_chance: float
-    """Its root mean square over all draws."""
+    """The root mean square over all random directions."""
     amplification: float
-    """`||s B A||_F / ||U^T W0 V||_F`: how much larger the update is than W0 in its directions. nan of a zero update."""
+    """`||s B A||_F / ||U^T W0 V||_F`: how much larger the update is than W0 there; nan for a zero update."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMeasures:
-    """One layer's update."""
+    """The measures of one layer's update."""
 
     name: str
     kind: str
     group: str
-    """Layers that do the same in each block, see `places`."""
+    """The layers with the same function in each block, see `places`."""
     block: str
     r: int
     scale: float
     shape: tuple[int, int]
     entries: int
-    """Matrices of a stack."""
+    """The number of matrices; more than 1 for a stack."""
     dora: bool
     parameters: int
     norm: float
@@ -76,41 +76,36 @@ class LayerMeasures:
     """`||s B A||_2`."""
     stable_rank: float
     singular_values: list[float]
-    """Of all entries of a stack together."""
+    """Those of all entries of a stack together."""
     energy: list[float]
-    """The share in the first 1, 2, ... directions."""
+    """The share of the energy in the first 1, 2, ... directions."""
     ranks: dict[str, int]
-    """By share of the energy, the smallest rank that holds it; of a stack's entries, the one for all of them."""
+    """By share of the energy, the smallest rank that holds it, common to all entries of a stack."""
     base: AgainstBase | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMeasures:
-    """An adapter."""
+    """The measures of an adapter."""
 
     label: str
     source: str
     layers: list[LayerMeasures]
     norm: float
-    """Of all updates together."""
+    """`||s B A||_F` of all updates together."""
     shares: dict[str, float]
     """By group, its share of `norm` squared."""
     parameters: int
     parameters_at: dict[str, int]
     """By share of the energy in every layer, parameters of A and B at the smallest ranks."""
     notes: list[str] = field(default_factory=list)
-    """What could not be told, and why."""
-
-
-def spectra_of(layer: Factors) -> list[Spectrum]:
-    """One for each entry."""
-    return [spectrum(A, B, layer.scale) for A, B in layer.pairs]
+    """Remarks, such as on what the measures leave out."""
 
 
 def common_rank(layer: Factors, share: float) -> int:
-    """The smallest rank, as the layer's kind counts it, that holds `share` of its energy; at least 1.
+    """The smallest r of the layer that holds `share` of its energy; at least 1.
 
-    Parts that keep a rank each keep the same one, so their energies are added up direction by direction.
+    All entries of a stack, and all groups of a convolution, have one rank, so their energies are added by direction.
     """
     values = [spectrum(A, B).S.square() for A, B in layer.parts]
     width = max(len(squares) for squares in values)
@@ -119,8 +114,8 @@ def common_rank(layer: Factors, share: float) -> int:
 
 
 def measure_layer(layer: Factors, weights: Weights | None, place: Place) -> LayerMeasures:
-    """All measures of one layer; those beside W0 where there is one."""
-    spectra = spectra_of(layer)
+    """All measures of one layer; those against W0 only where `weights` has it."""
+    spectra = [spectrum(A, B, layer.scale) for A, B in layer.pairs]
     S = torch.cat([s.S for s in spectra]).sort(descending=True).values
     matrices = None if weights is None else weights.of(layer)
     return LayerMeasures(
@@ -145,7 +140,7 @@ def measure_layer(layer: Factors, weights: Weights | None, place: Place) -> Laye
 
 
 def _compare_with_base(layer: Factors, spectra: list[Spectrum], matrices: list[Tensor]) -> AgainstBase:
-    """A stack's entries are the blocks of one matrix: squares add up."""
+    """The measures against W0; a stack's entries are the blocks of one matrix, so that squares add up."""
     norm = _root_of_squares(frobenius(s.S) for s in spectra)
     w0_norm = _root_of_squares(float(torch.linalg.matrix_norm(W0.double())) for W0 in matrices)
     inside = _root_of_squares(projection_norm(s.U, W0, s.V) for s, W0 in zip(spectra, matrices, strict=True))
@@ -169,27 +164,27 @@ def _root_of_squares(norms: Iterable[float]) -> float:
 
 
 def percent(share: float) -> str:
-    """0.95 as `95%`, which names it in what is written."""
+    """0.95 as `95%`, which is its key in tables and files."""
     return f"{share:.0%}"
 
 
 def measure_adapter(
     adapter: Adapter, weights: Weights | None, advance: Callable[[int], None] = lambda _: None
 ) -> AdapterMeasures:
-    """All layers of an adapter."""
-    layers, at = [], places(layer.name for layer in adapter.factors)
+    """Measure all layers of an adapter; `advance` is called after each."""
+    layers, place_of = [], places(layer.name for layer in adapter.factors)
     for layer in adapter.factors:
-        layers.append(measure_layer(layer, weights, at[layer.name]))
+        layers.append(measure_layer(layer, weights, place_of[layer.name]))
         advance(1)
-    gather_whole = _root_of_squares(layer.norm for layer in layers)
+    norm = _root_of_squares(layer.norm for layer in layers)
     groups = dict.fromkeys(layer.group for layer in layers)
     squares = {g: sum(layer.norm**2 for layer in layers if layer.group == g) for g in groups}
     return AdapterMeasures(
         label=adapter.label,
         source=adapter.source,
         layers=layers,
-        norm=gather_whole,
-        shares={group: square / gather_whole**2 if gather_whole else 0.0 for group, square in squares.items()},
+        norm=norm,
+        shares={group: square / norm**2 if norm else 0.0 for group, square in squares.items()},
         parameters=sum(layer.parameters for layer in layers),
         parameters_at={
             percent(share): sum(f.cost(m.ranks[percent(share)]) for f, m in zip(adapter.factors, layers, strict=True))
@@ -199,12 +194,12 @@ def measure_adapter(
     )
 
 
-# ---- a layer while it trains, from its factors as they are now
+# A layer while it trains.
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankMeasures:
-    """One layer at one step. nan where a number means nothing, as of an update that is still zero."""
+    """The measures of one layer at one step; nan where one is undefined, as for an update that is still zero."""
 
     norm: float
     """`||s B A||_F`."""
@@ -214,32 +209,32 @@ class RankMeasures:
     energy_top: float
     """The share of the energy in the first direction."""
     energy_half: float
-    """The same in the first half of the directions that the rank has room for."""
+    """The share in the first half of the directions that the rank allows."""
     k90: float
     """The smallest rank that holds 90% of the energy."""
     amplification: float
-    """`||s B A||_F / ||U^T W0 V||_F`; nan where it was not asked for."""
+    """`||s B A||_F / ||U^T W0 V||_F`; nan where it was not computed."""
 
 
 NAMES = tuple(field.name for field in fields(RankMeasures))
 
 
 def gather_whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, which all processes have to take part in; any other is itself."""
+    """Gather a sharded tensor, in which all processes must take part; any other tensor is returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_layer(layer: AdaptedLayer) -> AdaptedLayer:
-    """The layer with its adapter's tensors in one piece: another object where they are sharded."""
-    lora_tensors = layer.lora_tensors()
-    if not any(isinstance(tensor, DTensor) for tensor in lora_tensors.values()):
+    """The layer with gathered adapter tensors: a twin where they are sharded, else the layer."""
+    tensors = layer.lora_tensors()
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         return layer
     twin: AdaptedLayer = layer.__class__.__new__(layer.__class__)
     twin.__dict__.update(vars(layer))
     for store in ("_parameters", "_buffers"):
-        held = vars(layer)[store]
+        entries = vars(layer)[store]
         twin.__dict__[store] = {
-            n: t if t is None or n not in lora_tensors else gather_whole(t.detach()) for n, t in held.items()
+            n: t if t is None or n not in tensors else gather_whole(t.detach()) for n, t in entries.items()
         }
     return twin
 
@@ -250,7 +245,7 @@ def whole_base(layer: AdaptedLayer) -> list[Tensor]:
 
 
 def base_norm(matrices: Sequence[Tensor]) -> float:
-    """`||W0||_F`, added up in float32 or wider."""
+    """`||W0||_F`, accumulated in float32 or wider."""
     wide = [torch.promote_types(matrix.dtype, torch.float32) for matrix in matrices]
     norms = [torch.linalg.vector_norm(m, dtype=dtype) for m, dtype in zip(matrices, wide, strict=True)]
     return _root_of_squares(float(norm) for norm in norms)
@@ -258,28 +253,28 @@ def base_norm(matrices: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def measures_of(pairs: Sequence[Pair], scale: float, w0_norm: float, matrices: Sequence[Tensor]) -> RankMeasures:
-    """Of a layer's matrices together, as the blocks of one.
+    """The measures of a layer's matrices together, as blocks of one matrix.
 
     Args:
-        matrices: of W0, for the amplification; empty where it is not wanted.
+        matrices: W0's, for the amplification; empty to leave it out.
     """
     spectra = [spectrum(A, B, scale) for A, B in pairs]
     S = torch.cat([s.S for s in spectra]).sort(descending=True).values
-    norm, held = frobenius(S), energy(S)
+    norm, shares = frobenius(S), energy(S)
     room = sum(min(A.shape[0], A.shape[1], B.shape[0]) for A, B in pairs)
     return RankMeasures(
         norm=norm,
         relative=norm / w0_norm if w0_norm else math.nan,
         stable_rank=stable_rank(S) if len(S) else math.nan,
-        energy_top=float(held[0]) if len(S) else math.nan,
-        energy_half=float(held[min(len(S), max(1, room // 2)) - 1]) if len(S) else math.nan,
+        energy_top=float(shares[0]) if len(S) else math.nan,
+        energy_half=float(shares[min(len(S), max(1, room // 2)) - 1]) if len(S) else math.nan,
         k90=float(smallest_rank(S, 0.9)) if len(S) else math.nan,
         amplification=_amplification(norm, spectra, matrices),
     )
 
 
 def _amplification(norm: float, spectra: Sequence[Spectrum], matrices: Sequence[Tensor]) -> float:
-    """In float32: W0 is multiplied as it lies where it is of that dtype."""
+    """The amplification, in float32: a W0 of that dtype is not copied."""
     if not matrices or not norm:
         return math.nan
     inside = _root_of_squares(
@@ -289,7 +284,7 @@ def _amplification(norm: float, spectra: Sequence[Spectrum], matrices: Sequence[
 
 
 def summary(measures: Sequence[RankMeasures]) -> dict[str, float]:
-    """The least, the median and the largest over all layers, of what has a value."""
+    """Minimum, median and maximum of each measure over all layers where it is defined."""
     figures: dict[str, float] = {}
     for name, column in zip(NAMES, zip(*map(astuple, measures), strict=True), strict=True):
         values = sorted(value for value in column if not math.isnan(value))

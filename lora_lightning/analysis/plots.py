@@ -1,4 +1,4 @@
-"""The figures: which layers hold the update, its energy, the ranks that would do, and who shares which directions."""
+"""The figures: norms by layer, energy, smallest ranks, amplification, and the directions that adapters share."""
 
 from __future__ import annotations
 
@@ -22,65 +22,65 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_PAIRS = 6
-"""Pairs of adapters that are drawn; the numbers are of all."""
+"""Pairs of adapters that have figures; tables have all of them."""
 SHOWN = 7
-"""Layers in a figure of phi, unless they are named."""
+"""Layers in a figure of phi, where the user names none."""
 MOST_PANELS = 12
 MAP = "viridis"
 
 
 @dataclass(kw_only=True)
 class Analysis:
-    """All that was found."""
+    """All results of one analysis."""
 
     adapters: list[AdapterMeasures]
     pairs: list[PairSimilarity] = field(default_factory=list)
     truncation: Truncation | None = None
     drift: Strengths | None = None
-    """How far the first adapter moved its model, where that was asked for."""
+    """How far the first adapter moved its model, where that was measured."""
 
 
 def figures(analysis: Analysis, layers: str | None = None) -> dict[str, Drawing]:
-    """By file name, title, caption and figure."""
-    drawn: dict[str, Drawing] = {}
+    """The figures by file name, each with title and caption."""
+    drawings: dict[str, Drawing] = {}
     with plot_style():
         if all(layer.base for adapter in analysis.adapters for layer in adapter.layers):
             panels = by_layer(analysis.adapters, lambda m: m.base.relative if m.base else 0.0, "||sBA|| / ||W0||")
         else:
             panels = by_layer(analysis.adapters, lambda m: m.norm, "||sBA||")
-        drawn["norms"] = Drawing(
+        drawings["norms"] = Drawing(
             "Which layers hold the update",
             "Frobenius norms of s B A, beside W0's where that is known.",
             panels,
         )
         caption = "The share of ||s B A||_F^2 in the top k directions. Thin: a layer. Thick: the median of a group."
-        drawn["energy"] = Drawing("How many directions hold it", caption, energies(analysis.adapters))
+        drawings["energy"] = Drawing("How many directions hold it", caption, energies(analysis.adapters))
         for number, adapter in enumerate(analysis.adapters):
             end = f"-{number + 1}" if len(analysis.adapters) > 1 else ""
             title = f"The rank that would do, {adapter.label}"
-            drawn[f"ranks{end}"] = Drawing(title, "The smallest rank that holds 95% of the energy.", ranks(adapter))
-        _draw_amplification(analysis, drawn)
-        _draw_pairs(analysis, layers, drawn)
+            drawings[f"ranks{end}"] = Drawing(title, "The smallest rank that holds 95% of the energy.", ranks(adapter))
+        _draw_amplification(analysis, drawings)
+        _draw_pairs(analysis, layers, drawings)
     if analysis.drift is not None and analysis.drift.metric:
-        drawn["drift"] = gain_against_drift(analysis.drift)
-    return drawn
+        drawings["drift"] = gain_against_drift(analysis.drift)
+    return drawings
 
 
 def gain_against_drift(strengths: Strengths) -> Drawing:
     """The validation metric over the drift, a point for each strength with standard errors of both."""
     with plot_style():
-        drawn = figure(COLUMN, 3.0)
-        axis = drawn.subplots()
-        x = [one.drift.main for one in strengths.found]
-        y = [one.metrics[strengths.metric] for one in strengths.found]
+        fig = figure(COLUMN, 3.0)
+        axis = fig.subplots()
+        x = [point.drift.main for point in strengths.found]
+        y = [point.metrics[strengths.metric] for point in strengths.found]
         xs, ys = [mean.value for mean in x], [mean.value for mean in y]
         errors = [[mean.error or 0.0 for mean in means] for means in (x, y)]
         style: dict[str, Any] = {"elinewidth": 0.7, "capsize": 2, "lw": 1.2, "marker": "o", "ms": 4}
         axis.errorbar(xs, ys, xerr=errors[0], yerr=errors[1], color=COLORS[0], **style)
-        for one, at in zip(strengths.found, zip(xs, ys, strict=True), strict=True):
+        for point, at in zip(strengths.found, zip(xs, ys, strict=True), strict=True):
             place = (7, -11 if strengths.mode == "max" else 7)
-            axis.annotate(f"{one.scale:g}", at, place, textcoords="offset points", fontsize=7, color="#444")
-        scales: list[float | None] = [one.scale for one in strengths.found]
+            axis.annotate(f"{point.scale:g}", at, place, textcoords="offset points", fontsize=7, color="#444")
+        scales: list[float | None] = [point.scale for point in strengths.found]
         chosen = scales.index(strengths.chosen)
         axis.plot(
             xs[chosen], ys[chosen], "o", ms=9, mfc="none", mec=COLORS[1], mew=1.4, label=f"enough: {strengths.chosen:g}"
@@ -94,40 +94,39 @@ def gain_against_drift(strengths: Strengths) -> Drawing:
         )
         axis.set_ylabel(f"val/{strengths.metric}")
         axis.margins(0.1)
-        drawn.legend(loc="outside lower center", ncols=2, frameon=False)
+        fig.legend(loc="outside lower center", ncols=2, frameon=False)
     caption = (
         "Each point is a strength of the update, from the base (0) to what was trained (1) and beyond; bars are"
         f" standard errors. Ring: the smallest strength within one standard error of the best, {strengths.best:g}."
     )
-    return Drawing("Gain against drift", caption, drawn)
+    return Drawing("Gain against drift", caption, fig)
 
 
-def _draw_amplification(analysis: Analysis, drawn: dict[str, Drawing]) -> None:
+def _draw_amplification(analysis: Analysis, drawings: dict[str, Drawing]) -> None:
     adapters = [adapter for adapter in analysis.adapters if any(layer.base for layer in adapter.layers)]
     if adapters:
         caption = "||s B A||_F / ||U^T W0 V||_F in the update's own directions U, V (the paper's Table 7)."
         panels = by_layer(adapters, lambda m: m.base.amplification if m.base else math.nan, "amplification factor")
-        drawn["amplification"] = Drawing("How much larger it is than W0 there", caption, panels)
+        drawings["amplification"] = Drawing("How much larger it is than W0 there", caption, panels)
 
 
-def _draw_pairs(analysis: Analysis, layers: str | None, drawn: dict[str, Drawing]) -> None:
+def _draw_pairs(analysis: Analysis, layers: str | None, drawings: dict[str, Drawing]) -> None:
     for number, pair in enumerate(analysis.pairs[:MOST_PAIRS]):
         for side, name in (("A", "A"), ("update_out", "BA's outputs")):
-            side_layers = [layer for layer in pair.layers if layer.side == side and layer.phi and layer.phi[0]]
-            if not side_layers:
+            candidates = [layer for layer in pair.layers if layer.side == side and layer.phi and layer.phi[0]]
+            if not candidates:
                 continue
             end = f"-{number + 1}" if len(analysis.pairs) > 1 else ""
             title = f"Directions of {name} that {pair.labels[0]} and {pair.labels[1]} share"
             caption = (
                 "phi(i, j): 1 where the first i directions of one lie within the first j of the other, or around them."
             )
-            drawn[f"phi-{side}{end}"] = Drawing(
-                title, caption, overlaps(pair, _choose_layers(side_layers, analysis, layers))
-            )
+            chosen = _choose_layers(candidates, analysis, layers)
+            drawings[f"phi-{side}{end}"] = Drawing(title, caption, overlaps(pair, chosen))
 
 
 def _choose_layers(candidates: list[LayerSimilarity], analysis: Analysis, layers: str | None) -> list[LayerSimilarity]:
-    """Those that are named; else of each group the layer with the largest update, the strongest groups first.
+    """The layers that `layers` matches; without it, the layer with the largest update of each group, largest first.
 
     Raises:
         LoRAError: `layers` matches none.
@@ -149,8 +148,8 @@ def by_layer(adapters: Sequence[AdapterMeasures], value: Callable[[LayerMeasures
     groups = list(dict.fromkeys(layer.group for adapter in adapters for layer in adapter.layers))[:MOST_PANELS]
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    drawn = figure(PAGE, 0.5 + 1.25 * rows)
-    axes = drawn.subplots(rows, columns, sharey=True, squeeze=False).flatten().tolist()
+    fig = figure(PAGE, 0.5 + 1.25 * rows)
+    axes = fig.subplots(rows, columns, sharey=True, squeeze=False).flatten().tolist()
     for axis, group in zip(axes, groups, strict=False):
         blocks = list(dict.fromkeys(layer.block for a in adapters for layer in a.layers if layer.group == group))
         width = 0.8 / len(adapters)
@@ -163,17 +162,17 @@ def by_layer(adapters: Sequence[AdapterMeasures], value: Callable[[LayerMeasures
     _hide(axes[len(groups) :])
     for axis in axes[max(0, len(groups) - columns) : len(groups)]:
         axis.set_xlabel("block")
-    drawn.supylabel(label, fontsize=8)
-    _legend(drawn, axes[0], len(adapters))
-    return drawn
+    fig.supylabel(label, fontsize=8)
+    _legend(fig, axes[0], len(adapters))
+    return fig
 
 
 def energies(adapters: Sequence[AdapterMeasures]) -> Figure:
     """The share of `||s B A||_F^2` in the top k directions: a thin line for each layer, a thick one for each group."""
     columns = min(3, len(adapters))
     rows = -(-len(adapters) // columns)
-    drawn = figure(PAGE if columns > 1 else 4.6, 0.4 + 2.3 * rows)
-    axes = drawn.subplots(rows, columns, sharey=True, squeeze=False).flatten().tolist()
+    fig = figure(PAGE if columns > 1 else 4.6, 0.4 + 2.3 * rows)
+    axes = fig.subplots(rows, columns, sharey=True, squeeze=False).flatten().tolist()
     groups = list(dict.fromkeys(layer.group for adapter in adapters for layer in adapter.layers))
     colors = {group: COLORS[i % len(COLORS)] for i, group in enumerate(groups)}
     for axis, adapter in zip(axes, adapters, strict=False):
@@ -190,7 +189,7 @@ def energies(adapters: Sequence[AdapterMeasures]) -> Figure:
     axes[0].set_ylabel("share of the energy")
     if len(groups) <= len(COLORS):
         axes[len(adapters) - 1].legend(loc="lower right", frameon=False, handlelength=1.2)
-    return drawn
+    return fig
 
 
 def _curves(axis: Any, curves: list[list[float]], color: str, label: str) -> None:
@@ -211,8 +210,8 @@ def ranks(adapter: AdapterMeasures, share: float = 0.95) -> Figure:
     table = torch.full((len(groups), len(blocks)), math.nan)
     for layer in adapter.layers:
         table[groups.index(layer.group), blocks.index(layer.block)] = layer.ranks[percent(share)]
-    drawn = figure(PAGE, 0.9 + 0.24 * len(groups))
-    axis = drawn.subplots()
+    fig = figure(PAGE, 0.9 + 0.24 * len(groups))
+    axis = fig.subplots()
     top = max(layer.r for layer in adapter.layers)
     image = axis.imshow(table, cmap=MAP, vmin=0, vmax=top, aspect="auto")
     for row, column in (~table.isnan()).nonzero().tolist() if len(blocks) <= 32 else []:
@@ -224,16 +223,16 @@ def ranks(adapter: AdapterMeasures, share: float = 0.95) -> Figure:
     axis.set_xlabel("block")
     axis.set_title(f"{adapter.label}: smallest rank that holds {percent(share)} of the energy")
     axis.spines[:].set_visible(False)
-    drawn.colorbar(image, ax=axis, shrink=0.9, label="rank")
-    return drawn
+    fig.colorbar(image, ax=axis, shrink=0.9, label="rank")
+    return fig
 
 
 def overlaps(pair: PairSimilarity, shown: Sequence[LayerSimilarity]) -> Figure:
     """The paper's Figures 3 and 4: phi(i, j) for some layers, and for two random subspaces at the end."""
     columns = min(4, len(shown) + 1)
     rows = -(-(len(shown) + 1) // columns)
-    drawn = figure(PAGE, 0.55 + 1.75 * rows)
-    axes = drawn.subplots(rows, columns, squeeze=False).flatten().tolist()
+    fig = figure(PAGE, 0.55 + 1.75 * rows)
+    axes = fig.subplots(rows, columns, squeeze=False).flatten().tolist()
     panels = [(layer.name, torch.tensor(layer.phi)) for layer in shown]
     panels.append(("random directions", _random_like(shown[0])))
     image: Any = None
@@ -246,9 +245,9 @@ def overlaps(pair: PairSimilarity, shown: Sequence[LayerSimilarity]) -> Figure:
         axis.set_ylabel(f"i ({pair.labels[0]})" if number % columns == 0 else "")
         axis.spines[:].set_visible(False)
     _hide(axes[len(panels) :])
-    drawn.colorbar(image, ax=axes, shrink=0.8, label=r"$\phi(i, j)$")
-    drawn.suptitle(f"directions of {_side(shown[0].side)} that {pair.labels[0]} and {pair.labels[1]} share", fontsize=8)
-    return drawn
+    fig.colorbar(image, ax=axes, shrink=0.8, label=r"$\phi(i, j)$")
+    fig.suptitle(f"directions of {_side(shown[0].side)} that {pair.labels[0]} and {pair.labels[1]} share", fontsize=8)
+    return fig
 
 
 def _random_like(layer: LayerSimilarity) -> torch.Tensor:
@@ -266,7 +265,7 @@ def _side(side: str) -> str:
 
 
 def _wrap_title(title: str, width: int = 26) -> str:
-    """A dotted name on as many lines as it takes."""
+    """A dotted name, wrapped at its dots."""
     lines = [""]
     for part in title.split("."):
         if lines[-1] and len(lines[-1]) + len(part) >= width:
@@ -280,7 +279,7 @@ def _hide(axes: Sequence[Any]) -> None:
         axis.set_visible(False)
 
 
-def _legend(drawn: Any, axis: Any, count: int) -> None:
+def _legend(fig: Any, axis: Any, count: int) -> None:
     if count > 1:
         handles, labels = axis.get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside upper right", ncols=min(count, 4), frameon=False)
+        fig.legend(handles, labels, loc="outside upper right", ncols=min(count, 4), frameon=False)

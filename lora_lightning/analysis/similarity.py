@@ -1,4 +1,4 @@
-"""Which directions two adapters share (the paper's section 7.2)."""
+"""The similarity of two adapters' directions (the paper's section 7.2)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_lightning.lora.frozen.spectrum import (
 
 Side = Literal["A", "B", "update_in", "update_out"]
 SIDES: tuple[Side, ...] = ("A", "B", "update_in", "update_out")
-"""Of which matrix the directions are: A's right singular vectors (the paper's), B's left ones, those of B A."""
+"""The directions: A's right singular vectors (the paper's), B's left ones, and both of B A."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class LayerSimilarity:
     group: str
     side: Side
     phi: list[list[float]]
-    """At [i - 1][j - 1], of the first i directions of the one and the first j of the other."""
+    """phi at [i - 1][j - 1], of the first i directions of the first adapter and the first j of the second."""
     chance: float
     """`phi(1, 1)` of two random directions; `phi(i, j)` of random subspaces is max(i, j) times that."""
 
@@ -45,23 +45,23 @@ class PairSimilarity:
     labels: tuple[str, str]
     layers: list[LayerSimilarity]
     left_out: list[str]
-    """Layers that only one has, or that have another shape in the other."""
+    """Layers that only one of them has, or whose shapes differ."""
 
 
 def compare_adapters(
     first: Adapter, second: Adapter, advance: Callable[[int], None] = lambda _: None
 ) -> PairSimilarity:
-    """phi for every layer that both have, on all sides."""
-    others, at = {layer.name: layer for layer in second.factors}, places(layer.name for layer in first.factors)
-    similarities, left_out = [], [name for name in others if name not in {layer.name for layer in first.factors}]
+    """phi for every layer that both adapters have, on all sides."""
+    others, place_of = {layer.name: layer for layer in second.factors}, places(layer.name for layer in first.factors)
+    compared, left_out = [], [name for name in others if name not in {layer.name for layer in first.factors}]
     for layer in first.factors:
         other = others.get(layer.name)
         advance(1)
         if other is None or other.shape != layer.shape or len(other.pairs) != len(layer.pairs):
             left_out.append(layer.name)
             continue
-        similarities += [_compare_layers(layer, other, side, at[layer.name].group) for side in SIDES]
-    return PairSimilarity(labels=(first.label, second.label), layers=similarities, left_out=left_out)
+        compared += [_compare_layers(layer, other, side, place_of[layer.name].group) for side in SIDES]
+    return PairSimilarity(labels=(first.label, second.label), layers=compared, left_out=left_out)
 
 
 def _compare_layers(layer: Factors, other: Factors, side: Side, group: str) -> LayerSimilarity:
@@ -88,12 +88,12 @@ def side_directions(pair: Pair, side: Side) -> tuple[Tensor, Tensor]:
     return (whole.V if side == "update_in" else whole.U), whole.S
 
 
-def _phi(ones: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Directions of different entries of a stack have nothing in common; all are ordered by their values together."""
-    if len(ones) == 1:
-        return similarity(ones[0][0], others[0][0])
-    blocks = [(U.mT @ V).square() for (U, _), (V, _) in zip(ones, others, strict=True)]
+def _phi(firsts: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """phi of all entries of a stack together: directions of different entries are orthogonal, and all are sorted."""
+    if len(firsts) == 1:
+        return similarity(firsts[0][0], others[0][0])
+    blocks = [(U.mT @ V).square() for (U, _), (V, _) in zip(firsts, others, strict=True)]
     squares: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    rows = torch.cat([S for _, S in ones]).argsort(descending=True)
+    rows = torch.cat([S for _, S in firsts]).argsort(descending=True)
     columns = torch.cat([S for _, S in others]).argsort(descending=True)
     return accumulate_similarity(squares[rows][:, columns])

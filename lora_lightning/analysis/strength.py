@@ -1,4 +1,4 @@
-"""The strength of an update as a dial: what each gains in validation and costs in drift, and the least that does."""
+"""Strengths of an update: the validation metrics and the drift at each, and the smallest one that is good enough."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Strength:
     scale: float
     drift: Drift
     metrics: dict[str, Mean] = field(default_factory=dict)
-    """Of the validation set, by name; empty where it was not asked for."""
+    """Of the validation set, by name; empty where they were not computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strengths:
-    """All that were measured, and the choice among them where there were several."""
+    """The measured strengths, and the choice among them where there were several."""
 
     source: str
-    """Of the texts or inputs that the drift was measured on."""
+    """Where the texts or inputs came from on which the drift was measured."""
     found: list[Strength]
     metric: str = ""
-    """What the run's best checkpoint is chosen by, such as `accuracy`; empty without a choice."""
+    """The metric that chooses the run's best checkpoint, such as `accuracy`; empty without a choice."""
     mode: str = ""
     """`max` or `min`."""
     chosen: float | None = None
@@ -49,13 +49,13 @@ class Strengths:
     best: float | None = None
 
 
-def parse_scales(given: Any) -> list[float]:
+def parse_scales(strengths: Any) -> list[float]:
     """Strengths from `0,0.5,1` or a list of numbers, in rising order, each once.
 
     Raises:
-        LoRAError: something that is no finite number of at least 0.
+        LoRAError: a strength is no finite number of at least 0, or there is none.
     """
-    names = given.split(",") if isinstance(given, str) else list(given)
+    names = strengths.split(",") if isinstance(strengths, str) else list(strengths)
     scales = []
     for name in names:
         try:
@@ -72,7 +72,7 @@ def parse_scales(given: Any) -> list[float]:
 
 
 def random_groups(rows: int) -> list[list[int]]:
-    """The rows of a set in `GROUPS` random parts of like size, the same each time; of fewer rows, one each."""
+    """The rows of a set in `GROUPS` random parts of similar size, the same each time; fewer rows get one part each."""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
     return [order[i::GROUPS] for i in range(min(GROUPS, rows))]
 
@@ -84,15 +84,16 @@ def validation_metrics(
     *,
     forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Mean]:
-    """The task's validation metrics as the backbone is now, each with its standard error.
+    """The task's validation metrics of the backbone, each with its standard error.
 
-    The error is the jackknife's: the metric anew without each group, `sqrt((g - 1) / g sum_i (m_i - mean)^2)` over g
-    groups. It serves means, and metrics that are none, such as F1. Of one group there is none.
+    The error is the jackknife's: the metric m_i is computed without group i, and the error is
+    `sqrt((g - 1) / g sum_i (m_i - mean)^2)` over g groups. It also holds for metrics that are no means, such as F1.
+    One group gives no error.
 
     Args:
-        backbone: adapted, in the strength that is asked about.
-        task: whose metrics; it counts nothing itself.
-        batches: each with its group, from 0: groups of rows that were drawn at random.
+        backbone: adapted, at the strength to be measured.
+        task: its metrics are used; a copy counts, so that its state does not change.
+        batches: each with the number of its random group of rows, from 0.
         forward: a context for each forward, such as autocast.
     """
     task = copy.deepcopy(task)
@@ -112,13 +113,13 @@ def validation_metrics(
             seen.add(group)
     if not seen:
         raise LoRAError("the validation set has no batch")
-    values = {stage: _stage_metrics(known[stage], stage) for stage in known}
+    values = {
+        stage: {name.removeprefix(f"{stage}/"): float(metric.compute()) for name, metric in metrics.items()}
+        for stage, metrics in known.items()
+    }
     without = [values[stages[group]] for group in sorted(seen)] if len(seen) > 1 else []
-    return {name: Mean(value=x, error=_jackknife([one[name] for one in without])) for name, x in values["val"].items()}
-
-
-def _stage_metrics(metrics: dict[str, Any], stage: str) -> dict[str, float]:
-    return {name.removeprefix(f"{stage}/"): float(metric.compute()) for name, metric in metrics.items()}
+    errors = {name: _jackknife([figures[name] for figures in without]) for name in values["val"]}
+    return {name: Mean(value=value, error=errors[name]) for name, value in values["val"].items()}
 
 
 def _jackknife(values: Sequence[float]) -> float | None:
@@ -129,10 +130,10 @@ def _jackknife(values: Sequence[float]) -> float | None:
 
 
 def choose(source: str, drifts: Sequence[Strength], metric: str, mode: str) -> Strengths:
-    """The smallest strength within one standard error of the best; of an error that is unknown, the best itself."""
+    """The smallest strength within one standard error of the best; the best itself where its error is unknown."""
     sign = 1 if mode == "max" else -1
-    values = {one.scale: sign * one.metrics[metric].value for one in drifts}
-    best = max(drifts, key=lambda one: (values[one.scale], -one.scale))
+    values = {strength.scale: sign * strength.metrics[metric].value for strength in drifts}
+    best = max(drifts, key=lambda strength: (values[strength.scale], -strength.scale))
     near = values[best.scale] - (best.metrics[metric].error or 0.0)
     chosen = min(scale for scale, value in values.items() if value >= near)
     return Strengths(source=source, metric=metric, mode=mode, found=list(drifts), chosen=chosen, best=best.scale)

@@ -9,7 +9,7 @@ from statistics import median
 from lora_lightning.analysis.drift import Mean
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
 from lora_lightning.analysis.similarity import SIDES, LayerSimilarity, PairSimilarity, Side
-from lora_lightning.analysis.strength import Strengths
+from lora_lightning.analysis.strength import Strength, Strengths
 from lora_lightning.analysis.truncation import Truncation
 from lora_lightning.reports.table import Table
 
@@ -29,9 +29,8 @@ def group_table(adapter: AdapterMeasures) -> Table:
     rows = []
     for group, share in sorted(adapter.shares.items(), key=lambda item: -item[1]):
         members = [layer for layer in adapter.layers if layer.group == group]
-        norms = (
-            [layer.base.relative for layer in members if layer.base] if has_base else [layer.norm for layer in members]
-        )
+        relative = [layer.base.relative for layer in members if layer.base]
+        norms = relative if has_base else [layer.norm for layer in members]
         row = [group, str(len(members)), span(layer.r for layer in members), f"{share:.1%}", _format_median(norms)]
         row += [_format_median(layer.stable_rank for layer in members)]
         row += [span(layer.ranks[percent(s)] for layer in members) for s in SHARES]
@@ -45,7 +44,7 @@ def group_table(adapter: AdapterMeasures) -> Table:
 
 
 def _smaller_ranks_note(adapter: AdapterMeasures) -> str:
-    """What the whole adapter would be at the smaller ranks, and which layers hold most of it."""
+    """The adapter's size at the smallest ranks, and the layers with the largest updates."""
     sizes = ", ".join(f"{count:,} at {share}" for share, count in adapter.parameters_at.items())
     largest = sorted(adapter.layers, key=lambda layer: -layer.norm)[:3]
     held = ", ".join(f"{layer.name} ({layer.norm**2 / adapter.norm**2:.1%})" for layer in largest if adapter.norm)
@@ -100,13 +99,13 @@ def pair_table(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Table:
 
 
 def _common_similarity(layer: LayerSimilarity) -> float:
-    """phi of as many directions as both have."""
+    """phi(q, q) of the largest q that both adapters have."""
     q = min(len(layer.phi), len(layer.phi[0]))
     return layer.phi[q - 1][q - 1]
 
 
 def truncation_table(truncation: Truncation) -> Table:
-    """What was cut and what it costs."""
+    """Ranks, sizes and errors of a truncation, and its cost in validation."""
     before, after = truncation.parameters
     rows = [
         ["energy kept in each layer", f"{truncation.share:.4g} at least"],
@@ -126,25 +125,31 @@ def truncation_table(truncation: Truncation) -> Table:
 
 
 def drift_table(strengths: Strengths) -> Table:
-    """How far the update of full strength, or the strongest that was measured, moved the model."""
-    one = next((one for one in strengths.found if one.scale == 1), strengths.found[-1])
-    rows = [[FIGURES[name], _format_mean(mean, share=name == "changed")] for name, mean in one.drift.figures.items()]
-    counted = f"{one.drift.texts:,} texts" + (f", {one.drift.tokens:,} tokens" if one.drift.tokens else "")
+    """How far the update of full strength, or the strongest measured one, moved the model."""
+    strength = _full_strength(strengths)
+    drift = strength.drift
+    rows = [[FIGURES[name], _format_mean(mean, share=name == "changed")] for name, mean in drift.figures.items()]
+    counted = f"{drift.texts:,} texts" + (f", {drift.tokens:,} tokens" if drift.tokens else "")
     rows.append(["measured on", f"{strengths.source}: {counted}"])
-    at = "" if one.scale == 1 else f" at a strength of {one.scale:g}"
+    at = "" if strength.scale == 1 else f" at a strength of {strength.scale:g}"
     return Table(title=f"How far it moved from the base{at}", rows=rows)
 
 
+def _full_strength(strengths: Strengths) -> Strength:
+    """The strength of 1, or the largest where 1 was not measured."""
+    return next((strength for strength in strengths.found if strength.scale == 1), strengths.found[-1])
+
+
 def strengths_table(strengths: Strengths) -> Table:
-    """A row for each strength: what it gains in validation, what it moves, and which one would do."""
+    """A row for each strength: its validation metric and its drift; the best and the smallest good one are marked."""
     kind = strengths.found[0].drift.kind
     names = ["kl", "perplexity", "changed"] if kind == "kl" else ["cosine", "relative_l2"]
     rows = []
-    for one in strengths.found:
-        figures = [_format_mean(one.drift.figures[name], share=name == "changed") for name in names]
-        words = [f"{one.scale:g}", *(["enough"] if one.scale == strengths.chosen else [])]
-        words += ["best"] if one.scale == strengths.best else []
-        rows.append([", ".join(words), _format_mean(one.metrics[strengths.metric]), *figures])
+    for strength in strengths.found:
+        figures = [_format_mean(strength.drift.figures[name], share=name == "changed") for name in names]
+        words = [f"{strength.scale:g}", *(["enough"] if strength.scale == strengths.chosen else [])]
+        words += ["best"] if strength.scale == strengths.best else []
+        rows.append([", ".join(words), _format_mean(strength.metrics[strengths.metric]), *figures])
     header = ["strength", f"val/{strengths.metric}", *(SHORT[name] for name in names)]
     note = (
         f"{strengths.chosen:g} is the smallest strength within one standard error of the best, {strengths.best:g}:"
@@ -158,18 +163,16 @@ def strengths_table(strengths: Strengths) -> Table:
 
 def blocks_table(strengths: Strengths) -> Table:
     """The drift of each block's pooled output."""
-    one = next((one for one in strengths.found if one.scale == 1), strengths.found[-1])
-    rows = [
-        [name, *(_format_mean(figures[figure]) for figure in figures)] for name, figures in one.drift.layers.items()
-    ]
+    strength = _full_strength(strengths)
+    rows = [[name, *(_format_mean(means[figure]) for figure in means)] for name, means in strength.drift.layers.items()]
     return Table(title="By block", header=["block", "1 - cosine", "relative L2"], rows=rows, code=True)
 
 
 def moved_table(strengths: Strengths) -> Table:
     """The texts that moved most."""
-    one = next((one for one in strengths.found if one.scale == 1), strengths.found[-1])
-    rows = [[number(moved.value), moved.text] for moved in one.drift.most]
-    return Table(title="The texts that moved most", header=[SHORT[one.drift.kind], "text"], rows=rows, text=(1,))
+    strength = _full_strength(strengths)
+    rows = [[number(moved.value), moved.text] for moved in strength.drift.most]
+    return Table(title="The texts that moved most", header=[SHORT[strength.drift.kind], "text"], rows=rows, text=(1,))
 
 
 FIGURES = {
@@ -190,7 +193,7 @@ SHORT = {
 
 
 def _format_mean(mean: Mean, *, share: bool = False) -> str:
-    """The figure with as many digits as its error allows."""
+    """The figure and its error, rounded to the error's second digit."""
     factor, end = (100, "%") if share else (1, "")
     value = mean.value * factor
     if not mean.error:
@@ -203,16 +206,16 @@ def _format_mean(mean: Mean, *, share: bool = False) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits."""
+    """The value in three significant digits; `-` for nan."""
     return "-" if math.isnan(value) else f"{value:.3g}"
 
 
 def span(values: Iterable[int]) -> str:
-    """From the least to the most."""
+    """The smallest and the largest value, `4-16`, or the only one."""
     ordered = sorted(values)
     return str(ordered[0]) if ordered[0] == ordered[-1] else f"{ordered[0]}-{ordered[-1]}"
 
 
 def _format_median(values: Iterable[float], form: str = ".3g") -> str:
-    numbers: Sequence[float] = [value for value in values if not math.isnan(value)]
-    return f"{median(numbers):{form}}" if numbers else "-"
+    known: Sequence[float] = [value for value in values if not math.isnan(value)]
+    return f"{median(known):{form}}" if known else "-"

@@ -1,5 +1,5 @@
-"""A smaller adapter: in each layer the smallest rank that keeps a share of the energy, which no other factors of that
-rank come nearer to (Eckart and Young)."""
+"""A smaller adapter: in each layer the best approximation (Eckart and Young) of the smallest rank that holds a share of
+the energy."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from lora_lightning.lora.frozen.spectrum import Pair
 from lora_lightning.lora.init.from_weight import is_from_weight
 
 MARK = "truncation.json"
-"""Lies beside a truncated adapter, and says how it was made."""
+"""The file beside a truncated adapter that records how it was made."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Truncation:
-    """What was written, and what it lacks."""
+    """The ranks and the errors of a truncated adapter."""
 
     directory: str
     share: float
-    """Of the energy, asked for in each layer."""
+    """The share of the energy that each layer must keep."""
     ranks: dict[str, tuple[int, int]]
     """By layer, before and after."""
     errors: dict[str, float]
@@ -43,20 +43,20 @@ class Truncation:
     error: float
     """The same over all layers together."""
     parameters: tuple[int, int]
-    """Of A and B, before and after."""
+    """Parameters of A and B, before and after."""
     cost: dict[str, Any] = field(default_factory=dict)
-    """What it costs, where that was measured."""
+    """The change of validation metrics, where it was measured."""
 
 
 def check_share(share: float) -> float:
-    """Raise a LoRAError unless it is one."""
+    """Raise a LoRAError unless `share` is above 0 and at most 1; returns it as a float."""
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
         raise LoRAError(f"truncate must be a share of the energy, above 0 and at most 1 (0.95), got {share!r}")
     return float(share)
 
 
 def refuse_occupied(directory: Path) -> None:
-    """Raise where something other than an earlier truncation would be written over."""
+    """Raise a LoRAError where files other than an earlier truncation's would be overwritten."""
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not (directory / MARK).is_file()):
         raise LoRAError(f"'{directory}' holds something other than a truncated adapter: name an empty or new folder")
 
@@ -64,10 +64,10 @@ def refuse_occupied(directory: Path) -> None:
 def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
     """Write the smaller adapter as a PEFT directory that `load_adapter` and PEFT open on the same base.
 
-    Each layer's s stays. What is no A or B (heads, biases, magnitudes, token rows) is written as it was.
+    Each layer's s stays. Other tensors (heads, biases, magnitudes, token rows) do not change.
 
     Raises:
-        LoRAError: `share` is none, the directory holds something else, or the adapter cannot be written.
+        LoRAError: `share` is invalid, the directory holds other files, or the adapter cannot be written.
     """
     check_share(share)
     refuse_occupied(directory)
@@ -107,16 +107,16 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
 
 
 def _ranks(layers: list[Factors], share: float) -> dict[str, int]:
-    """By layer; PEFT has one rank for the two projections of an attention."""
-    rank_of = {layer.name: common_rank(layer, share) for layer in layers}
+    """The new rank of each layer; PEFT has one rank for the two projections of an attention."""
+    by_layer = {layer.name: common_rank(layer, share) for layer in layers}
     shared: dict[str, int] = {}
     for layer in layers:
-        shared[layer.peft_name] = max(shared.get(layer.peft_name, 0), rank_of[layer.name])
+        shared[layer.peft_name] = max(shared.get(layer.peft_name, 0), by_layer[layer.name])
     return {layer.name: shared[layer.peft_name] for layer in layers}
 
 
 def _truncate_pair(layer: Factors, rank: int) -> tuple[Pair, tuple[float, float]]:
-    """A and B of `rank` in the file's layout, and squares of the norms of what is missing and of what was there."""
+    """A and B of `rank` in the file's layout, and the squared norms of the error and of the original update."""
     missing = wanted = 0.0
     pairs = []
     for A, B in layer.parts:
@@ -130,43 +130,43 @@ def _truncate_pair(layer: Factors, rank: int) -> tuple[Pair, tuple[float, float]
 
 
 def _keep_zeros(pair: Pair, A: Tensor, B: Tensor) -> Pair:
-    """Inputs and outputs that the update leaves alone stay so: rounding would let a group of channels see another's."""
+    """Set to zero what was zero before: rounding would let a group of channels see another's."""
     return pair[0].masked_fill((A == 0).all(0), 0.0), pair[1].masked_fill((B == 0).all(1, keepdim=True), 0.0)
 
 
 def _alphas(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, float]:
-    """By layer, the alpha that gives its s at its new rank."""
+    """The alpha of each layer that gives its s at the new rank."""
     rslora = bool(adapter.files.peft.get("use_rslora"))
     sizes = {layer.name: math.sqrt(ranks[layer.name]) if rslora else ranks[layer.name] for layer in adapter.factors}
     return {layer.name: layer.scale * sizes[layer.name] for layer in adapter.factors}
 
 
 def _config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """PEFT's, with every rank and alpha written out, so that nothing depends on the order of patterns."""
+    """PEFT's config with every rank and alpha, so that nothing depends on the order of patterns."""
     alphas = _alphas(adapter, ranks)
-    changes = ranks_and_alphas(
+    fields = ranks_and_alphas(
         {layer.peft_name: ranks[layer.name] for layer in adapter.factors},
         {layer.peft_name: alphas[layer.name] for layer in adapter.factors},
     )
-    config = {**adapter.files.peft, **changes}
+    config = {**adapter.files.peft, **fields}
     if is_from_weight(str(config.get("init_lora_weights"))):
-        config["init_lora_weights"] = True  # what was taken out of W0 is in A and B
+        config["init_lora_weights"] = True  # the subtracted init is part of A and B
     return config
 
 
 def _fillers(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Tensor]:
-    """The zeros of an attention's projection that is not adapted, at the rank of the other one."""
+    """The zeros of an attention's projection that is not adapted, at the new rank of the other one."""
     adapted = {key for layer in adapter.factors for key in layer.keys}
     by_name = {layer.peft_name: ranks[layer.name] for layer in adapter.factors}
-    made: dict[str, Tensor] = {}
+    zeros: dict[str, Tensor] = {}
     for key in adapter.tensors:
         if key in adapted or not key.endswith(".lora_A.weight"):
             continue
         rank = by_name[key.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(OUT)]
         key_b = key.replace(".lora_A.", ".lora_B.")
-        made[key] = torch.zeros_like(adapter.tensors[key][:1]).repeat(rank, 1)
-        made[key_b] = torch.zeros_like(adapter.tensors[key_b][:, :1]).repeat(1, rank)
-    return made
+        zeros[key] = torch.zeros_like(adapter.tensors[key][:1]).repeat(rank, 1)
+        zeros[key_b] = torch.zeros_like(adapter.tensors[key_b][:, :1]).repeat(1, rank)
+    return zeros
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""A Hugging Face model's directory as a base to work on without loading it: its class, its modules, its tensors."""
+"""The base's directory, read without loading the model: its class, its modules, its tensors."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class BaseFiles:
         self.config = _config(directory)
 
     def maker(self, files: AdapterFiles) -> tuple[Callable[[], PreTrainedModel], dict[str, Any]]:
-        """What makes the plain model for this adapter on the meta device, and what its config says of new labels.
+        """A function that makes the plain model for this adapter on the meta device, and the config's new labels.
 
-        The class is the one that the adapter's task asks for, with as many labels as the adapter's head has.
+        The adapter's task decides the class, and the adapter's head the number of labels.
 
         Raises:
             LoRAError: transformers has no such class.
@@ -58,7 +58,7 @@ class BaseFiles:
 
         def make() -> PreTrainedModel:
             with torch.device("meta"):
-                # A copy, since a merge that unties two matrices notes it there.
+                # A copy, since a merge that unties two matrices changes the config.
                 return cls._from_config(copy.deepcopy(config), dtype=dtype)  # type: ignore[no-any-return,no-untyped-call]
 
         labels = _labels(make(), files.tensors)
@@ -78,7 +78,7 @@ class BaseFiles:
 
 
 def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating-point dtype that most of the base's bytes have: that of a head that it lacks."""
+    """The floating-point dtype of most of the base's bytes, which a new head gets."""
     sizes = Counter[str]()
     for stored in checkpoint.stored.values():
         sizes[stored.dtype] += stored.size if stored.dtype in ("F64", "F32", "BF16", "F16") else 0
@@ -104,7 +104,7 @@ def _config(base: Path) -> PretrainedConfig:
 
 
 def _model_class(config: PretrainedConfig, task: str | None) -> type[PreTrainedModel]:
-    """The class that the adapter's task asks for, else the base's own."""
+    """The class of the adapter's task, else the one that the base's config names."""
     if task is not None and str(task) in TASKS:
         try:
             with torch.device("meta"):
@@ -114,20 +114,20 @@ def _model_class(config: PretrainedConfig, task: str | None) -> type[PreTrainedM
                 f"the adapter's task is {task}, and transformers has no such {config.model_type} model"
             ) from error
     named = next(iter(config.architectures or []), "")
-    model_class: type[PreTrainedModel] | None = getattr(transformers, named, None) if named else None
-    if model_class is None:
+    named_class: type[PreTrainedModel] | None = getattr(transformers, named, None) if named else None
+    if named_class is None:
         what = f"'{named}', which transformers does not have" if named else "no architecture"
         raise LoRAError(f"{CONFIG} names {what}: merge it in memory with load_adapter and merge")
-    return model_class
+    return named_class
 
 
 def _labels(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
     """The number of classes where the adapter brings a head of another size than the config's."""
     state, number = model.state_dict(), model.config.num_labels
     for key, tensor in canonical_keys(tensors, dict(model.named_modules())).items():
-        stored = state.get(key.removeprefix(PREFIX))
-        if stored is None or stored.shape == tensor.shape or not stored.dim() or stored.shape[1:] != tensor.shape[1:]:
+        expected = state.get(key.removeprefix(PREFIX))
+        if expected is None or not expected.dim() or expected.shape[1:] != tensor.shape[1:]:
             continue
-        if stored.shape[0] == number:
+        if expected.shape[0] == number != tensor.shape[0]:
             return int(tensor.shape[0])
     return None

@@ -1,4 +1,4 @@
-"""Models and tokenizers out of GGUF files, as llama.cpp keeps them: read by transformers, plain from then on."""
+"""Models and tokenizers from llama.cpp's GGUF files, which transformers reads into plain, unquantized tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SUFFIX = ".gguf"
 
 
 def directory_and_file(name: str) -> tuple[str, dict[str, str]]:
-    """The file's directory and the `gguf_file` argument with which transformers opens it; other names as they are.
+    """The file's directory and the `gguf_file` argument with which transformers opens it; other names unchanged.
 
     Args:
         name: a hub name, a directory, or a GGUF file.
@@ -31,7 +31,7 @@ def directory_and_file(name: str) -> tuple[str, dict[str, str]]:
 
 
 def forget_gguf(model: Any) -> None:
-    """Let transformers save a model that it read from GGUF: plain numbers, which it still takes for quantized."""
+    """Let transformers save a model that it read from GGUF, which it still marks as quantized."""
     for name in ("hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)
     model.config.__dict__.pop("quantization_config", None)

@@ -14,7 +14,7 @@ from lora_lightning.backbones.gguf import directory_and_file, forget_gguf
 from lora_lightning.backbones.locate import refuse_not_there, resolve
 from lora_lightning.backbones.meta_device import finish_on_meta, record_files, refuse_on_meta
 from lora_lightning.backbones.tokenizers import load_tokenizer, quiet
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.meta.build import builds_bare
 
@@ -40,26 +40,26 @@ def huggingface(
         pretrained_model_name_or_path: a hub name, a directory, a GGUF file, or `package:NAME/path` for one of the
             latter inside an installed package.
         auto_class: the transformers class whose `from_pretrained` is called.
-        num_labels: outputs of a classification head. The data's own count when it has label names.
-        label_names: written to the config, in the order of the labels' numbers. The data's own by default.
-        pad_token_id: what batches are padded with; GPT-2 and Llama come without one, and classify by the last token
-            that is not it. The tokenizer's own by default.
-        dtype: of the frozen weights; the adapters are float32 or wider in any case. Left out it is float32, or in the
+        num_labels: outputs of a classification head; by default the number of the data's label names.
+        label_names: written to the config, in the order of the labels' numbers; by default the data's.
+        pad_token_id: the token that pads batches, by default the tokenizer's. GPT-2 and Llama come without one, and
+            classify by the last token that is not padding.
+        dtype: of the frozen weights; the adapters are float32 or wider in any case. By default float32, or in the
             command what `--trainer.precision` says of W0.
         attn_implementation: transformers' choice of attention: eager, sdpa, flash_attention_2 and more.
         revision: branch, tag or commit on the hub.
         random_weights: build the architecture from its config and load no weights.
-        on_meta: read the weights when a fit or a test begins, each process its own part alone, and until then have them
-            on the meta device: for models that are sharded because no process can hold them. Safetensors only.
-        add_tokens: new tokens, which the tokenizer then keeps whole, each with a row of the embedding (and of the head)
+        on_meta: keep the weights on the meta device until a fit or a test begins, where each process reads its part
+            only: for sharded models that no process can hold. Safetensors only.
+        add_tokens: new tokens, which the tokenizer no longer splits, each with a row of the embedding (and of the head)
             that starts as the mean of the others. `lora.trainable_token_indices` trains them by these names.
-        tokenizer: of the data, to which they are added; the data hand it over by themselves. Without one the model's.
-        model_kwargs: more arguments for `from_pretrained`. A model that brings its own code is refused unless
-            `trust_remote_code: true` stands here.
+        tokenizer: the data's tokenizer, which the DataModule passes and which gets the new tokens; else the model's.
+        model_kwargs: more arguments for `from_pretrained`. A model that brings its own code is refused without
+            `trust_remote_code: true` here.
 
     Raises:
-        LoRAError: no such class, no such model, weights that leave part of the backbone without values; or, with
-            `on_meta`, weights that are quantized, random or no safetensors, or tokens to add.
+        LoRAError: no such class, no such model, or weights that lack tensors of the backbone; or, with `on_meta`,
+            weights that are quantized, random or not safetensors, or tokens to add.
     """
     cls = getattr(transformers, auto_class, None)
     if cls is None:
@@ -73,7 +73,7 @@ def huggingface(
             f"'{gguf['gguf_file']}' is a GGUF file, which transformers reads as plain numbers and does not quantize:"
             " use precision bf16-base, or name the model's safetensors directory or hub name"
         )
-    if "cache_dir" not in kwargs:  # where it may lie in another place than the hub's cache
+    if "cache_dir" not in kwargs:  # with which it may be in another place than the hub's cache
         refuse_not_there("model", name)
     if label_names:
         kwargs |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
@@ -104,12 +104,12 @@ def huggingface(
             ) from error
         raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
     except ImportError as error:
-        raise LoRAError(f"'{pretrained_model_name_or_path}' asks for a package: {_reason(error)}") from error
+        raise LoRAError(f"'{pretrained_model_name_or_path}' asks for a package: {first_line(error)}") from error
     if on_meta:
         finish_on_meta(model, files)
     if "gguf_file" in kwargs:
         forget_gguf(model)
-        model.config.name_or_path = pretrained_model_name_or_path  # the file's own is a title, such as Smollm2 135M
+        model.config.name_or_path = pretrained_model_name_or_path  # the file's is a title, such as Smollm2 135M
     if add_tokens:
         grow(model, add_tokens, tokenizer or load_tokenizer(pretrained_model_name_or_path))
     text = model.config.get_text_config()
@@ -122,18 +122,18 @@ def huggingface(
 def grow(model: Any, tokens: list[str], tokenizer: transformers.PreTrainedTokenizerBase) -> None:
     """Add tokens to a tokenizer, and their rows to the embedding and the head of a model.
 
-    A new row is the mean of the rows before it, rounded to bfloat16: on every machine the same bits, which the
-    fingerprint of W0 asks for. The numbers of the tokens then stand in `model.added_tokens`.
+    A new row is the mean of the old rows, rounded to bfloat16, so that every machine computes the same bits and the
+    same fingerprint of W0. `model.added_tokens` maps the tokens to their numbers.
 
     Raises:
-        LoRAError: a token is there twice, or the tokenizer has more words than the model without them.
+        LoRAError: a token is listed twice, or the tokenizer has more words than the model has rows.
     """
     if len(set(tokens)) < len(tokens):
         raise LoRAError(f"add_tokens holds a token twice: {tokens}")
     rows = model.get_input_embeddings().num_embeddings
     tokenizer.add_tokens(tokens)
     ids = tokenizer.convert_tokens_to_ids(tokens)
-    assert isinstance(ids, list)  # as tokens are one
+    assert isinstance(ids, list)  # since `tokens` is a list
     numbers = dict(zip(tokens, map(int, ids), strict=True))
     fresh = [number for number in numbers.values() if number >= rows]
     if fresh and min(fresh) > rows:
@@ -149,7 +149,7 @@ def grow(model: Any, tokens: list[str], tokenizer: transformers.PreTrainedTokeni
 
 
 def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
-    # A head of another size is a new head, like one that the weights lack.
+    # A head of another size becomes a new head, like one that the weights lack.
     kwargs = {"ignore_mismatched_sizes": True, **kwargs}
     model, info = cls.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
@@ -159,14 +159,14 @@ def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
 
 
 def _unquantize(model: nn.Module, new: set[str]) -> None:
-    """Put plain layers in the place of new ones that transformers made for quantization: they have no state for it."""
+    """Replace new layers that transformers made for quantization by plain ones: they have no quantization state."""
     for name in new:
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear and scheme(layer) is None:
-            parent, _, attribute = name.rpartition(".")
+            parent, _, last = name.rpartition(".")
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
             plain.load_state_dict(layer.state_dict(), assign=True)
-            setattr(model.get_submodule(parent), attribute, plain)
+            setattr(model.get_submodule(parent), last, plain)
 
 
 def _from_config(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
@@ -178,9 +178,12 @@ def _from_config(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any
 
 
 def _new_keys(model: Any, without: list[str]) -> list[str]:
-    """Keys that the weights have no values for: a new head is the point of fine-tuning, all else is an accident.
+    """The keys that the weights have no values for; they may be those of a new head or pooler.
 
-    Poolers may be new as well: encoders trained on masked words come without one.
+    Encoders trained on masked words come without a pooler.
+
+    Raises:
+        LoRAError: the weights lack another tensor.
     """
     prefix = f"{model.base_model_prefix}."
     has_head = any(key.startswith(prefix) for key in model.state_dict())
@@ -195,11 +198,7 @@ def _new_keys(model: Any, without: list[str]) -> list[str]:
 
 
 def _not_found(name: str, error: Exception) -> str:
-    reason = _reason(error)
+    reason = first_line(error)
     if Path(name).exists():
         return f"transformers cannot load '{name}': {reason}"
     return f"no model '{name}': neither a directory nor found on the hub ({reason})"
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,7 +1,7 @@
 """How the tensors of a hub checkpoint make up those of a transformers model.
 
 transformers 5 renames keys on loading, adds or drops the base model's prefix, and fuses tensors, such as a mixture's
-experts; its own rules and operations are used here, in both directions.
+experts. This module applies transformers' rules and operations, in both directions.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from lora_lightning.lora.meta.key_mapping import Group, Tensors, single_group
 
 
 def groups_of(model: PreTrainedModel, checkpoint: Checkpoint, *, to_write: bool = True) -> list[Group]:
-    """Which keys of the files are, or make up, which tensors of the model; keys that it has no place for are left out.
+    """The groups of file keys that make up tensors of the model; keys without a place in it are left out.
 
     Args:
         to_write: whether the tensors will be written back too.
 
     Raises:
-        LoRAError: tensors are fused on loading by a rule that cannot be turned around, and are to be written.
+        LoRAError: loading fuses tensors by a rule that cannot be reversed, and `to_write` is True.
     """
     renamings, converters = _rules(model)
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -58,19 +58,19 @@ def groups_of(model: PreTrainedModel, checkpoint: Checkpoint, *, to_write: bool 
 
 
 def groups_to_load(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Group]:
-    """`groups_of` that are read only."""
+    """The groups of `groups_of` for reading only."""
     return groups_of(model, checkpoint, to_write=False)
 
 
 def name_of(model: PreTrainedModel, key: str) -> str:
-    """The tensor of the model that a key of a file is loaded as."""
+    """The name in the model of the tensor that a file holds under `key`."""
     renamings, converters = _rules(model)
     state: dict[str, Any] = model.state_dict()
     return rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0]
 
 
 def _rules(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    """Return transformers' own rules, those that rename and those that fuse."""
+    """transformers' rules for this model: those that rename keys, and those that fuse tensors."""
     rules = get_model_conversion_mapping(model)
     return [r for r in rules if isinstance(r, WeightRenaming)], [r for r in rules if isinstance(r, WeightConverter)]
 
@@ -85,14 +85,19 @@ def _fused_group(
     *,
     to_write: bool,
 ) -> Group:
-    """The tensors that one rule makes of `patterns` (by key, what matched it), the first of which is `name`.
+    """The group of tensors that one rule fuses from the keys of `patterns`; the first of them is `name`.
 
-    Tried on the meta device in both directions, which shows names and shapes.
+    The rule is run on the meta device in both directions to learn names and shapes.
+
+    Args:
+        patterns: by key in the files, the pattern of the rule that matched it.
     """
     load = _loader(model, name, rule, patterns)
-    plainly = {_bare(apply_renamings(key, renamings), model): key for key in patterns}
-    store = _storer(model, rule, plainly) if to_write else _refuse_to_write
-    before = {k: torch.empty(checkpoint.stored[k].shape, dtype=_dtype(checkpoint, k), device="meta") for k in patterns}
+    bare_names = {_bare(apply_renamings(key, renamings), model): key for key in patterns}
+    store = _storer(model, rule, bare_names) if to_write else _refuse_to_write
+    stored = {key: checkpoint.stored[key] for key in patterns}
+    dtypes = {key: DTYPES.get(entry.dtype, torch.uint8) for key, entry in stored.items()}
+    before = {key: torch.empty(entry.shape, dtype=dtypes[key], device="meta") for key, entry in stored.items()}
     try:
         made = load(dict(before))
         after = store(made) if to_write else before
@@ -113,7 +118,7 @@ def _loader(
 ) -> Callable[[Tensors], Tensors]:
     def load(tensors: Tensors) -> Tensors:
         converter = copy.deepcopy(rule)
-        for key, pattern in patterns.items():  # handed over, so that the pieces go once they are in one
+        for key, pattern in patterns.items():  # `pop`, so that the pieces are freed once they are fused
             converter.add_tensor(name, key, pattern, tensors.pop(key))  # type: ignore[arg-type]
         return _single(converter.convert(name, model=model, config=model.config))
 
@@ -121,7 +126,7 @@ def _loader(
 
 
 def _storer(model: PreTrainedModel, rule: WeightConverter, keys: dict[str, str]) -> Callable[[Tensors], Tensors]:
-    """`keys`: those in the files by their names without renaming and prefix."""
+    """The inverse of `_loader`; `keys` are the files' keys by their names without prefix and renaming."""
     reverse = rule.reverse_transform()
     assert isinstance(reverse, WeightConverter)
 
@@ -147,7 +152,3 @@ def _single(made: dict[str, Any]) -> dict[str, Tensor]:
 
 def _bare(name: str, model: PreTrainedModel) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
-
-
-def _dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
-    return DTYPES.get(checkpoint.stored[key].dtype, torch.uint8)

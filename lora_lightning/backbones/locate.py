@@ -10,11 +10,11 @@ from lora_lightning.lora.errors import LoRAError, near_misses
 SCHEME = "package:"
 
 FILES = {"model": "config.json", "dataset": "README.md"}
-"""What is asked for on the hub; any file would do."""
+"""The file whose presence on the hub is checked; any file would do."""
 
 
 def resolve(path: str) -> str:
-    """`package:NAME/inner/path` as the file in that installed package, found without importing it; else unchanged.
+    """The path of `package:NAME/inner/path` in that installed package, without importing it; other paths unchanged.
 
     Raises:
         LoRAError: the package is not installed, or holds no such file.
@@ -32,20 +32,21 @@ def resolve(path: str) -> str:
 
 
 def refuse_not_there(kind: str, name: str) -> None:
-    """Ask the hub once, before `from_pretrained` and `load_dataset` ask it for file after file, each for half a minute.
+    """Raise where neither this disk nor the hub has `name`, after one request to the hub.
 
-    What the hub's cache holds, in part at least, is left to them.
+    Without it `from_pretrained` and `load_dataset` would try file after file, for half a minute each. A name that is in
+    the hub's cache, at least in part, passes.
 
     Args:
         kind: model, tokenizer or set, for the error.
         name: a file or folder, or a name on the hub.
 
     Raises:
-        LoRAError: it can only be on this disk and is not, or the hub cannot be asked.
+        LoRAError: `name` can only be on this disk and is not, or the hub cannot be reached.
     """
     if Path(name).exists() or "://" in name:
         return
-    # Here, since these take seconds to import and most of what asks for a file needs none of them.
+    # Imported here, since they take seconds and most callers pass a file on this disk.
     import datasets
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -60,7 +61,7 @@ def refuse_not_there(kind: str, name: str) -> None:
         raise LoRAError(f"no {kind} '{name}': there is no such folder{_near(name)}") from error
     caches = [Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=repo_type)]
     if kind == "set":
-        caches.append(Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___"))  # as read before
+        caches.append(Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___"))  # the set as Arrow files
     if any(cache.is_dir() for cache in caches):
         return
     nowhere = f"no {kind} '{name}': there is no such folder here{_near(name, ' (', ')')}"
@@ -68,9 +69,9 @@ def refuse_not_there(kind: str, name: str) -> None:
         raise LoRAError(f"{nowhere}, nor is it in the hub's cache, and HF_HUB_OFFLINE is set: unset it to ask the hub")
     try:
         get_hf_file_metadata(url)
-    except HfHubHTTPError:  # it answers, if with no: the loader says what, and may have a token of its own
+    except HfHubHTTPError:  # the hub answers with an error, which the loader reports, or avoids with its token
         return
-    except Exception as error:  # of whichever client the hub's package has
+    except Exception as error:  # the type depends on the HTTP client of the hub's package
         raise LoRAError(
             f"{nowhere}, and the hub cannot be reached ({' '.join(str(error).split()) or type(error).__name__}): give a"
             " folder on this disk, or set HF_ENDPOINT to a mirror"
@@ -78,7 +79,7 @@ def refuse_not_there(kind: str, name: str) -> None:
 
 
 def _near(name: str, before: str = "; ", after: str = "") -> str:
-    """Paths on this disk that were probably meant: of the folder, or of one in a folder of nearly that name."""
+    """Suggest paths on this disk with a similar name, in the same folder or in one with a similar name."""
     path = Path(name).expanduser()
     folders = [path.parent]
     if not path.parent.is_dir() and path.parent.parent.is_dir():

@@ -1,8 +1,8 @@
 """A transformers model by `from_pretrained`, in which every tensor that its files hold is on the meta device.
 
-transformers itself finds the files, renames and fuses their tensors, chooses each dtype, checks what is missing or of
-another shape, and draws what the files lack. Only the numbers are left in the files: what it opens as safetensors gives
-tensors of the right shape on the meta device.
+transformers finds the files, renames and fuses their tensors, chooses each dtype, checks keys and shapes, and
+initializes what the files lack. Only the values stay in the files: the safetensors files that it opens give it tensors
+of the right shape on the meta device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lora_lightning.lora.meta.key_mapping import Base, WeightFiles, keep_files
 
 
 def refuse_on_meta(kwargs: Mapping[str, Any], *, random_weights: bool) -> None:
-    """Raise a LoRAError where the weights lie in no file, or cannot be read one by one."""
+    """Raise a LoRAError where the weights are in no file, or cannot be read one by one."""
     other = (
         "gguf_file",
         "quantization_config",
@@ -42,7 +42,7 @@ def refuse_on_meta(kwargs: Mapping[str, Any], *, random_weights: bool) -> None:
 
 @contextmanager
 def record_files(on_meta: bool) -> Iterator[list[Path]]:
-    """Within the block, where `on_meta` says so, transformers reads no numbers; gives the files that it opened."""
+    """Within the block, if `on_meta`, transformers reads no values; yields the list of files that it opened."""
     files: list[Path] = []
 
     def opened(file: str, *args: Any, **kwargs: Any) -> _Headers:
@@ -58,7 +58,7 @@ def record_files(on_meta: bool) -> Iterator[list[Path]]:
 
 
 class _Headers:
-    """A safetensors file that is asked for shapes alone."""
+    """A safetensors file that gives shapes and dtypes only."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -78,7 +78,7 @@ class _Headers:
 
 
 class _Bare:
-    """A tensor of a file, and what transformers makes of it before it is the model's."""
+    """A tensor of a file without its values, with the operations that transformers applies to it."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
         self.shape, self.dtype = shape, dtype
@@ -99,7 +99,7 @@ class _Bare:
 
 
 def finish_on_meta(model: PreTrainedModel, files: list[Path]) -> None:
-    """Tie what loading ties only once it has seen that the values are the same, and note where the weights lie.
+    """Tie the tensors that loading ties if their values are equal, and record where the weights are.
 
     Raises:
         LoRAError: the weights are quantized, or were read in another way.
@@ -117,11 +117,11 @@ def finish_on_meta(model: PreTrainedModel, files: list[Path]) -> None:
 
 
 def _tie_equal(model: PreTrainedModel, base: Base) -> None:
-    """As `PreTrainedModel.tie_weights` does for weights in memory that the files hold under both names."""
+    """Tie weights that the files hold equal under both names, as `PreTrainedModel.tie_weights` does in memory."""
     keys: dict[str, str] = model.all_tied_weights_keys
-    both = [pair for pair in keys.items() if model.get_parameter(pair[0]) is not model.get_parameter(pair[1])]
-    equal = {target for target, source in both if _same(model, base, target, source)}
-    for target in {target for target, _ in both} - equal:
+    untied = [pair for pair in keys.items() if model.get_parameter(pair[0]) is not model.get_parameter(pair[1])]
+    equal = {target for target, source in untied if _same(model, base, target, source)}
+    for target in {target for target, _ in untied} - equal:
         keys.pop(target)
     if equal:
         model.tie_weights(missing_keys=equal, recompute_mapping=False)
@@ -131,9 +131,9 @@ def _same(model: PreTrainedModel, base: Base, target: str, source: str) -> bool:
     """Whether the files hold the same values under both names, in the dtype of the model."""
     dtype, groups = model.get_parameter(target).dtype, (base.of_name[target], base.of_name[source])
     if all(group.is_alone for group in groups):
-        (one,), (other,) = groups[0].stored, groups[1].stored
-        pairs = zip(base.checkpoint.blocks(one), base.checkpoint.blocks(other), strict=True)
-        shapes = [base.checkpoint.stored[key].shape for key in (one, other)]
+        (target_key,), (source_key,) = groups[0].stored, groups[1].stored
+        pairs = zip(base.checkpoint.blocks(target_key), base.checkpoint.blocks(source_key), strict=True)
+        shapes = [base.checkpoint.stored[key].shape for key in (target_key, source_key)]
         return shapes[0] == shapes[1] and all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pairs)
     values = [group.load({key: base.checkpoint.read(key).to(dtype) for key in group.stored}) for group in groups]
     return torch.equal(values[0][target], values[1][source])

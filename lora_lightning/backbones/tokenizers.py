@@ -16,17 +16,16 @@ from lora_lightning.backbones.locate import refuse_not_there, resolve
 from lora_lightning.lora.errors import LoRAError
 
 FILES = r"tokenizer|vocab|\.model$|tekken"
-"""In the names of the files that hold one."""
-
+"""Matches the names of files that hold a tokenizer."""
 
 TRUSTED: set[str] = set()
-"""Names of models whose own code the config lets run, by `trust_remote_code` of the backbone; so it may here."""
+"""Names of models whose code may run, since the config gives their backbone `trust_remote_code`."""
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer by a hub name, a directory, a GGUF file or `package:NAME/path`.
 
-    One without a padding token pads with its end.
+    A tokenizer without a padding token pads with its end-of-text token.
 
     Args:
         options: more arguments for `from_pretrained`.
@@ -55,7 +54,7 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block transformers reports nothing: the new head it warns of is expected, other gaps are refused."""
+    """Within the block transformers reports nothing: a new head is expected, and other missing tensors are refused."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     bars = transformers_logging.is_progress_bar_enabled()

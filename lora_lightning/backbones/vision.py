@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.lora.errors import LoRAError, did_you_mean, first_few
+from lora_lightning.lora.errors import LoRAError, did_you_mean, first_few, first_line
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
 from lora_lightning.lora.meta.build import builds_bare
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Under which training scripts of timm and torchvision store a state dict."""
+"""Keys under which training scripts of timm and torchvision store a state dict."""
 
 
 def timm_model(
@@ -31,8 +31,8 @@ def timm_model(
     Args:
         model_name: such as `convnext_tiny.fb_in22k_ft_in1k`, or `hf-hub:NAME` for one on the hub.
         pretrained: load timm's weights, from the hub or its cache; not where `checkpoint_path` is given.
-        num_classes: outputs of the head, which is new where the weights have another number. The data's own count
-            by default.
+        num_classes: outputs of the head, which is new where the weights have another number; by default the
+            number of the data's classes.
         checkpoint_path: weights in a file, safetensors or what `torch.save` wrote; `package:NAME/path` is a file
             inside an installed package.
         model_kwargs: more arguments for the model, such as `img_size` or `drop_path_rate`.
@@ -51,7 +51,7 @@ def timm_model(
     try:
         model: nn.Module = timm.create_model(model_name, pretrained=pretrained and checkpoint_path is None, **kwargs)
     except Exception as error:  # no weights, no network, arguments that the model does not take
-        raise LoRAError(f"timm cannot make '{model_name}': {_first_line(error)}") from error
+        raise LoRAError(f"timm cannot make '{model_name}': {first_line(error)}") from error
     heads = _timm_heads(model)
     if checkpoint_path is not None:
         new = _fill(model, Path(resolve(checkpoint_path)), heads)
@@ -75,8 +75,8 @@ def torchvision_model(
     Args:
         model_name: such as `resnet50`, `vit_b_16` or `deeplabv3_resnet50`.
         weights: such as `IMAGENET1K_V2`; `DEFAULT` are the newest; null builds the model with random ones.
-        num_classes: outputs of the head, which is new where the weights have another number. The data's own count
-            by default.
+        num_classes: outputs of the head, which is new where the weights have another number; by default the
+            number of the data's classes.
         checkpoint_path: weights in a file in place of `weights`, safetensors or what `torch.save` wrote.
         model_kwargs: more arguments for the model.
 
@@ -102,7 +102,7 @@ def torchvision_model(
         else:
             model = models.get_model(model_name, weights=chosen, **kwargs)
     except Exception as error:  # no network, a broken download, arguments that the model does not take
-        raise LoRAError(f"torchvision cannot make '{model_name}': {_first_line(error)}") from error
+        raise LoRAError(f"torchvision cannot make '{model_name}': {first_line(error)}") from error
     if checkpoint_path is not None:
         new = _fill(model, Path(resolve(checkpoint_path)), None)
     else:
@@ -126,7 +126,7 @@ def check_timm_name(name: str) -> None:
 
 
 def _timm_heads(model: nn.Module) -> set[str]:
-    """Names of the modules that make the classes."""
+    """Names of the classification head's modules."""
     named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
     return {named} if isinstance(named, str) else set(named)
 
@@ -153,7 +153,7 @@ def _torchvision_weights(model_name: str, weights: str | None) -> Any:
 
 
 def _resize_heads(model: nn.Module, num_classes: int, weights: Any) -> list[str]:
-    """Replace each last layer, one output for each class of the weights, by a new one of its own kind and name.
+    """Replace each last layer, which has an output for each class of the weights, by a new one of the same kind.
 
     Returns:
         The new tensors' names.
@@ -163,15 +163,15 @@ def _resize_heads(model: nn.Module, num_classes: int, weights: Any) -> list[str]
         return []
     new = []
     for name, layer in list(model.named_modules()):
-        made: nn.Module
+        replacement: nn.Module
         if isinstance(layer, nn.Linear) and layer.out_features == old:
-            made = nn.Linear(layer.in_features, num_classes, bias=layer.bias is not None)
+            replacement = nn.Linear(layer.in_features, num_classes, bias=layer.bias is not None)
         elif isinstance(layer, nn.Conv2d) and layer.out_channels == old and layer.kernel_size == (1, 1):
-            made = nn.Conv2d(layer.in_channels, num_classes, 1, bias=layer.bias is not None)
+            replacement = nn.Conv2d(layer.in_channels, num_classes, 1, bias=layer.bias is not None)
         else:
             continue
-        model.set_submodule(name, made)
-        new += [f"{name}.{key}" for key in made.state_dict()]
+        model.set_submodule(name, replacement)
+        new += [f"{name}.{key}" for key in replacement.state_dict()]
     if not new:
         raise LoRAError(
             f"{type(model).__name__} has no last layer of {old} outputs to be replaced: leave num_classes out"
@@ -180,42 +180,33 @@ def _resize_heads(model: nn.Module, num_classes: int, weights: Any) -> list[str]
 
 
 def _fill(model: nn.Module, file: Path, heads: set[str] | None) -> list[str]:
-    """Load a file's weights; a head of another size, and that alone, stays new.
+    """Load a file's weights; only a head of another size stays new.
 
     Args:
         heads: names of the modules that may stay new; None: those whose tensors have another first dimension.
 
     Raises:
-        LoRAError: keys missing, left over or wrongly shaped, with the first.
+        LoRAError: keys are missing, left over or wrongly shaped; the error names the first of them.
     """
     state = read_tensors(file)[0] if file.suffix == ".safetensors" else read_pickled(file, wrappers=WRAPPERS)
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
-    state_here: dict[str, Tensor] = model.state_dict()
+    expected: dict[str, Tensor] = model.state_dict()
 
     def is_head(key: str) -> bool:
         if heads is not None:
             return key.rpartition(".")[0] in heads
-        return key in state_here and key in state and state_here[key].shape[1:] == state[key].shape[1:]
+        return key in expected and key in state and expected[key].shape[1:] == state[key].shape[1:]
 
-    new = [
-        key for key in state_here if is_head(key) and (key not in state or state[key].shape != state_here[key].shape)
-    ]
-    faults = [f"missing '{key}'" for key in state_here if key not in state and key not in new]
+    new = [key for key in expected if is_head(key) and (key not in state or state[key].shape != expected[key].shape)]
+    faults = [f"missing '{key}'" for key in expected if key not in state and key not in new]
+    unknown = [key for key in state if key not in expected and not is_head(key)]
+    faults += [f"left over '{key}'{did_you_mean(key, expected)}" for key in unknown]
     faults += [
-        f"left over '{key}'{did_you_mean(key, state_here)}"
-        for key in state
-        if key not in state_here and not is_head(key)
-    ]
-    faults += [
-        f"'{key}' of shape {tuple(state[key].shape)}, expected {tuple(state_here[key].shape)}"
-        for key in state_here
-        if key in state and key not in new and state[key].shape != state_here[key].shape
+        f"'{key}' of shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and key not in new and state[key].shape != expected[key].shape
     ]
     if faults:
         raise LoRAError(f"{file.name} does not fit {type(model).__name__}: {first_few(faults)}")
-    model.load_state_dict({key: state_here[key] if key in new else state[key] for key in state_here})
+    model.load_state_dict({key: expected[key] if key in new else state[key] for key in expected})
     return new
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

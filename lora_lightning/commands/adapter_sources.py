@@ -117,7 +117,7 @@ def weights_in(base: BaseFiles, files: AdapterFiles, *, allow_other_base: bool =
     make, _ = base.maker(files)
     plain = make()
     tensors = Base(base.checkpoint, groups_of(make(), base.checkpoint), plain)
-    tensors.part_unequal(plain)
+    tensors.untie_unequal(plain)
     check = _check(files.record, tensors, plain, allow_other_base=allow_other_base)
 
     def read(module: nn.Module, attribute: str, full: str) -> Tensor | None:

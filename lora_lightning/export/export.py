@@ -1,4 +1,4 @@
-"""From a trained backbone to files that others open, and the proof in numbers that they hold what was trained."""
+"""Write a trained backbone to files that other libraries open, and check their outputs against the trained model's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.positions import in_evaluation
 
 BESIDE = 32_000_000
-"""Bytes for what is written beside weights: tokenizers are up to this large."""
+"""Bytes for the files beside the weights: tokenizers are up to this large."""
 
 
 def export(
@@ -49,28 +49,28 @@ def export(
 ) -> ExportReport:
     """Write the adapter, the merged model, or both, and compare the outputs of each with the adapted model's.
 
-    The backbone is left adapted, and beside it there is never more than one other copy of its weights. All is
-    written beside `output_dir` and moved there in one step; where anything fails, `output_dir` is as it was.
+    The backbone stays adapted, and at most one more copy of its weights is in memory. All files are written beside
+    `output_dir` and moved there in one step; after an error `output_dir` is unchanged.
 
     Args:
         backbone: the adapted model.
-        task: what it was trained on: says which of a batch's entries are inputs, and how PEFT and transformers call it.
-        w0: the fingerprint of its frozen weights as training started.
+        task: says which of a batch's entries are inputs, and what PEFT and transformers call the task.
+        w0: the fingerprint of W0 when training started.
         output_dir: a new or empty folder, or that of an earlier export, which is replaced.
-        batch: a probe, as the DataModule gives it.
+        batch: the probe, as the DataModule gives it.
         example: in place of a batch, a LightningModule's `example_input_array`.
-        formats: of `adapter` (a PEFT directory) and `merged` (a transformers directory, or a safetensors file with
-            the backbone's own keys); in a list, or with commas between.
-        tokenizer: saved beside the adapter and the merged model; the backbone's own by default.
+        formats: `adapter` (a PEFT directory), `merged` (a transformers directory, or a safetensors file with the
+            backbone's keys) or both; in a list, or with commas between.
+        tokenizer: saved beside the adapter and the merged model; the backbone's by default.
         image_processor: the same, beside a transformers model.
         label_names: written into the report, beside the adapter, and into the merged model's config, or beside it.
-        dtype: of the merged model; `auto` is W0's own. The sum is taken in float32 or wider in any case.
+        dtype: of the merged model; `auto` is W0's. The sum is computed in float32 or wider in any case.
         max_shard_size: of a transformers model's weight files, such as `5GB`.
         serving: write the adapter in the form that this server takes.
         scale: the strength of the update, as in `lora.bank.strength.scaled`: it is written into the adapter's alpha.
 
     Raises:
-        LoRAError: an option that means nothing, a folder in the way that is no export, no probe, too little space.
+        LoRAError: an invalid option, a folder in the way that is no export, no probe, or too little space.
         MergeError: W0 moved in training, or the exported model's outputs differ by more than the tolerance.
     """
     wanted, to_dtype = parse_options(formats, dtype, max_shard_size, serving)
@@ -83,8 +83,8 @@ def export(
     with in_evaluation(backbone), torch.no_grad(), scaled(backbone, scale), stage_folder(target, needed) as folder:
         _check_w0(backbone, w0, report)
         proof = Proof(backbone, probe_from(backbone, task, batch, example), report, to_dtype)
-        processors = [tokenizer, image_processor if is_transformers(backbone) else None]
-        processing = [part for part in processors if part is not None] or processing_of(backbone)
+        candidates = [tokenizer, image_processor if is_transformers(backbone) else None]
+        processing = [part for part in candidates if part is not None] or processing_of(backbone)
         if "adapter" in wanted:
             task_type = task.peft_task_type if is_transformers(backbone) else None
             save_adapter(backbone, folder / "adapter", task_type=task_type, serving=serving)
@@ -109,7 +109,7 @@ def export(
 
 
 def bytes_needed(backbone: nn.Module, formats: Iterable[str], dtype: torch.dtype | None) -> int:
-    """About what an export takes on the disk: each tensor once, quantized layers as the plain ones they become."""
+    """Roughly the bytes of an export on disk: each tensor once, quantized layers as the plain ones they become."""
     adapter = {id(t): t.numel() * t.element_size() for t in adapter_tensors(backbone).values()}
     needed = BESIDE + 2 * sum(adapter.values())  # PEFT's form may be of twice the rank
     if "merged" in formats:
@@ -125,8 +125,8 @@ def bytes_needed(backbone: nn.Module, formats: Iterable[str], dtype: torch.dtype
 def _plain_bytes(module: nn.Module, name: str, tensor: Tensor, to: torch.dtype | None, floats: torch.dtype) -> int:
     if name == "weight" and isinstance(module, nn.Linear) and scheme(module) is not None:
         return module.in_features * module.out_features * (to or floats).itemsize
-    dtype = tensor.dtype
-    return tensor.numel() * ((to or dtype) if dtype.is_floating_point else dtype).itemsize
+    dtype = to if to and tensor.is_floating_point() else tensor.dtype
+    return tensor.numel() * dtype.itemsize
 
 
 def _check_w0(backbone: nn.Module, before: Fingerprint, report: ExportReport) -> None:

@@ -26,10 +26,10 @@ from lora_lightning.lora.meta.merge_files import StreamedMerge, StreamReport
 from lora_lightning.lora.report import rounding_warning
 
 REPORT = "merge_report.json"
-"""What was done, and to which files: by it a later merge knows what it may replace."""
+"""The report of a merge with the names of its files, which a later merge may replace."""
 
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
-"""Ends of files that hold W0 in other forms, which a merged directory must not have beside it."""
+"""Ends of the names of files that hold W0 in other forms, which must not be copied beside the merged weights."""
 
 
 def merge_on_disk(
@@ -43,22 +43,22 @@ def merge_on_disk(
 ) -> StreamReport:
     """Write the base with `W0 + s B A` in it, shard by shard, for models that are larger than memory.
 
-    The output has the base's files and names, and a report: a directory that `AutoModel...from_pretrained` opens.
-    Tensors that the adapter leaves alone are the base's to the bit. All is written beside `output_dir` and moved there
-    in one step. An adapter without a fingerprint of W0, as PEFT writes it, is merged with a notice.
+    The output is a directory with the base's files and names, and a report, that `AutoModel...from_pretrained` opens.
+    Tensors that the adapter does not change are copied bit for bit. All files are written beside `output_dir` and moved
+    there in one step. An adapter without a fingerprint of W0, as PEFT writes it, is merged with a warning.
 
     Args:
         base_dir: a directory in the hub's layout, `config.json` and safetensors; `package:NAME/path` for one inside
             an installed package.
         adapter_dir: a PEFT directory; `package:NAME/path` too.
-        output_dir: a new or empty directory, or one that this wrote before, which is replaced.
-        dtype: of what is written; `auto` keeps each tensor's own. The sum is taken in float32 or wider in any case.
+        output_dir: a new or empty directory, or one of an earlier merge, which is replaced.
+        dtype: of the written tensors; `auto` keeps each tensor's. The sum is computed in float32 or wider in any case.
         allow_other_base: merge, with a warning, also where the fingerprint of W0 in the adapter is not the base's.
-        alphas: by full module name, where PEFT's `alpha_pattern` leaves one in doubt, as in `load_adapter`.
+        alphas: by full module name, where PEFT's `alpha_pattern` is ambiguous, as in `load_adapter`.
 
     Raises:
         AdapterError: the adapter is torn, does not fit the base, or was made on another one.
-        MergeError: the update cannot be folded into W0; a number is beyond the range of what is written.
+        MergeError: the update cannot be folded into W0, or a number is beyond the range of the written dtype.
         LoRAError: the base cannot be read or is quantized; something is in the way; the disk is too small.
     """
     base, adapter, target = Path(resolve(str(base_dir))), Path(resolve(str(adapter_dir))), Path(output_dir)
@@ -66,7 +66,7 @@ def merge_on_disk(
     _refuse_target(target, {"base": base, "adapter": adapter})
     merge, written = _plan(base, adapter, to_dtype, allow_other_base=allow_other_base, alphas=alphas)
     try:
-        # headers, tokenizer and config beside the tensors
+        # with room for headers, tokenizer and config
         with stage_folder(target, merge.size + merge.size // 100 + 2**24) as folder:
             with _progress(merge.size) as advance:
                 report = merge.write(folder, advance)
@@ -87,8 +87,8 @@ def _plan(
     allow_other_base: bool,
     alphas: Mapping[str, float] | None,
 ) -> tuple[StreamedMerge, dict[str, Any]]:
-    """The merge, and what its config says that the base's does not."""
-    plain = BaseFiles(base)  # whatever is wrong with the base is said before an adapter is looked at
+    """The merge, and the changes to the base's config."""
+    plain = BaseFiles(base)  # first, so that errors of the base come before errors of the adapter
     files = AdapterFiles.read(adapter)
     make, heads = plain.maker(files)
     merge = StreamedMerge(
@@ -110,7 +110,7 @@ def _plan(
 
 
 class _progress:
-    """A bar over bytes; nothing for what takes a moment."""
+    """A progress bar over bytes, hidden for small models."""
 
     def __init__(self, size: int) -> None:
         columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -128,7 +128,7 @@ class _progress:
 def _write_side_files(
     base: Path, folder: Path, merge: StreamedMerge, report: StreamReport, written: Mapping[str, Any]
 ) -> None:
-    """The config, the index, and everything beside the base's weights that is no weight."""
+    """Write the config and the index, and copy the base's other files that are no weights."""
     for path in sorted(base.rglob("*")):
         inner = path.relative_to(base)
         hidden = any(part.startswith(".") for part in inner.parts)
@@ -150,7 +150,7 @@ def _write_side_files(
 
 
 def _edit_config(config: dict[str, Any], merge: StreamedMerge, written: Mapping[str, Any]) -> dict[str, Any]:
-    """The base's config with what the merge changed, and nothing else."""
+    """The base's config with only the merge's changes."""
     edited = {**config, **written}
     if "dtype" in written:
         edited.pop("torch_dtype", None)  # the field's older name
@@ -164,7 +164,7 @@ def _edit_config(config: dict[str, Any], merge: StreamedMerge, written: Mapping[
 
 
 def _refuse_target(target: Path, read: Mapping[str, Path]) -> None:
-    """Raise where writing there would take away what is not an earlier merge's, or what is read."""
+    """Raise a LoRAError where writing would delete files that no earlier merge wrote, or an input of this one."""
     if target.is_file():
         raise LoRAError(f"'{target}' is a file: name a folder")
     if target.is_dir() and any(target.iterdir()):
@@ -187,7 +187,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def _written_before(folder: Path) -> set[str]:
-    """The files that an earlier merge notes as its own."""
+    """The files that an earlier merge's report lists."""
     try:
         return {*json.loads((folder / REPORT).read_text(encoding="utf-8"))["written"], REPORT}
     except (ValueError, KeyError, TypeError, OSError):
@@ -195,7 +195,7 @@ def _written_before(folder: Path) -> set[str]:
 
 
 def _write_report(folder: Path, report: StreamReport) -> None:
-    """What was done, and to which files: so the next merge knows which of them it may replace."""
+    """Write `REPORT`."""
     facts = {name: value for name, value in asdict(report).items() if name != "files"}
     text = json.dumps({**facts, "written": sorted(_files(folder))}, indent=2, ensure_ascii=False)
     write_bytes(folder / REPORT, (text + "\n").encode())

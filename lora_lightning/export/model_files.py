@@ -1,4 +1,4 @@
-"""The merged model as files that open without this package, and what those files hold, read back."""
+"""Write the merged model as files that open without this package, and read them back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHTS, LABELS = "model.safetensors", "label_names.json"
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Whether the model saves and loads itself in transformers' format."""
+    """Whether the model is transformers', with `save_pretrained`."""
     return is_a(model, HF_MODEL)
 
 
@@ -34,13 +34,13 @@ def write_merged(
     problem_type: str | None = None,
     max_shard_size: int | str | None = None,
 ) -> None:
-    """A transformers model in its own way; any other as one file of tensors under its own keys.
+    """Write a transformers model by `save_pretrained`, any other model as one safetensors file.
 
     Args:
-        processing: the tokenizer, or what else prepares the model's inputs, to be saved beside it.
-        label_names: what the numbers of the classes mean: into a transformers config, else into a file beside.
-        problem_type: what transformers calls the task of a classifier, into its config.
-        max_shard_size: of a transformers model's files; transformers' own by default.
+        processing: the tokenizer or other processors of the model's inputs, saved beside it.
+        label_names: names of the classes, for a transformers config, else for a file beside the weights.
+        problem_type: transformers' name of a classifier's task, for its config.
+        max_shard_size: of a transformers model's files; transformers' default where it is None.
     """
     folder.mkdir(parents=True)
     if is_transformers(plain):
@@ -63,7 +63,7 @@ def write_merged(
 
 
 def write_labels(label_names: list[str] | None, folder: Path) -> None:
-    """What the numbers of the classes mean, where it is known, as a file of its own."""
+    """Write the names of the classes, where they are known, as a JSON file."""
     if label_names:
         write_bytes(folder / LABELS, (json.dumps(label_names, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -71,18 +71,18 @@ def write_labels(label_names: list[str] | None, folder: Path) -> None:
 def state_without_ties(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with tied tensors under the first of their names, as safetensors' `load_model` expects them.
 
-    Where one tensor covers a piece of memory that others are views of, it stands for them: loading it fills them too.
-    Parts of which none is the whole become tensors of their own; safetensors refuses shared memory.
+    safetensors refuses shared memory. Where tensors are views of one that covers all of their memory, only that one is
+    kept: loading it fills the views too. Views without such a tensor are copied.
     """
     groups: dict[Any, dict[str, Tensor]] = {}
     for key, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             groups.setdefault(tensor.untyped_storage().data_ptr() or key, {})[key] = tensor
-    kept: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for group in groups.values():
         whole = next((key for key, tensor in group.items() if _is_whole(tensor)), None)
-        kept |= {whole: group[whole]} if whole else {key: tensor.clone() for key, tensor in group.items()}
-    return {key: tensor.contiguous() for key, tensor in kept.items()}
+        state |= {whole: group[whole]} if whole else {key: tensor.clone() for key, tensor in group.items()}
+    return {key: tensor.contiguous() for key, tensor in state.items()}
 
 
 def _is_whole(tensor: Tensor) -> bool:
@@ -90,7 +90,7 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 def reader(plain: nn.Module, folder: Path) -> Callable[[], nn.Module]:
-    """How to read the files back. For a transformers model it holds nothing of `plain`, which can go first."""
+    """A function that reads the files back. For a transformers model it does not hold `plain`, which can be freed."""
     if not is_transformers(plain):
         return lambda: _fill(plain, folder / WEIGHTS)
     cls: Any = type(plain)
@@ -111,29 +111,29 @@ def reader(plain: nn.Module, folder: Path) -> Callable[[], nn.Module]:
 
 @torch.no_grad()
 def _fill(plain: nn.Module, file: Path) -> nn.Module:
-    """Put a file's tensors into the model that they were written from, one at a time; ties are the model's own."""
+    """Load a file's tensors, one at a time, into the model that they were written from, which keeps its ties."""
     state = {key: tensor for key, tensor in plain.state_dict().items() if isinstance(tensor, Tensor)}
     for tensor in state.values():
-        tensor.zero_()  # so that only what the file holds can answer
+        tensor.zero_()  # so that a tensor that the file lacks is noticed
     for key, at in read_header(file)[0].items():
         state[key].copy_(read_bytes(file, key, at.start, at.size).view(DTYPES[at.dtype]).reshape(at.shape))
     return plain
 
 
 def processing_of(backbone: nn.Module) -> list[Any]:
-    """What prepares the inputs of a transformers model, from the directory or hub name that it was loaded from."""
+    """The processor of a transformers model's inputs, from the directory or hub name that it was loaded from."""
     name = getattr(getattr(backbone, "config", None), "_name_or_path", None)
     if not name or not is_transformers(backbone):
         return []
     import transformers
 
-    with quiet(), contextlib.suppress(Exception):  # a model without any says so in many ways
+    with quiet(), contextlib.suppress(Exception):  # many kinds, for a model without one
         return [transformers.AutoProcessor.from_pretrained(name)]  # type: ignore[no-untyped-call]
     return []
 
 
 def _name_labels(config: Any, names: list[str] | None) -> None:
-    """Where a config has as many labels and no names of its own for them."""
+    """Write the label names into a config that has as many labels and only transformers' default names."""
     if not names or getattr(config, "num_labels", None) != len(names):
         return
     if all(name == f"LABEL_{i}" for i, name in (config.id2label or {}).items()):
@@ -142,7 +142,7 @@ def _name_labels(config: Any, names: list[str] | None) -> None:
 
 
 def _forget_quantization(model: nn.Module) -> None:
-    """Once every layer is plain, what transformers notes of its quantization would quantize the files anew."""
+    """Remove transformers' marks of quantization, which would quantize the plain files when they are loaded."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

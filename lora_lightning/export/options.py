@@ -1,4 +1,4 @@
-"""What an export is asked for, checked before anything is trained or written."""
+"""The options of an export, checked before anything is trained or written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_lightning.lora.frozen.dtype import DType, parse_dtype
 FORMATS = ("adapter", "merged")
 REPORT = "export_report.json"
 SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
-"""As huggingface_hub's `parse_size_to_int` reads it."""
+"""A size as huggingface_hub's `parse_size_to_int` reads it."""
 
 
 def parse_options(
@@ -24,10 +24,10 @@ def parse_options(
     max_shard_size: int | str | None = None,
     serving: str | None = None,
 ) -> tuple[list[str], torch.dtype | None]:
-    """The formats as a list, and the dtype, None where it is the backbone's own.
+    """The formats as a list, and the dtype, None for the backbone's.
 
     Raises:
-        LoRAError: an option has a value that means nothing, or none beside the others.
+        LoRAError: an option has an invalid value, or does not go with another option.
     """
     wanted, to_dtype = parse_formats(formats), parse_dtype(dtype)
     if max_shard_size is not None and not _is_size(max_shard_size):
@@ -65,7 +65,7 @@ def parse_formats(formats: str | Iterable[str]) -> list[str]:
 
 
 def refuse_base_alone(scale: float) -> None:
-    """Raise a LoRAError for a strength of 0, with which nothing of the adapter is left, or for what is none."""
+    """Raise a LoRAError for a strength of 0, which would export the base, or for an invalid one."""
     refuse_strength(scale)
     if scale == 0:
         raise LoRAError("scale must be above 0, got 0: an export of it would be the base that the run began with")
@@ -76,7 +76,7 @@ def _is_size(size: int | str) -> bool:
 
 
 def check_target(target: Path) -> Path:
-    """Raise a LoRAError for a place that holds something other than an older export."""
+    """Raise a LoRAError where `target` holds something other than an older export; returns `target`."""
     if target.is_file():
         raise LoRAError(f"'{target}' is a file: name a folder")
     if target.exists() and any(target.iterdir()) and not (target / REPORT).is_file():

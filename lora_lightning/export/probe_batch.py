@@ -1,4 +1,4 @@
-"""The batch on which an export is proven: the data's first, or the model's own `example_input_array`."""
+"""The batch on which an export is verified: the data's first, or the model's `example_input_array`."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from lora_lightning.lora.frozen.dtype import float_dtype
 from lora_lightning.tasks.base import Task
 
 MOST_ROWS = 8
-"""Of a DataModule's batch: the logits of a language model for a whole batch would not fit beside two models."""
+"""Rows of a DataModule's batch: logits of a language model for a whole batch would not fit beside two models."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Arguments of the backbone by name, and where they are from."""
+    """Arguments of the backbone by name, and where they come from."""
 
     inputs: dict[str, Any]
     source: str
 
 
 def loaders_of(datamodule: LightningDataModule) -> Iterator[Any]:
-    """Those for validation, then those for training, of a DataModule that is set up; either may be missing."""
+    """The validation loaders, then the training loaders, of a DataModule that is set up; either may be missing."""
     for name in ("val_dataloader", "train_dataloader"):
         if is_overridden(name, datamodule, LightningDataModule):  # Lightning's own raises
             yield getattr(datamodule, name)()
 
 
 def first_batch(loaders: Iterable[Any], module: LightningModule) -> dict[str, Any] | None:
-    """The first batch of the first loader that gives one, on the module's device.
+    """The first batch of the first loader that has one, on the module's device.
 
-    None where no loader gives any, or where batches do not name the backbone's arguments and an `example_input_array`
-    does.
+    None where no loader has one, or where batches do not name the backbone's arguments and there is an
+    `example_input_array`.
 
     Args:
-        loaders: loaders, or lists, dicts and CombinedLoaders of them. No length is asked: a stream has none.
+        loaders: loaders, or lists, dicts and CombinedLoaders of them; they need no length.
 
     Raises:
-        LoRAError: the batch is no mapping by name, with what to give instead.
+        LoRAError: the batch is no mapping by name and there is no `example_input_array`.
     """
     batch = next((batch for loader in _flatten(loaders) for batch in loader), None)
     task, backbone = getattr(module, "task", None), getattr(module, "backbone", None)
@@ -67,13 +67,13 @@ def _flatten(loaders: Any) -> Iterator[Any]:
     """The loaders in lists, tuples, dicts and CombinedLoaders, in order."""
     if isinstance(loaders, Mapping):
         loaders = loaders.values()
-    for one in loaders:
-        if isinstance(one, CombinedLoader):
-            yield from one.flattened
-        elif isinstance(one, list | tuple | Mapping):
-            yield from _flatten(one)
-        elif one is not None:
-            yield one
+    for loader in loaders:
+        if isinstance(loader, CombinedLoader):
+            yield from loader.flattened
+        elif isinstance(loader, list | tuple | Mapping):
+            yield from _flatten(loader)
+        elif loader is not None:
+            yield loader
 
 
 def _describe(batch: Any) -> str:
@@ -85,13 +85,13 @@ def probe_from(backbone: nn.Module, task: Task, batch: Mapping[str, Any] | None,
     """The first rows of a batch without its labels; without a batch, the example input.
 
     Args:
-        backbone: the adapted model; its own `example_input_array` counts where `example` is None.
+        backbone: the adapted model; its `example_input_array` is used where `example` is None.
         task: says which of a batch's entries the backbone takes.
         batch: as the DataModule gives it.
         example: a LightningModule's `example_input_array`: a tensor, a tuple, or a mapping by name.
 
     Raises:
-        LoRAError: there is neither, with what to give.
+        LoRAError: there is neither.
     """
     if batch is not None:
         return Probe(first_rows(task.inputs(backbone, batch)), "the data's first batch")
@@ -120,7 +120,7 @@ def _as_keywords(backbone: nn.Module, example: Any) -> dict[str, Any]:
 
 
 def first_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """At most `MOST_ROWS` rows of a batch without its labels; what is not by rows stays whole."""
+    """At most `MOST_ROWS` rows of a batch without its labels; entries without a dimension of rows stay whole."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     rows = {len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()}
     if len(rows) != 1 or max(rows) <= MOST_ROWS:
@@ -135,7 +135,7 @@ def _rows(value: Any) -> int:
 
 
 def cast_to_weights(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Floating-point inputs in the dtype of half-precision weights: outside of autocast layers take no other."""
+    """Floating-point inputs in the dtype of half-precision weights, which layers need outside of autocast."""
     dtype = float_dtype(backbone)
     return dict(inputs) if dtype.itemsize > 2 else cast_floats(inputs, dtype)
 

@@ -1,4 +1,4 @@
-"""The proof of an export: what was written gives the outputs of what was trained, in numbers."""
+"""The verification of an export: the written model's outputs are compared with the trained model's."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Largest |exported - adapted| over the largest |adapted|, of each output. In half precision rounding W0 + s B A alone
 moves outputs by some units in the last place per layer, so there the rule is 16 units of the dtype's precision."""
 FOUR_BIT = 1e-4
-"""bitsandbytes' 4-bit product adds up in an order of its own, which a plain layer does not."""
+"""bitsandbytes' 4-bit product sums in another order than a plain layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Between the adapted model's outputs and another's."""
+    """The difference between the adapted model's outputs and another model's."""
 
     outputs: int
     """How many floating-point tensors were compared."""
@@ -49,7 +49,7 @@ def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterable[Tensor]:
-    """Tensors in mappings, sequences, dataclasses, and in what objects such as caches of keys and values hold."""
+    """Tensors in mappings, sequences, dataclasses, and in attributes of objects such as key-value caches."""
     if id(value) in seen or isinstance(value, str | bytes | type | nn.Module):
         return
     if isinstance(value, Tensor):
@@ -69,10 +69,10 @@ def _tensors(value: Any, seen: set[int]) -> Iterable[Tensor]:
 
 
 def difference(adapted: list[Tensor], exported: list[Tensor], what: str) -> Difference:
-    """Over all outputs; equal infinities and NaN in the same places count as equal.
+    """The largest differences over all outputs; equal infinities, and NaN in the same places, count as equal.
 
     Raises:
-        MergeError: there is nothing to compare, or the outputs are of other number or shapes.
+        MergeError: there is nothing to compare, or the outputs differ in number or shapes.
     """
     shapes = [tuple(t.shape) for t in adapted]
     if [tuple(t.shape) for t in exported] != shapes:
@@ -96,7 +96,7 @@ def _largest_difference(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def _max(a: float, b: float) -> float:
-    """NaN is larger than any number: it must fail the comparison, and `max` would drop it."""
+    """The maximum, in which NaN is larger than any number: it must fail the comparison, and `max` would drop it."""
     return a if math.isnan(a) or a > b else b
 
 
@@ -105,11 +105,11 @@ def _shapes(tensors: list[Tensor]) -> str:
 
 
 def tolerance(backbone: nn.Module, dtype: torch.dtype | None = None) -> tuple[float, str]:
-    """The largest relative difference that rounding explains, and the rule in words.
+    """The largest relative difference that rounding can explain, and the rule in words.
 
     Args:
         backbone: the adapted model.
-        dtype: of the merged model, where it is another.
+        dtype: of the merged model, where it differs from the backbone's.
     """
     dtypes = {p.dtype for p in backbone.parameters() if p.is_floating_point() and not p.requires_grad}
     dtypes |= {dtype} if dtype else set()
@@ -129,19 +129,19 @@ def tolerance(backbone: nn.Module, dtype: torch.dtype | None = None) -> tuple[fl
 
 @dataclass
 class ExportReport:
-    """What was written and how near it is to what was trained."""
+    """What was written, and how much its outputs differ from the trained model's."""
 
     output_dir: str
     formats: list[str] = field(default_factory=list)
     max_abs_diff: float = 0.0
-    """Largest |exported - adapted| over the probe batch's outputs, of all that was written, read back from disk."""
+    """Largest |exported - adapted| over the probe batch's outputs, of every format after reading it back."""
     max_rel_diff: float = 0.0
     """The same over the largest |adapted| of each output."""
     tolerance: float = 0.0
     rule: str = ""
-    """What `tolerance` follows from."""
+    """The rule behind `tolerance`."""
     probe: str = ""
-    """Where the batch is from that the outputs are compared on."""
+    """Where the probe batch comes from."""
     compared: dict[str, Difference] = field(default_factory=dict)
     """Each comparison with the adapted model, by what was compared."""
     dtype: str | None = None
@@ -158,15 +158,15 @@ class ExportReport:
     adapter_bytes: int = 0
     merged_bytes: int = 0
     merged_files: int = 0
-    """Into how many weight files the merged model was split."""
+    """The number of the merged model's weight files."""
     trainable: int = 0
     total: int = 0
     label_names: list[str] | None = None
-    """What the numbers of the classes mean, where the data says it."""
+    """The names of the classes, where the data have them."""
     kept: dict[str, float] = field(default_factory=dict)
     """By module, the share of the update that rounding to the merged model's dtype kept."""
     untied: list[str] = field(default_factory=list)
-    """Modules whose weight was tied to another's and is their own in the merged model."""
+    """Modules whose weight was tied to another's and no longer is in the merged model."""
     dequantized: list[str] = field(default_factory=list)
     """Modules that were quantized and are plain in the merged model."""
 
@@ -177,26 +177,26 @@ class ExportReport:
 
     @property
     def kept_low(self) -> int:
-        """In how many layers rounding erased more than a tenth of the update."""
+        """The number of layers in which rounding erased more than a tenth of the update."""
         return count_low(self.kept)
 
     def facts(self) -> dict[str, Any]:
-        """What a run's report says of it."""
+        """The values for a run's report."""
         same = ("adapter_dir", "adapter_bytes", "merged_dir", "merged_bytes", "trainable", "total")
         values = {name: getattr(self, name) for name in (*same, "w0_before", "w0_after", "w0_unchanged")}
-        names = ("formats", "max_abs_diff", "max_rel_diff", "tolerance", "rule", "dtype", "probe", "scale")
-        values |= {f"export_{name}": getattr(self, name) for name in (*names, "kept_least", "kept_low")}
+        named = ("formats", "max_abs_diff", "max_rel_diff", "tolerance", "rule", "dtype", "probe", "scale")
+        values |= {f"export_{name}": getattr(self, name) for name in (*named, "kept_least", "kept_low")}
         values |= {"export_dequantized": len(self.dequantized), "export_layers": len(self.kept)}
         return values | {"export_files": self.merged_files, "share": self.trainable / self.total}
 
     def metrics(self) -> dict[str, float]:
-        """For a run's loggers."""
+        """The values for a run's loggers."""
         names = ("max_abs_diff", "max_rel_diff", "tolerance", "adapter_bytes", "merged_bytes", "kept_least")
         return {f"export/{name}": float(getattr(self, name)) for name in names}
 
 
 class Proof:
-    """The adapted model's outputs for the probe, and the comparison of others with them."""
+    """The adapted model's outputs for the probe, with which exported models are compared."""
 
     def __init__(self, backbone: nn.Module, probe: Probe, report: ExportReport, dtype: torch.dtype | None) -> None:
         self.backbone, self.report, self.dtype = backbone, report, dtype
@@ -206,15 +206,15 @@ class Proof:
         report.tolerance, report.rule = tolerance(backbone, dtype)
 
     def verify_adapter(self, folder: Path) -> None:
-        """Load the adapter onto the same W0, which the two models share."""
-        adapter_ids = {id(tensor) for tensor in adapter_tensors(self.backbone).values()}
-        shared = (t for t in (*self.backbone.parameters(), *self.backbone.buffers()) if id(t) not in adapter_ids)
-        again = remove(copy.deepcopy(self.backbone, {id(tensor): tensor for tensor in shared}))
-        load_adapter(again, folder)
-        self._compare("the adapter read back", again.eval(), self.inputs)
+        """Load the written adapter onto the same W0, whose memory the two models share, and compare."""
+        adapter = {id(tensor) for tensor in adapter_tensors(self.backbone).values()}
+        shared = (t for t in (*self.backbone.parameters(), *self.backbone.buffers()) if id(t) not in adapter)
+        reloaded = remove(copy.deepcopy(self.backbone, {id(tensor): tensor for tensor in shared}))
+        load_adapter(reloaded, folder)
+        self._compare("the adapter read back", reloaded.eval(), self.inputs)
 
     def verify_merged(self, folder: Path, **options: Any) -> None:
-        """Merge a copy, write it, let it go, and read what was written."""
+        """Merge a copy, compare it, write it, free it, read the files and compare again."""
         plain = copy.deepcopy(self.backbone)
         merged = merge(plain, dequantize=True, dtype=self.dtype)
         self.report.kept, self.report.untied = merged.kept, merged.untied

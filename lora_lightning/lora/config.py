@@ -18,7 +18,7 @@ from lora_lightning.lora.targets.patterns import regex_refusal
 ALL_LINEAR = "all-linear"
 INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora", "eva", "loftq", "lora_ga")
 FAST_PISSA = re.compile(r"pissa_niter_(\d+)")
-"""PiSSA by a randomised SVD of so many iterations."""
+"""PiSSA by a randomized SVD of this many iterations."""
 Bias = Literal["none", "all", "lora_only"]
 
 
@@ -30,7 +30,7 @@ class LoRAConfig:
     with `use_rslora`.
 
     Raises:
-        ConfigError: a field's value means nothing, with what was expected and what came.
+        ConfigError: a field has an invalid value; the error says what was expected.
     """
 
     r: int = 8
@@ -40,7 +40,7 @@ class LoRAConfig:
     """Numerator of the scale alpha / r. Left out, it is 2 r."""
 
     dropout: float = 0.0
-    """Probability with which an entry of the adapter's input is zeroed in training; W0's input is left whole."""
+    """Probability with which an entry of the adapter's input is zeroed in training; the input of W0 is not dropped."""
 
     target_modules: str | list[str] = ALL_LINEAR
     """Modules to adapt: `all-linear` (the output head left out); `query-value`, `attention` or `mlp` of a common
@@ -55,7 +55,7 @@ class LoRAConfig:
 
     modules_to_save: list[str] | None = None
     """Modules trained in full beside the adapters, such as a new head: exact full names, or a last part that is
-    unique in the model. A copy is trained; the original stays as it was."""
+    unique in the model. A copy is trained; the original does not change."""
 
     slices: dict[str, SliceSpec] = field(default_factory=dict)
     """Parts of fused projections to adapt, each with its own A and B, by module name or regular expression; the
@@ -89,11 +89,10 @@ class LoRAConfig:
     bias: Bias = "none"
     """Biases to train: `none`, `lora_only` (of the adapted layers) or `all` (of every module outside
     `modules_to_save`), where a bias is a parameter named `bias`, as in PEFT: `in_proj_bias`, `bias_k` and `bias_v` of
-    `nn.MultiheadAttention` stay. Copies are trained; the originals stay as they were."""
+    `nn.MultiheadAttention` stay frozen. Copies are trained; the originals do not change."""
 
     lora_bias: bool = False
-    """Give B a bias of its own, trained and scaled like B, on layers whose own bias a merge can add it to. Not with
-    `use_dora`."""
+    """Give B a trained bias, scaled like B, on layers with a bias that a merge can add it to. Not with `use_dora`."""
 
     init: str = "gaussian"
     """How A and B start. With B zero: `gaussian`, A from N(0, 1/in), the paper's choice, scaled so that A x is as
@@ -101,7 +100,7 @@ class LoRAConfig:
     learning rate); `kaiming`, A uniform in +-1/sqrt(in), what loralib and PEFT draw; `eva`, A from the data's main
     directions. With B A not zero and subtracted, so that W0 and the first output stay: `orthogonal`; `pissa` or the
     quicker `pissa_niter_4` (any number of iterations), W0's main directions; `olora`, W0's QR; `lora_ga`, the
-    gradient's main directions. `loftq` starts at what the base's quantization lost, so there the first output moves,
+    gradient's main directions. `loftq` starts at the error of the base's quantization, so the first output moves
     towards the unquantized model's. `eva`, `lora_ga` and `loftq` need `inject(model, config, data=...)`."""
 
     def __post_init__(self) -> None:
@@ -154,7 +153,7 @@ class LoRAConfig:
         object.__setattr__(self, name, value)  # past the frozen dataclass, which is being made
 
     def _values_of(self, name: str, patterns: str) -> Iterator[tuple[str, Any]]:
-        """A field's value and those of its patterns, each by the name that an error gives it."""
+        """A field's value and the values of its patterns, each with its name for errors."""
         yield name, getattr(self, name)
         for pattern, value in getattr(self, patterns).items():
             yield f"{patterns}['{pattern}']", value
@@ -203,12 +202,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _as_list(name: str, value: Any) -> list[str] | None:
-    """Names of modules, each once, in the user's order; None stays."""
+    """Names of modules, each once, in the user's order; None stays None."""
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
         raise ConfigError(f"{name} must be a list of module names, got {value!r}")
-    names = sorted(value, key=str) if isinstance(value, set | frozenset) else value  # a set has no order of its own
+    names = sorted(value, key=str) if isinstance(value, set | frozenset) else value  # a set has no stable order
     for entry in names:
         if not isinstance(entry, str) or not entry:
             raise ConfigError(f"{name} must hold module names, got {entry!r} in {value!r}")

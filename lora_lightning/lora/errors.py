@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each says what was expected, what came and what to do."""
+"""The errors that a user can cause. Each says what was expected, what came and what to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class LoRAError(ValueError):
 
 
 class ConfigError(LoRAError):
-    """A field of `LoRAConfig` has a value that means nothing."""
+    """A field of `LoRAConfig` has an invalid value."""
 
 
 class TargetError(LoRAError):
@@ -29,15 +29,15 @@ class MergeError(LoRAError):
 
 
 class MissingPackageError(ImportError):
-    """A package that an extra brings is not installed. The message says which extra."""
+    """A package is not installed. The message names the extra that brings it."""
 
 
 class AdapterWarning(UserWarning):
-    """An adapter's files hold what another library will read differently, or say something that is not used here."""
+    """Another library will read an adapter's files differently, or a setting in them is not used here."""
 
 
 def warn(message: str) -> None:
-    """Give an AdapterWarning that points at the first line outside this package, which is the user's."""
+    """Issue an AdapterWarning that points at the user's line, the first one outside this package."""
     frame, level = inspect.currentframe(), 1
     while frame is not None and str(frame.f_globals.get("__name__")).startswith("lora_lightning."):
         frame, level = frame.f_back, level + 1
@@ -53,15 +53,15 @@ REMOVED = {
     ),
     "save_distributed_checkpoint": "leave it out, a checkpoint is one file, and holds what trains alone",
 }
-"""Names of functions, arguments and keys of a config that were there once, and what to take in their place."""
+"""Removed functions, arguments and config keys, and what to take in their place."""
 
 
 def refuse_removed(what: str, arguments: Mapping[str, object]) -> None:
-    """Raise for arguments that `what` does not take, with what to do for those that it took once.
+    """Raise for arguments that `what` does not take.
 
     Raises:
-        LoRAError: one of them is in `REMOVED`.
-        TypeError: none is, as Python raises.
+        LoRAError: an argument is in `REMOVED`; the error says what to take.
+        TypeError: an unknown argument, as Python raises it.
     """
     for name in arguments:
         if name in REMOVED:
@@ -70,7 +70,7 @@ def refuse_removed(what: str, arguments: Mapping[str, object]) -> None:
 
 
 def near_misses(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The known names nearest to `word`, best first, capitals or not; a hit inside a longer name counts too."""
+    """The known names nearest to `word`, best first, without regard to case; `word` inside a longer name counts too."""
     names = sorted(set(known))
     lower = {name.lower(): name for name in reversed(names)}
     close = [lower[hit] for hit in difflib.get_close_matches(word.lower(), lower, n=limit, cutoff=0.55)]
@@ -86,7 +86,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return "; did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type where there is none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def first_few(items: list[str], limit: int = 4) -> str:
-    """The first few, and how many more there are."""
+    """The first items, separated by commas, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more

@@ -42,14 +42,14 @@ def inject(
         data: what the inits eva and lora_ga measure (batches: a mapping or a list is unpacked into the model's
             arguments) or what loftq approximates (the model before quantization or its state dict).
         loss: a function of (model, batch) for lora_ga, where the model returns no loss itself.
-        run_init: False where an adapter's tensors will be loaded next: A and B are then drawn plainly, without the
-            cost or the data of `config.init`.
-        any_rank: for an adapter from elsewhere: allow an r above the smaller side of a weight, and `lora_bias` on a
-            layer without a bias, which no merge can fold.
+        run_init: False where an adapter's tensors will be loaded next: A and B are then random, without the cost or
+            the data of `config.init`.
+        any_rank: allow an r above the smaller side of a weight, and `lora_bias` on a layer without a bias, which no
+            merge can fold: for an adapter that was trained elsewhere.
 
     Raises:
-        TargetError: the config does not fit this model; the model is then as it was.
-        LoRAError: the model is adapted already, or the init lacks its data; the model is then as it was.
+        TargetError: the config does not fit this model; the model is then unchanged.
+        LoRAError: the model is adapted already, or the init lacks its data; the model is then unchanged.
     """
     config = config or LoRAConfig()
     if not isinstance(model, nn.Module):
@@ -74,7 +74,7 @@ def inject(
         if data is not None and run_init:
             init_from_data(model, adapted_layers(model), config.init, data, loss)
         copies: dict[int, nn.Parameter] = {}
-        for module in selection.biases:  # outside whatever else was grafted
+        for module in selection.biases:  # last, so that its class is the outermost one
             TrainedBias.attach(module, copies)
         guard_saving(model, is_adapted=True)
         return InjectionReport.of_model(model, rows, selection.skipped)
@@ -86,9 +86,9 @@ def inject(
 
 
 def guard_saving(model: nn.Module, *, is_adapted: bool) -> None:
-    """Have `save_pretrained` of the transformers models in `model` refuse while there is an adapter, and not after.
+    """Make `save_pretrained` of the transformers models in `model` raise while there is an adapter.
 
-    It is an attribute of the instance: transformers looks up settings by a model's class, which so stays its own.
+    It is replaced on the instance: transformers looks up settings by a model's class, which must not change.
     """
     for module in model.modules():
         if is_a(module, HF_MODEL):
@@ -193,8 +193,8 @@ def _refuse_tied_targets(selection: Selection) -> None:
 def _refuse_one_place(model: nn.Module, selection: Selection) -> None:
     """Refuse a module of `target_modules` that has a bare parameter in `target_parameters`.
 
-    PEFT refuses the two, and its file would hold both pairs of factors under one key. An attention and its `out_proj`
-    are one module there.
+    PEFT refuses this, and its file would hold both pairs of factors under one key. PEFT takes an attention and its
+    `out_proj` for one module.
     """
     adapted: dict[str, str] = {}
     for target in sorted(selection.targets, key=lambda t: t.parameter != ""):  # modules first
@@ -206,8 +206,9 @@ def _refuse_one_place(model: nn.Module, selection: Selection) -> None:
             adapted[owner] = target.name
         elif owner in adapted:
             is_attention = isinstance(get_module(model, owner), nn.MultiheadAttention)
-            both = f", or '{owner}' and '{full_name(owner, 'out_proj')}' in target_modules" if is_attention else ""
+            out_proj = full_name(owner, "out_proj")
+            alternative = f", or '{owner}' and '{out_proj}' in target_modules" if is_attention else ""
             raise TargetError(
                 f"an adapter's file has one place for '{adapted[owner]}' of target_modules and '{target.name}' of"
-                f" target_parameters: name the weights of both in target_parameters{both}"
+                f" target_parameters: name the weights of both in target_parameters{alternative}"
             )

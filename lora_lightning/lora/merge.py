@@ -1,6 +1,6 @@
-"""Fold the update into W0: made once, from pristine W0, in float32 or wider.
+"""Fold the update into W0: once, from pristine W0, in float32 or wider.
 
-Whatever a merge refuses, it refuses before the first write, so that the model stays as it was.
+A merge refuses before its first write, so that a refused model does not change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_lightning.lora.merge_refusals import refuse_merge, trained_tensors
 from lora_lightning.lora.report import MergeReport, rounding_warning
 
 LARGE = 1e9
-"""Below it in A, B and DoRA's magnitudes, no update comes near the end of bfloat16 and float32, at 3e38."""
+"""While A, B and DoRA's magnitudes are smaller, no update comes near 3e38, the largest bfloat16 or float32."""
 
 
 @torch.no_grad()
@@ -32,22 +32,22 @@ def merge(
 ) -> MergeReport:
     """Make the model plain again, in place, with `W0 + s B A` in its weights.
 
-    Classes and keys are the original ones. A weight that is shared with a module which is not adapted is
-    given to the adapted one as its own, for only that one was trained, and a transformers config no longer says
-    that they are tied. Nothing can be unmerged: keep the adapter. An AdapterWarning names the layers of which rounding
-    erased more than a tenth of the update.
+    Classes and keys are the original ones. Where an adapted module shares its weight with one that is not adapted, the
+    adapted one gets a weight of its own, and a transformers config no longer says that they are tied. A merge cannot
+    be undone: keep the adapter. An AdapterWarning names the layers where rounding erased more than a tenth of the
+    update.
 
     Args:
-        dequantize: turn quantized layers into plain ones, adapted or not, in the dtype of the model's own
-            floating-point tensors. A quantized weight is never written into: it would round most of the update away.
-        dtype: of the merged model; W0's own by default. The sum is rounded to it once.
+        dequantize: turn quantized layers into plain ones, adapted or not, in the dtype of the model's floating-point
+            tensors. A quantized weight is never written into: it would round most of the update away.
+        dtype: of the merged model; W0's dtype by default. The sum is rounded to it once.
         scale: the strength of the update, as in `scaled`: 1 merges what was trained, 0.5 half of it, 0 nothing.
 
     Raises:
         LoRAError: a scale that is no finite number of at least 0, or that a layer cannot have.
         MergeError: nothing is adapted; a tensor of the adapter is not finite; a quantized layer and `dequantize`
             is False; a dtype that cannot hold the sum; a bias to add where the layer has none; a model on the meta
-            device. The model is then as it was.
+            device. The model is then unchanged.
     """
     with scaled(model, scale):
         return _merge(model, dequantize=dequantize, dtype=dtype)
@@ -89,14 +89,14 @@ def fold(
     dtype: torch.dtype | None = None,
     rounded_to: torch.dtype | None = None,
 ) -> float | None:
-    """Make the sum of W0 and what one module was trained to add, or what it was trained to hold, its own, in place.
+    """Fold the update of one module, and what it trained in full, into its weights, in place.
 
-    This is the one arithmetic of merging: `merge` calls it for each module, and the merge of files for a module whose
-    W0 it has put in for the moment.
+    This is the only arithmetic of merging: `merge` calls it for each module, and the merge of files calls it for a
+    module whose W0 is loaded for the moment.
 
     Args:
         path: of the module.
-        folded: what was folded before, by the id of the trained tensor: one for a whole model keeps its ties.
+        folded: new parameters by the id of the trained tensor: one mapping for a whole model keeps its ties.
         dtype, rounded_to: as in `merged_weights`.
 
     Returns:
@@ -106,8 +106,8 @@ def fold(
         MergeError: the update is not finite, or rounding would make a number infinite.
     """
     share = None
-    for attribute, trained, place in trained_tensors(module):
-        refuse_overflow(f"'{full_name(path, attribute)}'", trained, place.dtype)
+    for name, trained, place in trained_tensors(module):
+        refuse_overflow(f"'{full_name(path, name)}'", trained, place.dtype)
     if isinstance(module, TrainedBias):
         TrainedBias.fold(module, folded)
     if isinstance(module, AdaptedLayer):
@@ -117,7 +117,7 @@ def fold(
         if scheme(module) is not None:
             take_out(owner)
             make_plain(owner, merged["weight"])
-        else:  # in memory of their own: W0's may be another module's or another model's too
+        else:  # new parameters: another module or another model may share W0
             owner._parameters.update({n: nn.Parameter(w, requires_grad=False) for n, w in merged.items()})
     if isinstance(module, TokenRows):
         TokenRows.fold(module)
@@ -133,12 +133,13 @@ def merged_weights(
     *,
     label: str = "a layer",
 ) -> tuple[dict[str, Tensor], float]:
-    """`W0 + s B A` for each of the layer's weights, in `dtype` or its own, and the share that rounding kept.
+    """`W0 + s B A` for each of the layer's weights, and the share of the update that rounding kept.
 
-    A large layer is taken part after part, so that beside the results little is held in the wide dtype.
+    A large layer is computed in parts, so that beside the results little memory is needed in the wide dtype.
 
     Args:
-        rounded_to: what the results will be rounded to later, for that share.
+        dtype: of the results; the weight's dtype by default.
+        rounded_to: the dtype that the results will be rounded to later, for that share.
         label: the layer's name, for the error.
 
     Raises:
@@ -157,7 +158,7 @@ def merged_weights(
         merged[name][place] = after.to(merged[name].dtype)
         error = after.copy_(merged[name][place].to(rounded)).sub_(before).sub_(delta)  # no more memory for it
         norm = float(torch.linalg.vector_norm(delta))
-        if not math.isfinite(norm) and not torch.isfinite(delta).all():  # else its square is beyond float32
+        if not math.isfinite(norm) and not torch.isfinite(delta).all():  # else only its square is beyond float32
             raise MergeError(f"s B A of '{label}' is not finite: training diverged; merge an earlier checkpoint")
         wanted += norm**2
         lost += float(torch.linalg.vector_norm(error)) ** 2
@@ -178,9 +179,9 @@ def _fold_bias(layer: AdaptedLayer, label: str) -> None:
 
 
 def _refuse_infinite_sums(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Raise a MergeError where a sum would become infinite in `dtype`, or in the dtype of its place.
+    """Raise a MergeError where a sum would become infinite in `dtype`, or in W0's dtype.
 
-    Sums are computed for it where they may come near: for float16, which ends at 65504, or of a large A or B.
+    The sums are computed only where that can happen: in float16, which ends at 65504, or with a large A or B.
     """
     plain_dtype = float_dtype(model)
     for path, layer in adapted_layers(model):

@@ -1,4 +1,4 @@
-"""What a merge refuses before its first write, so that the model stays as it was."""
+"""What a merge refuses before its first write, so that a refused model does not change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, Train
 
 
 def refuse_merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> None:
-    """All that can be refused before the first write, so that the model stays as it was."""
+    """Raise a MergeError for everything that can be refused before the first write."""
     if not adapted_layers(model) and not grafted_modules(model, SavedCopy) and not grafted_modules(model, TokenRows):
         raise MergeError("nothing to merge: this model has no adapters")
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
@@ -31,11 +31,11 @@ def refuse_merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | Non
 
 
 def refuse(model: nn.Module, *, dequantize: bool = False) -> None:
-    """Raise a MergeError for an adapter that is not finite, or that W0 has no place for; W0 itself is not read."""
+    """Raise a MergeError for an adapter that is not finite, or that W0 has no place for, without reading W0."""
     for name, module in grafted_modules(model):
-        for attribute, tensor in module.lora_tensors().items():
+        for key, tensor in module.lora_tensors().items():
             if not torch.isfinite(tensor).all():
-                what = "A or B" if attribute in ("lora_A", "lora_B") else attribute
+                what = "A or B" if key in ("lora_A", "lora_B") else key
                 raise MergeError(f"{what} of '{name}' is not finite: training diverged; merge an earlier checkpoint")
     for name, saved in grafted_modules(model, SavedCopy):
         if not all(torch.isfinite(tensor).all() for tensor in saved.lora_copy.state_dict().values()):
@@ -55,7 +55,7 @@ def refuse(model: nn.Module, *, dequantize: bool = False) -> None:
 
 
 def refuse_codes(name: str, layer: AdaptedLayer) -> None:
-    """Integer codes, and floating-point numbers of a byte, cannot take an update."""
+    """Raise a MergeError for integer codes and 8-bit floats, which cannot hold an update."""
     for weight in layer.adapted_parameters(layer.lora_owner, layer.lora_settings).values():
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise MergeError(
@@ -64,11 +64,11 @@ def refuse_codes(name: str, layer: AdaptedLayer) -> None:
 
 
 def _refuse_narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Raise a MergeError where what is written beside the sums would become infinite, or has codes for numbers."""
+    """Raise a MergeError where a copied tensor or a bias would become infinite, or a weight is integer codes."""
     plain_dtype = float_dtype(model)
     for name, module in model.named_modules():
-        for attribute, trained, place in trained_tensors(module):
-            refuse_overflow(f"'{full_name(name, attribute)}'", trained, dtype or place.dtype)
+        for key, trained, place in trained_tensors(module):
+            refuse_overflow(f"'{full_name(name, key)}'", trained, dtype or place.dtype)
         if scheme(module) is not None and (dtype or plain_dtype) == torch.float16:
             refuse_overflow(f"'{name}', dequantized,", plain_weight(module), torch.float16)
     for path, layer in adapted_layers(model):
@@ -84,14 +84,13 @@ def _refuse_narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def trained_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What a module was trained to hold: the name of the tensor that it takes the place of, its values, that tensor."""
+    """The tensors that a module trained in full: each as (the original's name, the trained values, the original)."""
     if isinstance(module, TrainedBias):
         yield "bias", module.lora_trained_bias, module._parameters["bias"]  # type: ignore[misc]
     if isinstance(module, TokenRows):
         yield "weight", module.lora_tokens, module.weight
     if isinstance(module, SavedCopy):
-        tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(
-            module.named_buffers(remove_duplicate=False)
-        )
+        originals: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+        originals |= dict(module.named_buffers(remove_duplicate=False))
         for name, trained in (*module.lora_copy.named_parameters(), *module.lora_copy.named_buffers()):
-            yield name, trained, tensors[name]
+            yield name, trained, originals[name]

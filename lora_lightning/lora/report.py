@@ -1,4 +1,4 @@
-"""What an injection did, as data and as a table, and what a merge did."""
+"""Reports: what an injection adapted, as data and as a table, and what rounding did to a merge."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from lora_lightning.lora.frozen.tensors import get_module, named_modules
 from lora_lightning.lora.layers import SavedCopy, TokenRows, TrainedBias
 
 OUTPUT_HEAD = "the output head"
-"""The reason for which `all-linear` leaves out a head."""
+"""Why `all-linear` leaves out a head."""
 STACK = "a stack of matrices, as fused experts are: name it in target_parameters"
-"""The reason for which `all-linear` leaves out a bare parameter."""
-
+"""Why `all-linear` leaves out a bare parameter."""
 
 LEAST_KEPT = 0.9
-"""A smaller share of an update kept by rounding is warned of."""
+"""Where rounding keeps a smaller share of an update, a warning says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class InjectionReport:
 
     @classmethod
     def of_model(cls, model: nn.Module, rows: list[AdaptedModule], skipped: dict[str, str]) -> InjectionReport:
-        """All counts from one walk: over hundreds of layers each walk through nn.Module's generators takes its time."""
+        """Count everything in one walk: over hundreds of layers, walks through nn.Module's generators are slow."""
         named = list(named_modules(model))
         parameters = {id(p): p for _, module in named for p in module._parameters.values() if p is not None}
         copies = {n: m.lora_copy for n, m in named if isinstance(m, SavedCopy)}
@@ -94,7 +93,7 @@ class InjectionReport:
         return {**asdict(self), "total": self.total, "share": self.share}
 
     def groups(self) -> Iterator[tuple[str, int, AdaptedModule, int]]:
-        """Rows alike but for block numbers, as (name with `*`, how many, one of them, parameters of all)."""
+        """Rows that differ in block numbers only, as (name with `*`, count, the first of them, parameters of all)."""
         groups: dict[tuple[Any, ...], list[AdaptedModule]] = {}
         for row in self.modules:
             name = without_numbers(row.module)
@@ -115,7 +114,7 @@ class InjectionReport:
         return table
 
     def table(self) -> list[tuple[str, ...]]:
-        """`HEADER` and `lines`, without the column of dropouts where all are 0, which costs names room."""
+        """`HEADER` and `lines`, without the column of dropouts where all are 0."""
         lines, dropout = self.lines(), self.HEADER.index("dropout")
         if any(line[dropout] not in ("", "0") for line in lines):
             return [self.HEADER, *lines]
@@ -139,13 +138,13 @@ class InjectionReport:
 
 
 def warn_of_stacks(model: nn.Module, skipped: dict[str, str]) -> None:
-    """Say which experts stay frozen under `all-linear`, and what share of the model they are."""
+    """Warn of the experts that stay frozen under `all-linear`, with their share of the parameters."""
     stacks = [name for name, reason in skipped.items() if reason == STACK]
     if not stacks:
         return
     places = [name.rpartition(".") for name in stacks]
-    held = sum(getattr(get_module(model, module), attribute).numel() for module, _, attribute in places)
-    share = held / sum(p.numel() for p in model.parameters())
+    entries = sum(getattr(get_module(model, module), key).numel() for module, _, key in places)
+    share = entries / sum(p.numel() for p in model.parameters())
     kinds = list(dict.fromkeys(f"'{without_numbers(name)}'" for name in stacks))
     ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacks))
     warn(
@@ -155,7 +154,7 @@ def warn_of_stacks(model: nn.Module, skipped: dict[str, str]) -> None:
 
 
 def without_numbers(name: str) -> str:
-    """A module's name with `*` for each number, as of its block."""
+    """A module's name with `*` for each number, such as that of its block."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
@@ -165,23 +164,23 @@ class MergeReport:
 
     kept: dict[str, float] = field(default_factory=dict)
     """By module, 1 - ||W - W0 - s B A||_F / ||s B A||_F for the merged weight W: the share of the update that rounding
-    left. 1 is all of it, 0 where the error is as large as the update."""
+    kept. 1 is all of it; at 0 the error is as large as the update."""
     untied: list[str] = field(default_factory=list)
-    """Modules whose weight was shared with another module and is now their own."""
+    """Modules that shared a weight with another module and no longer do."""
     dequantized: list[str] = field(default_factory=list)
     """Modules that were quantized and are plain `nn.Linear` now."""
 
 
 def count_low(kept: Mapping[str, float]) -> int:
-    """In how many layers rounding erased more than a tenth of the update."""
+    """The number of layers in which rounding erased more than a tenth of the update."""
     return sum(share < LEAST_KEPT for share in kept.values())
 
 
 def rounding_warning(kept: Mapping[str, float], dtype: torch.dtype) -> str | None:
-    """What to say where rounding to `dtype` erased more than a tenth of some layers' updates, the worst of them named.
+    """A warning that names the worst layers where rounding to `dtype` erased more than a tenth of the update, or None.
 
     Args:
-        kept: by module, the share that was left.
+        kept: by module, the share of the update that rounding kept.
     """
     low = count_low(kept)
     if not low:

@@ -16,8 +16,9 @@ class Fault(Callback):
     Several have a + between them; step -1 is the validation before training.
     """
 
-    def __init__(self):
-        self.waiting = [part.split(":") for part in os.environ.get("FAULT", "").split("+") if part]
+    def __init__(self, faults: str = ""):
+        faults = faults or os.environ.get("FAULT", "")
+        self.waiting = [part.split(":") for part in faults.split("+") if part]
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.strike(trainer, pl_module, trainer.global_step)
@@ -59,6 +60,10 @@ class Fault(Callback):
     def gradient(self, trainer, module):
         name = "bert.encoder.layer.0.attention.self.query"
         module.backbone.get_submodule(name).register_forward_hook(lambda _, __, out: out.detach())
+
+    def overflow(self, trainer, module):
+        name = "bert.encoder.layer.0.attention.self.query"
+        module.backbone.get_submodule(name).lora_B.register_hook(lambda grad: grad * float("inf"))
 
     def disk(self, trainer, module):
         """No checkpoint can be written, as on a full disk."""

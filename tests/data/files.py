@@ -28,14 +28,12 @@ def write(path, rows):
 
 
 def save(folder, features=None, **tables):
-    """A saved set of these splits, rows by name."""
     made = {split: datasets.Dataset.from_list(rows, features=features) for split, rows in tables.items()}
     datasets.DatasetDict(made).save_to_disk(folder)
     return folder
 
 
 def ready(cls, path, tokenizer=None, **options):
-    """A DataModule of `cls` that is set up, over rows in their order."""
     path = {split: str(file) for split, file in path.items()} if isinstance(path, dict) else str(path)
     data = cls(path, *([] if tokenizer is None else [str(tokenizer)]), **{"batch_size": 4, **options})
     data.prepare_data()
@@ -44,5 +42,4 @@ def ready(cls, path, tokenizer=None, **options):
 
 
 def rows_of(data, split="train"):
-    """The batch of all rows of a split."""
     return data.collate([data.encoded_rows(split)[i] for i in range(len(data.encoded_rows(split)))])

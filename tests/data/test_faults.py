@@ -36,8 +36,6 @@ TYPED = (".jsonl", ".parquet")  # files that tell numbers from text, and nothing
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A DataModule with rows that are right."""
-
     cls: type
     row: Callable[[int], dict[str, Any]]
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -89,44 +87,36 @@ SUBJECTS = {
 
 # What is wrong with row 3 of a file: the subject, the column, what stands there, what is said, kinds of file.
 CELLS = [
-    *((name, "text", None, "expected text, got None", KINDS) for name in ("texts", "stream", *list(SUBJECTS)[:6])),
-    *((name, "pair", None, "expected text, got None", KINDS) for name in list(SUBJECTS)[:6]),
-    *((name, "text", 7, "expected text, got 7", JSONL) for name in list(SUBJECTS)[:6]),
+    *((name, "text", None, "expected text, got None", KINDS) for name in ("texts", "stream", "labels", "numbered")),
+    *((name, "pair", None, "expected text, got None", KINDS) for name in ("regression", "flags")),
+    ("classification", "text", 7, "expected text, got 7", JSONL),
     ("classification", "label", None, "expected a label, a name or a number, got None", KINDS),
-    ("classification", "label", ["fine"], r"expected a label, a name or a number, got \['fine'\]", JSONL),
     ("classification", "label", 5, "expected a name, as in the rows before, got 5", JSONL),
     ("numbered", "label", None, "expected a label, a name or a number, got nan|got None", KINDS),
     ("numbered", "label", 2, "expected one of the labels dull, fine, as 0 to 1, got 2", KINDS),
     ("numbered", "label", -1, "expected one of the labels dull, fine, as 0 to 1, got -1", KINDS),
     ("numbered", "label", "fine", "expected a number, as in the rows before, got 'fine'", JSONL),
     ("regression", "label", None, "expected a finite number, got None", KINDS),
-    ("regression", "label", math.nan, "expected a finite number, got (nan|None)", KINDS),
     ("regression", "label", math.inf, "expected a finite number, got inf", KINDS),
     ("regression", "label", "high", "expected a finite number, got 'high'", (".csv", ".tsv", ".jsonl")),
     ("regression", "label", True, "expected a finite number, got True", JSONL),
-    ("regression", "label", [1.0], r"expected a finite number, got \[1.0\]", JSONL),
     ("labels", "labels", {"a": 1}, "expected a list of labels, or labels with ';' between, got {'a': 1}", JSONL),
-    ("labels", "labels", [["fine"]], "expected a list of labels, or labels with ';' between", JSONL),
     ("labels", "labels", 1.5, "expected a list of labels, or labels with ';' between, got 1.5", JSONL),
     ("flags", "old", 2, "expected 0 or 1, got 2", KINDS),
     ("flags", "old", None, "expected 0 or 1, got (nan|None)", KINDS),
     ("tags", "ner_tags", ["O"], "2 tags", TYPED),
     ("tags", "ner_tags", [None, "O"], "expected a tag for each word", TYPED),
     ("tags", "tokens", [], "expected a list of at least one word", TYPED),
-    ("tags", "tokens", None, "expected a list.*got None", TYPED),
     ("tags", "tokens", "Ann saw", "expected a list.*got 'Ann saw'", JSONL),
-    ("tags", "tokens", [1, 2], "expected words, got 1", JSONL),
     ("tags", "tokens", ["a", None], "expected words, got None", TYPED),
     ("sources", "context", None, "None", KINDS),
     ("sources", "completion", None, "expected text, or a", KINDS),
-    ("sources", "completion", [], r"got \[\]", JSONL),
     ("prompts", "context", None, "number, got None", KINDS),
     ("prompts", "completion", 3, "expected text, .* got 3", JSONL),
     ("pairs", "anchor", None, "expected a text with words in it", KINDS),
     ("pairs", "positive", "  ", "expected a text with words in it, got '  '", JSONL),
     ("pairs", "negative", "it is blue", "expected another text", KINDS),
     ("answers", "chosen", " ", "expected an answer with words in it", JSONL),
-    ("answers", "prompt", None, "expected text, got None", KINDS),
     ("answers", "rejected", None, "expected text, got None", KINDS),
     ("messages", "chosen", [{"role": None, "content": "it"}], "expected messages, a list of {role, content}", JSONL),
     ("messages", "prompt", [], "expected messages", JSONL),
@@ -139,7 +129,6 @@ CELLS = [
     *(
         ("chats", "messages", cell, said, JSONL)
         for cell, said in [
-            (None, "a list of messages"),
             (["Hi."], "message 1 to be a mapping"),
             ([{"content": "Hi."}], "role of message 1"),
             ([user([{"type": "image", "url": "x"}])], "content of message 1 to be text"),
@@ -168,7 +157,6 @@ NAMED_WITH = {"text": "text", "pair": "text_pair", "label": "(label|number)", "l
 
 @pytest.fixture
 def given(tokenizers, tmp_path):
-    """A DataModule over these rows or this path."""
 
     def make(name, rows, kind=None, file="films"):
         subject = SUBJECTS[name]
@@ -185,7 +173,6 @@ def given(tokenizers, tmp_path):
 
 @pytest.fixture
 def refused(given):
-    """The one line with which a set is refused."""
 
     def make(*args, **kwargs):
         with pytest.raises(LoRAError) as caught:
@@ -251,10 +238,10 @@ def test_a_column_that_is_missing_is_named_with_the_file(name, refused):
     for kind in SUBJECTS[name].kinds:
         for column in right(name)[0]:
             rows = [{f"{key}s" if key == column else key: cell for key, cell in row.items()} for row in right(name)]
-            message = refused(name, rows, kind, column)
-            assert f"{column}{kind}, the train set, has no column '{column}'; did you mean '{column}s'?" in message
             told = rf" say so with {NAMED_WITH[column]}_column" if column in NAMED_WITH else ""
-            assert re.search(rf"'{column}s'\?{told if name in list(SUBJECTS)[:6] else '.*'} \(columns: ", message)
+            said = rf"^{column}\{kind}, the train set, has no column '{column}'.* '{column}s'\?"
+            told = told if name in list(SUBJECTS)[:6] else ".*"
+            assert re.search(rf"{said}{told} \(columns: ", refused(name, rows, kind, column))
 
 
 TARGETS = {"label", "labels", "dull", "old", "ner_tags", "completion", "positive", "negative"}
@@ -295,8 +282,7 @@ BROKEN = [
     ("c.jsonl", b'{"text": "a", "label": "x"}\n{"text": "\xe9", "label": "x"}\n', r"row 2: not UTF-8 \(byte 0xe9\)"),
     ("d.json", b'[{"text": "a", "label": "x"}, {"text": "b", ', r"is not JSON \(.*line 1"),
     ("e.json", b'[{"text": "a", "label": "x"}, 7]', "row 2: expected an object .* got 7"),
-    ("f.csv", b"text,label\na,x\nb,c,y\n", r"row 2: expected 2 fields \(text, label\), got 3"),
-    ("l.csv", b"text,label\na,b,x\nc,d,y\n", r"row 1: expected 2 fields \(text, label\), got 3; a text with ',' in it"),
+    ("l.csv", b"text,label\na,x\nb,c,y\n", r"row 2: expected 2 fields \(text, label\), got 3; a text with ',' in it"),
     ("s.csv", b"text;label\na 1,5;x\nb;y\n", r"row 1: expected 1 fields .* seem to be separated by ';'"),
     ("g.tsv", b"text\tlabel\na\tx\nb\tc\ty\n", r"row 2: expected 2 fields \(text, label\), got 3"),
     ("h.csv", b'text,label\na,x\n"b,y\nc,x\n', "row 2: a quotation mark opens a text and none closes it"),
@@ -305,12 +291,9 @@ BROKEN = [
     ("k.parquet", b"PAR1 and no more", "cannot be read as parquet"),
     ("m.csv.gz", gzip.compress(b"text,label\na,x\nb,c,y\n"), "row 2: expected 2 fields"),
     ("n.csv.gz", gzip.compress(b"text,label\na,x\n")[:-6], "cannot be read as csv"),
-    ("o.doc", b"text,label\na,x\n", "no set|expected one of"),
     ("a.conll", b"Ann B-PER\nsaw\n", r"line 2: expected 2 fields .* got 1: 'saw'|line 1"),
     ("x.conll", b"Ann B-PER\nsaw O\n\nAnn X B-PER\n", "line 4: expected 2 fields as on the other lines, got 3"),
     ("c.conll", b"\n\n", "holds no words"),
-    ("d.conll", b"", "is empty"),
-    ("e.conll", b"caf\xe9 O\n", "no text in UTF-8"),
     ("stream.jsonl", b"no json\n", "the train set cannot be read"),
 ]  # fmt: skip
 

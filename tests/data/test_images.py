@@ -28,7 +28,6 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def folder(made, tmp_path):
-    """A copy to break."""
     return shutil.copytree(made, tmp_path / "set")
 
 
@@ -83,13 +82,11 @@ def files_of(folder):
 
 
 def table_of(folder, file):
-    """The folder's images as paths in a table."""
     rows = [{"image": str(f.relative_to(folder)), "label": f.parent.name} for f in files_of(folder)]
     return write(file, rows)
 
 
 def arrays(path):
-    """A reader of one's own."""
     files = files_of(Path(path))
     return np.stack([np.array(Image.open(f)) for f in files]), [f.parent.name for f in files]
 
@@ -100,7 +97,6 @@ def saved(folder, to, image):
 
 
 def with_metadata(folder, to):
-    """As `datasets` reads an imagefolder."""
     to.mkdir()
     rows = [{"file_name": f"{f.parent.name}-{f.name}", "label": f.parent.name} for f in files_of(folder)]
     for file, row in zip(files_of(folder), rows, strict=True):
@@ -111,8 +107,6 @@ def with_metadata(folder, to):
 
 FORMS = {
     "CSV": lambda f, to: (table_of(f, f / "rows.csv"), {}),
-    "JSONL": lambda f, to: (table_of(f, f / "rows.jsonl"), {}),
-    "Parquet": lambda f, to: (table_of(f, f / "rows.parquet"), {}),
     "a table elsewhere": lambda f, to: (table_of(f, to.with_suffix(".csv")), {"image_root": str(f)}),
     "a saved set of paths": lambda f, to: (saved(f, to, str), {}),
     "a saved set of bytes": lambda f, to: (saved(f, to, Image.open), {}),
@@ -169,15 +163,8 @@ def test_every_mode_becomes_rgb(tmp_path):
     colour = np.stack([grey] * 3, 2)
     palette = Image.fromarray(colour).convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
     alpha = np.dstack([colour, np.full((16, 16), 128, np.uint8)])
-    plain = Image.fromarray(grey)
-    images = [
-        plain,
-        plain.convert("LA"),
-        palette,
-        Image.fromarray(alpha),
-        Image.fromarray(grey.astype(np.uint16) * 257),
-    ]
-    for image in images:
+    plain, deep = Image.fromarray(grey), Image.fromarray(grey.astype(np.uint16) * 257)
+    for image in (plain, plain.convert("LA"), palette, Image.fromarray(alpha), deep):
         image.save(tmp_path / "x.png")
         found = read_rgb(str(tmp_path / "x.png"))
         assert found.mode == "RGB"
@@ -199,7 +186,7 @@ def test_a_saved_processor_gives_the_pixels_of_evaluation(folder):
         torch.testing.assert_close(everything(data)["pixel_values"], theirs, rtol=0, atol=1e-5)
 
 
-def test_preprocessing_is_read_off_timm_torchvision_and_transformers(tmp_path):
+def test_preprocessing_is_read_off_timm_torchvision_and_transformers_and_a_wrong_name_is_named(tmp_path):
     assert Preprocessing(size=(224, 224), resize=256).at(112) == Preprocessing(size=(112, 112), resize=128)
     assert Preprocessing(size=(224, 224), resize=(224, 224)).at([8, 12]).resize == (8, 12)
     from transformers import ConvNextImageProcessor, ViTImageProcessor
@@ -213,23 +200,16 @@ def test_preprocessing_is_read_off_timm_torchvision_and_transformers(tmp_path):
     assert (vit.size, vit.resize, vit.mean) == ((32, 24), (32, 24), (0.1, 0.2, 0.3))
     ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875).save_pretrained(tmp_path / "convnext")
     assert (preprocessing_of(str(tmp_path / "convnext")).resize, vit.std) == (256, (0.5, 0.5, 0.5))
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
+    for name, said in (
         ("timm:tf_efficientnet_lit0", "timm has no model '.*_lit0'; did you mean 'tf_efficientnet_lite0'"),
         ("torchvision:ResNet18_Weights.IMAGENET", "torchvision has no weights"),
         ("./nowhere", "no image processor './nowhere': there is no such folder"),
-    ],
-)
-def test_a_name_without_preprocessing_is_named(name, said):
-    with pytest.raises(LoRAError, match=said):
-        preprocessing_of(name)
+    ):
+        with pytest.raises(LoRAError, match=said):
+            preprocessing_of(name)
 
 
 def unknown_class(folder):
-    """In a folder for each split."""
     both = folder.with_name("both")
     for split in ("train", "val"):
         shutil.copytree(folder, both / split)
@@ -242,10 +222,7 @@ FAULTS = {
     "no image": (lambda f: (f / "red/03.png").write_text("hello"), r"red/03\.png: expected an image that opens, got"),
     "empty file": (lambda f: (f / "red/03.png").write_bytes(b""), r"red/03\.png: .* got the file is empty"),
     "empty class": (lambda f: (f / "violet").mkdir(), "has folders without an image .*violet"),
-    "no classes": (
-        lambda f: [shutil.move(f / n, f.parent) for n in COLOURS],
-        "holds no folders: expected one for each",
-    ),
+    "no classes": (lambda f: [shutil.move(f / n, f.parent) for n in COLOURS], "holds no folders: expected one for"),
     "an unknown class": (unknown_class, r"val/rad/00\.png: expected one of the labels .*'rad'.*mean 'red'"),
     "a reader of no pairs": (
         lambda f: None,

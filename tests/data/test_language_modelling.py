@@ -21,7 +21,6 @@ def data_of(tokenizers):
 
 
 def tokens_of(data):
-    """All tokens of all rows."""
     return Counter(i for row in data.encoded_rows("train")["input_ids"] for i in row)
 
 

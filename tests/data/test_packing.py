@@ -32,26 +32,14 @@ def as_rows(columns):
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def best_fit_by_looking_at_every_row(lengths, max_length):
-    rows = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [r for r in rows if max_length - sum(lengths[j] for j in r) >= lengths[i]]
-        row = min(fitting, key=lambda r: max_length - sum(lengths[j] for j in r), default=None)
-        rows.append([i]) if row is None else row.append(i)
-    return rows
-
-
 @given(st.lists(st.integers(1, 20), max_size=60))
-def test_every_document_is_in_one_row_no_row_is_too_long_and_it_is_best_fit_decreasing(lengths):
+def test_every_document_is_in_one_row_no_row_is_too_long_and_no_two_fit_into_one(lengths):
     rows = pack(lengths, 20)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert rows == pack(lengths, 20)
-    used, expected = (
-        Counter(sum(lengths[i] for i in row) for row in way)
-        for way in (rows, best_fit_by_looking_at_every_row(lengths, 20))
-    )
-    assert used == expected
+    used = sorted(sum(lengths[i] for i in row) for row in rows)
     assert max(used, default=0) <= 20
+    assert len(used) < 2 or sum(used[:2]) > 20
     for length in (0, 21):
         with pytest.raises(LoRAError, match=f"a document of {length} tokens does not go into rows of 20"):
             pack([3, length], 20)

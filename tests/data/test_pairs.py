@@ -69,7 +69,6 @@ def picture(seed):
 
 @pytest.fixture
 def captions(tmp_path):
-    """A file of images' paths and captions, and a saved set that holds the images' bytes."""
     rows, held = [], []
     for i, text in enumerate(CAPTIONS):
         picture(i).save(tmp_path / f"{i}.png")

@@ -1,22 +1,13 @@
 """What language models are asked, and what they go on from."""
 
-import datasets
 import pytest
 
 from lora_lightning import huggingface
-from lora_lightning.data.chat.prompts import LONGEST, beginning_of, held_out_split, rows_from_all_over
+from lora_lightning.data.chat.prompts import LONGEST, beginning_of
 from lora_lightning.data.language_modelling import LanguageModellingData
 from lora_lightning.training.callbacks.generation_samples import generate_answers
 from tests.chats import make_llama, make_tokenizer
 from tests.data.files import ALL, ready, write
-
-
-def test_prompts_are_from_all_over_what_is_held_out():
-    table = datasets.Dataset.from_dict({"a": list(range(10))})
-    assert rows_from_all_over(table, 3)["a"][:] == [0, 3, 6]
-    assert rows_from_all_over(table, 99)["a"][:] == list(range(10))
-    for splits, asked in (("train validation test", "validation"), ("train test", "test"), ("train", "train")):
-        assert held_out_split(dict.fromkeys(splits.split(), 0)) == asked
 
 
 def test_a_text_is_asked_by_its_first_half():

@@ -123,7 +123,6 @@ def fit(path, tokenizer, folder, ckpt=None, workers=0, **options):
 
 @pytest.fixture
 def both(tmp_path):
-    """A folder of texts to train and to validate on."""
     (tmp_path / "both").mkdir()
     for split, texts in (("train", TEXTS), ("validation", TEXTS[:9])):
         write(tmp_path / "both" / f"{split}.jsonl", texts)

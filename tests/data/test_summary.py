@@ -134,7 +134,6 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """A tokenizer of whole words with ends and a chat template."""
     folder = tmp_path_factory.mktemp("words")
     text_tokenizer = make_tokenizer(folder)
     text_tokenizer.add_tokens(["a", "story", "of", "friends"])

@@ -12,8 +12,6 @@ from tests.lora.laws import stir
 
 
 class Normed(nn.Module):
-    """Batch statistics between two convolutions."""
-
     def __init__(self):
         super().__init__()
         self.first, self.norm, self.second = nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.Conv1d(6, 4, 1)
@@ -66,7 +64,6 @@ def base(name, dtype=torch.float64):
 
 
 def trained(model, fields, seed):
-    """An adapted `model`, as if trained."""
     inject(model, LoRAConfig(**{"r": 3, **fields}))
     return stir(model, size=0.2, seed=seed)
 
@@ -79,7 +76,6 @@ def adapters(name, folder, dtype=torch.float64):
 
 
 def bank_of(name, folder, dtype=torch.float64):
-    """One base with all of them loaded."""
     bank = AdapterBank(base(name, dtype))
     for letter, (directory, _) in adapters(name, folder, dtype).items():
         bank.load(letter, directory)

@@ -1,17 +1,14 @@
-"""A good adapter's directory, loads of what accidents made of it, and the bounds within which each must stay."""
+"""A good adapter's directory, and loads of what accidents made of it."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import random
 import re
-import resource
-import signal
+import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -30,7 +27,8 @@ from tests.factories import assert_same, move, snapshot
 from tests.lora.accidents import Accident
 
 MORE = os.environ.get("LORA_FUZZ")
-SECONDS, BYTES = 2.0, 4 * 2**30
+SECONDS = 2.0
+"""Of processor time, within which any file is loaded or refused."""
 IDS = torch.tensor([[1, 4, 2], [0, 5, 3]])
 
 
@@ -43,8 +41,6 @@ def examples(count: int):
 
 
 class Block(nn.Module):
-    """With a name as long as real ones."""
-
     def __init__(self):
         super().__init__()
         self.self_attention_of_this_block = nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(4, 4, bias=False)})
@@ -125,16 +121,17 @@ class Origin:
 
     def load(self) -> str:
         """The law: `refused` in one line with the model untouched, or loaded: the `same` model, or an `other` one."""
-        model = self.model
+        model, started, self.said = self.model, time.process_time(), ""
         try:
-            with within_bounds():
+            with warnings.catch_warnings(action="ignore"):
                 load_adapter(model, self.folder)
         except LoRAError as error:
-            said = self.said = str(error)
-        else:
+            self.said = str(error)
+        assert time.process_time() - started < SECONDS
+        if not self.said:
             return self._loaded()
-        assert "\n" not in said
-        assert len(said) < 2000
+        assert "\n" not in self.said
+        assert len(self.said) < 2000
         assert_same(model, self.before)
         return "refused"
 
@@ -177,40 +174,3 @@ class Origin:
             r = self.tensors[f"base_model.model.{name}.lora_A.weight"].shape[0]
             alpha = hits[0] if hits else config.get("lora_alpha", 8)
             assert scale == pytest.approx(alpha / (math.sqrt(r) if config.get("use_rslora") else r))
-
-
-# ---- bounds: time and memory
-
-
-class TooSlow(BaseException):
-    """No `except Exception` stops it."""
-
-
-def _too_slow(signum, frame):
-    raise TooSlow(f"a load of more than {SECONDS} s")
-
-
-@contextlib.contextmanager
-def within_bounds() -> Iterator[None]:
-    """`SECONDS` of processor time."""
-    before = signal.signal(signal.SIGPROF, _too_slow)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
-
-
-@contextlib.contextmanager
-def little_memory() -> Iterator[None]:
-    """`BYTES` more than now, so that what asks for more fails at once."""
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)

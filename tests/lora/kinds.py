@@ -18,13 +18,13 @@ from tests.factories import FAMILIES, HEADS, hf, move
 class Net(nn.Module):
     """Linears with and without a bias, a norm with one, a head; wider than tall and taller than wide."""
 
-    def __init__(self):
+    def __init__(self, narrow=12, wide=20, out=10):
         super().__init__()
-        self.up = nn.Linear(12, 20)
-        self.norm = nn.LayerNorm(20)
-        self.down = nn.Linear(20, 10, bias=False)
-        self.square = nn.Linear(10, 10)
-        self.head = nn.Linear(10, 3)
+        self.up = nn.Linear(narrow, wide)
+        self.norm = nn.LayerNorm(wide)
+        self.down = nn.Linear(wide, out, bias=False)
+        self.square = nn.Linear(out, out)
+        self.head = nn.Linear(out, 3)
 
     def forward(self, x):
         x = torch.tanh(self.up(x))
@@ -85,6 +85,7 @@ CONVS = {
     "2d": lambda: nn.Conv2d(4, 6, (3, 2), padding=(1, 0)),
     "2d reflect": lambda: nn.Conv2d(4, 6, (3, 2), padding=(1, 0), padding_mode="reflect"),
     "2d replicate": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, padding_mode="replicate"),
+    "2d same": lambda: nn.Conv2d(4, 6, (3, 2), padding="same", dilation=2),
     "2d circular": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, padding_mode="circular"),
     "2d grouped": lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False),
     "2d grouped, with a bias": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2),
@@ -149,6 +150,21 @@ deberta = partial(hf, "DebertaV2Model", **DEBERTA, vocab_size=40, initializer_ra
 
 def run_seq2seq(model):
     return model(input_ids=IDS, decoder_input_ids=IDS.flip(1)).logits
+
+
+class Chain(nn.Module):
+    """Goes through the layers that its head holds, and calls none of the head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+
+    def forward(self, x):
+        x = self.body(x)
+        for layer in self.head:
+            x = layer(x.to(layer.weight)).to(x)
+        return x + 0 * self.head[-1].weight.sum() + len(self.head)
 
 
 def conv1d():
@@ -269,7 +285,7 @@ def run_attention(model):
     return model(*(on(drawn(*shape), model) for shape in [(3, 4, WIDTH), (source, 4, kdim), (source, 4, vdim)]))
 
 
-def masks(n=4, length=3):
+def masks(n=3, length=4):
     causal = torch.full((length, length), float("-inf"), dtype=torch.float64).triu(1)
     padding = torch.zeros(n, length, dtype=torch.bool)
     padding[1, -1] = True
@@ -349,6 +365,8 @@ OF_NET: dict[str, dict[str, Any]] = {
     "lora_bias-bias-all": {"lora_bias": True, "bias": "all", "exclude_modules": ["down"]},
     "bias-all-saved": {"bias": "all", "modules_to_save": ["head"]},
     "pissa-dora-rslora": {"init": "pissa", "use_dora": True, "use_rslora": True, "alpha_pattern": {"square": 3.0}},
+    # is exported with ranks of 20, above W0's own
+    "pissa-patterns": {"init": "pissa", "rank_pattern": {"square": 2, "down": 10}},
     "olora-all": {"init": "olora", "lora_bias": True, "bias": "all", "dropout": 0.3, "exclude_modules": ["down"]},
 }
 SUBTRACTED = ("orthogonal", "pissa", "pissa_niter_4", "olora", "lora_ga")
@@ -485,7 +503,7 @@ ATTENTION = {
     "attention, unfused, out": kind_of_attention("out_proj", cross=True, kdim=5, vdim=6),
     "attention, no weights": kind_of_attention(*BOTH, call={"need_weights": False}),
     "attention, each head's weights": kind_of_attention(*BOTH, call={"average_attn_weights": False}),
-    **{f"attention, {name}": kind_of_attention(*BOTH, call=call, add_bias_kv=True) for name, call in masks().items()},
+    **{f"attention, {name}": kind_of_attention(*BOTH, call=call, batch_first=True) for name, call in masks().items()},
     "attention of q and v": kind_of_attention("attn", parts="qv"),
     "attention of k": kind_of_attention("attn", parts="k", cross=True),
     "attention of v, k and q, unfused": kind_of_attention("attn", parts="vkq", cross=True, kdim=5, vdim=6),
@@ -509,13 +527,17 @@ KINDS: dict[str, Kind] = {
     "Linear": Kind(net, lambda m: m(on(inputs(), m)), {"r": 4, "alpha": 6.0}, tuple(OPTIONS | OF_NET), "both"),
     "Linear that doubles": Kind(partial(alone, Doubled, 6, 5), run_doubled, at("0"), formula=False),
     "Conv1D": Kind(conv1d, run_six, at("0", "2"), ("plain", "rslora", "dropout", *DORA[:3], *STARTS), "both"),
-    "Conv1D in parts": Kind(conv1d, run_six, at("0", slices={"0": SPECS["thirds"]}), peft="ours"),
+    **{
+        f"Conv1D in parts, {name}": Kind(conv1d, run_six, at("0", slices={"0": SPECS[name]}), peft="ours")
+        for name in ("thirds", "by head")
+    },
     **{
         f"Linear in parts, {name}": Kind(
             in_parts, run_six, at("0", "2", slices={"0": spec}), ("plain", "rslora", "dropout"), "ours"
         )
         for name, spec in SPECS.items()
     },
+    "copies in a list": Kind(Chain, run_six, at("body", modules_to_save=["head"]), formula=False),
     **CONV,
     **EMBEDDING,
     **PARAMETER,

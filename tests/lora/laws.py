@@ -58,17 +58,18 @@ def check_fresh(plain, model, run):
         assert torch.equal(got, want)
 
 
-def check_laws(make, run, config, dtype, tmp_path, *, data=None):
+def check_laws(make, run, config, dtype, tmp_path, *, data=None, tolerance=None, size=0.3):
     """Laws 1 to 4, 6, 7 and 10, `disabled`, `remove`, copies and resuming, for one model.
 
     `make()` builds the plain model, `run(model)` gives one output tensor of it; `data(dtype)` is for inits from data.
     """
+    tolerance = tolerance or TOLERANCE[dtype]
     plain = make().to(dtype).eval().requires_grad_(False)
     before, output = snapshot(plain), still(run, plain)
     model = copy.deepcopy(plain)
     check_injected(plain, model, run, config, before, data(dtype) if data else {})
     w0 = fingerprint(model)
-    adapted = run(stir(model))
+    adapted = run(stir(model, size))
     assert torch.isfinite(adapted).all()
     assert not torch.equal(adapted, output), "the adapter counts"
     check_training_moves_only_adapters(model, run)
@@ -84,11 +85,11 @@ def check_laws(make, run, config, dtype, tmp_path, *, data=None):
             assert torch.equal(still(run, model), output), "disabled is the plain model"
         assert torch.equal(still(run, model), output)
     check_copies(plain, model, run, config, output)
-    check_files(plain, model, run, tmp_path)
-    check_strength(plain, model, run, tmp_path)
+    check_files(plain, model, run, tmp_path, tolerance)
+    check_strength(plain, model, run, tmp_path, tolerance)
     adapted, merged = run(model), merge_of(model)
-    assert relative(run(merged), adapted) <= TOLERANCE[dtype], "merged equals adapted"
-    assert relative(still(run, merged), still(run, model)) <= TOLERANCE[dtype], "and without gradients"
+    assert relative(run(merged), adapted) <= tolerance, "merged equals adapted"
+    assert relative(still(run, merged), still(run, model)) <= tolerance, "and without gradients"
     assert_same(merged, before, but=("state",))
     assert list(merged.state_dict()) == list(before["state"])
     assert_same(remove(model), before)
@@ -133,7 +134,7 @@ def check_copies(plain, model, run, config, output):
         assert torch.equal(still(run, remove(twin)), output)
 
 
-def check_files(plain, model, run, tmp_path):
+def check_files(plain, model, run, tmp_path, tolerance):
     """What is saved is what is loaded, and saving twice gives the same bytes."""
     adapted, tensors = run(model), adapter_tensors(model)
     directory, again = save_adapter(model, tmp_path / "a"), copy.deepcopy(plain)
@@ -141,7 +142,7 @@ def check_files(plain, model, run, tmp_path):
     loaded = adapter_tensors(again)
     assert loaded
     if any(key.endswith("lora_A0") for key in tensors):  # is exported as one adapter of twice the rank
-        assert relative(run(again), adapted) <= TOLERANCE[adapted.dtype]
+        assert relative(run(again), adapted) <= tolerance
     else:
         assert all(torch.equal(tensor, tensors[key]) for key, tensor in loaded.items())
         assert torch.equal(run(again), adapted)
@@ -149,9 +150,9 @@ def check_files(plain, model, run, tmp_path):
     assert (save_adapter(again, tmp_path / "b") / "adapter_model.safetensors").read_bytes() == written
 
 
-def check_strength(plain, model, run, tmp_path):
+def check_strength(plain, model, run, tmp_path, tolerance):
     """Strength 0 is the base and 1 the adapter, bit for bit; at 0.4 merged, saved and live models compute the same."""
-    base, adapted, dtype = still(run, plain), still(run, model), still(run, plain).dtype
+    base, adapted = still(run, plain), still(run, model)
     tensors = {key: tensor.detach().clone() for key, tensor in adapter_tensors(model).items()}
     with scaled(model, 0):
         assert torch.equal(still(run, model), base), "at strength 0 the model is its base"
@@ -163,13 +164,13 @@ def check_strength(plain, model, run, tmp_path):
     assert torch.equal(still(run, model), adapted), "and afterwards again"
     again, merged, nothing = copy.deepcopy(plain), copy.deepcopy(model), copy.deepcopy(model)
     load_adapter(again, folder)
-    assert relative(still(run, again), part) <= TOLERANCE[dtype], "what is saved at a strength is loaded with it"
+    assert relative(still(run, again), part) <= tolerance, "what is saved at a strength is loaded with it"
     merge(merged, scale=0.4)
     partly, fully = (dict(m.named_parameters(remove_duplicate=False)) for m in (merged, merge_of(model)))
     for name, weight in plain.named_parameters(remove_duplicate=False):
         want = weight.double() + 0.4 * (fully[name].double() - weight.double())
-        assert relative(partly[name], want) <= TOLERANCE[dtype], f"{name} is W0 + 0.4 (W - W0)"
-    assert relative(still(run, merged), part) <= TOLERANCE[dtype], "merged at a strength equals scaled to it"
+        assert relative(partly[name], want) <= tolerance, f"{name} is W0 + 0.4 (W - W0)"
+    assert relative(still(run, merged), part) <= tolerance, "merged at a strength equals scaled to it"
     merge(nothing, scale=0)
     nothing = dict(nothing.named_parameters(remove_duplicate=False))
     assert all(torch.equal(nothing[n], weight) for n, weight in plain.named_parameters(remove_duplicate=False))
@@ -197,6 +198,7 @@ def check_training_moves_only_adapters(model, run, steps=3):
             else:
                 assert parameter.grad is None
         optimizer.step()
+    assert all(p.grad.any() for p in trained), "a gradient reaches each"
     assert not any(torch.equal(a, b) for a, b in zip(first, trained, strict=True))
 
 

@@ -137,7 +137,6 @@ REFUSED = [
     ("linear", A, {"rank": 4}, "'concat' has the ranks of the adapters added up"),
     ("linear", A, {"density": 0.5}, "density was removed: take 'concat' or 'svd'"),
     ("linear", A, {"method": "ties", "density": 0.2}, "method 'ties' was removed: .* PEFT .*'ties_svd'"),
-    ("linear", A, {"method": "dare", "seed": 1}, "method 'dare' was removed: .*'dare_linear_svd'"),
     ("linear", A, {"method": "svd", "rank": 0}, "rank must be a whole number of at least 1, got 0"),
     ("linear", {"a": float("nan")}, {}, "the weight of 'a' must be a finite number, got nan"),
     ("linear", {}, {}, "weights must map names of adapters to numbers"),

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora.frozen.fingerprint import fingerprint, fingerprint_of_tensors
 from tests.factories import llama, sequential
 
@@ -61,9 +60,13 @@ def test_it_is_the_same_after_saving_in_shards_and_of_a_file_that_holds_a_tied_w
         assert fingerprint(type(model).from_pretrained(tmp_path / "1GB", dtype=torch.bfloat16)) == before
 
 
-def test_buffers_count_where_they_are_saved():
+def test_buffers_count_where_they_are_saved_and_state_that_is_no_tensor_does_not():
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"version": 1}
+
     def make(**buffers):
-        model = nn.Linear(2, 2)
+        model = Extra(2, 2)
         nn.init.ones_(model.weight)
         nn.init.ones_(model.bias)
         for name, value in buffers.items():
@@ -71,20 +74,8 @@ def test_buffers_count_where_they_are_saved():
         return fingerprint(model)
 
     assert make(left_out=torch.ones(1)) == make()
+    assert make().tensors.keys() == {"weight", "bias"}
     assert make(kept=torch.ones(1)) != make(kept=torch.zeros(1)) != make()
-
-
-def test_state_that_is_no_tensor_is_left_out():
-    class Extra(nn.Linear):
-        def get_extra_state(self):
-            return {"version": 1}
-
-        def set_extra_state(self, state):
-            assert state
-
-    model = nn.Sequential(Extra(4, 4), nn.Linear(4, 2))
-    inject(model, LoRAConfig(r=1))
-    assert fingerprint(model).tensors.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
 def test_the_meta_device_has_none():

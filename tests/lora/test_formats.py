@@ -114,7 +114,7 @@ def test_dropout_comes_back_where_there_is_an_input_to_drop_from(name, tmp_path)
     assert {row.module: row.dropout for row in rows} == {r.module: 0 if r.module in is_read else 0.2 for r in rows}
 
 
-def test_a_head_of_several_layers_comes_back_as_one(tmp_path):
+def test_a_head_of_several_layers_comes_back_as_one_with_batch_statistics_of_its_own(tmp_path):
     def build():
         torch.manual_seed(4)
         head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
@@ -129,6 +129,8 @@ def test_a_head_of_several_layers_comes_back_as_one(tmp_path):
     x = torch.randn(4, 8)
     assert torch.equal(other(x), model(x))
     assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] == ["1"]
+    assert adapter_tensors(other)["1.lora_copy.1.running_mean"].any()
+    assert not other.get_submodule("1.1").running_mean.any(), "W0's stay"
 
 
 # ---- PEFT, both ways
@@ -215,7 +217,6 @@ def each(part, change):
 LAYER = "bert.encoder.layer"
 CHANGES = {
     "missing B": (lambda t: drop(t, "lora_B"), "missing '.*lora_B.weight'"),
-    "missing A": (lambda t: drop(t, "lora_A"), "has no tensors for|left over"),
     "missing module": (lambda t: drop(t, "1.attention.self.value.lora", 2), "value' and .* no tensors"),
     "missing bias of head": (lambda t: drop(t, "classifier.bias"), r"missing '.*\.classifier\.bias'"),
     "missing head": (lambda t: drop(t, "classifier", 2), "'classifier' in full and .* no tensors"),
@@ -234,10 +235,8 @@ CHANGES = {
     ),
     "no prefix": (lambda t: t.update({"classifier.weight": torch.ones(3, 16)}), "must start with"),
     "narrow A": (each("lora_A", lambda x: x[:, :-1]), "has shape .* expected"),
-    "long A": (each("lora_A", lambda x: x.repeat(9, 1)), "larger than|shape"),
     "flat A": (each("lora_A", lambda x: x.reshape(-1)), "shape|larger"),
     "empty A": (each("lora_A", lambda x: x[:0]), "at least 1"),
-    "scalar A": (each("lora_A", lambda x: x.sum()), "at least 1"),
     "short B": (each("lora_B", lambda x: x[:-1]), "has shape .* expected"),
     "small head": (put("classifier.weight", 2, 16), "has shape .2, 16., exp"),
     "whole numbers": (each("lora_B", lambda x: x.int()), "int32, expected"),
@@ -271,19 +270,17 @@ MISTYPED = [
 ]
 TORN = r"must be .* regular expression.* is not a regular expression"
 MEANINGS = [
-    ({"lora_alpha": 0}, "alpha must be a finite number above 0, got 0"),
-    ({"alpha_pattern": {".*query": 0}}, "alpha_pattern.* must be a finite number above 0"),
-    ({"lora_dropout": 1.5}, "dropout must be at least 0 and below 1, got 1.5"),
+    ({"lora_alpha": 0}, "alpha must be .*got 0"),
+    ({"alpha_pattern": {".*query": 0}}, "alpha_pattern.*query.* must be"),
+    ({"lora_dropout": 1.5}, "dropout must be .*got 1.5"),
     ({"target_modules": ["key"]}, "adapts '.*key' and|left over tensors for"),
     ({"exclude_modules": ["query"]}, f"left over tensors for '{LAYER}.0.attention.self.query'"),
     ({"target_modules": ["query"]}, f"left over tensors for '{LAYER}.0.attention.self.value'"),
     ({"use_dora": True}, "missing '.*query.lora_magnitude_vector'"),
     ({"lora_bias": True}, "missing '.*query.lora_B.bias'"),
-    ({"bias": "all"}, "missing '.*LayerNorm.bias'"),
     ({"bias": "lora_only"}, "missing '.*query.base_layer.bias'"),
     ({"modules_to_save": None}, "2 keys.: left over classifier.*none"),
     ({"modules_to_save": ["classifier", "pooler"]}, "saves 'bert.pooler' in full and .* no tensors"),
-    ({"target_modules": "a("}, rf"target_modules {TORN} \(missing \)"),
     ({"exclude_modules": "q)|(v"}, rf"exclude_modules {TORN} \(unbalanced"),  # torn inside PEFT's own group
     ({"alpha_pattern": {"fine": 3, "q)|(v": 3}}, rf"alpha_pattern {TORN} \(unbalanced"),
 ]
@@ -299,24 +296,15 @@ def test_settings_without_a_meaning_are_refused(tmp_path, setting, match):
     refused(tmp_path, match)
 
 
-CHANGED = [
-    *[{"lora_alpha": 6}, {"alpha_pattern": {}}, {"alpha_pattern": None}, {"use_rslora": True}, {"lora_dropout": 0.9}],
-    *[{"trainable_token_indices": {"bert.embeddings.word_embeddings": [1, 7]}}, {"layers_to_transform": [0]}],
-    *[{"lora_dropout": None}, {"fan_in_fan_out": True}, {"init_lora_weights": "pissa"}, {"ensure_weight_tying": True}],
-]
-
-
-@pytest.mark.parametrize("change", CHANGED, ids=str)
-def test_a_config_of_ours_that_says_another_thing_is_refused_by_the_field(tmp_path, change):
-    options = {"dropout": 0.1, "trainable_token_indices": {"word_embeddings": [1, 5]}}
-    save_adapter(trained(**RICH, **options), tmp_path)
-    edit_config(tmp_path, **change)
-    (field,) = change
-    refused(tmp_path, rf"was changed since it was saved, in {field}=.*base_model_name_or_path.* may be changed")
-
-
-def test_tensors_that_were_changed_under_our_own_record_are_refused(tmp_path):
-    save_adapter(trained(**RICH), tmp_path)
+def test_a_config_or_tensors_of_ours_that_say_another_thing_are_refused(tmp_path):
+    """By the field; test_fuzz.py changes every one."""
+    save_adapter(trained(**RICH, trainable_token_indices={"word_embeddings": [1, 5]}), tmp_path)
+    whole = (tmp_path / CONFIG).read_text()
+    tokens = {"bert.embeddings.word_embeddings": [1, 7]}
+    for field, value in {"lora_alpha": 6, "alpha_pattern": None, "trainable_token_indices": tokens}.items():
+        edit_config(tmp_path, **{field: value})
+        refused(tmp_path, rf"was changed since it was saved, in {field}=.*base_model_name_or_path.* may be changed")
+        (tmp_path / CONFIG).write_text(whole)
     edit_tensors(tmp_path, lambda t: next(iter(t.values())).view(-1)[3:4].mul_(1 + 1e-6), record=True)
     refused(tmp_path, "was changed since it was saved", allow_other_base=True)
 

@@ -1,5 +1,7 @@
 """Names that are the dotted end of others: a setting of one must not reach the other, here or in PEFT."""
 
+import itertools
+
 import peft
 import pytest
 import torch
@@ -35,19 +37,16 @@ class Named(nn.Module):
     def __init__(self):
         super().__init__()
         self.base_layer = nn.Sequential(linear(4), linear(4))
-        self.base_layer_2, self.original_module = linear(4), nn.Module()
-        self.original_module.q, self.modules_to_save = linear(4), nn.ModuleDict({"q": linear(4)})
-        self.enc = nn.ModuleDict({"base_layers": nn.ModuleList([linear(4)]), "base_layer": linear(4)})
-        self.encs, self.mha = nn.ModuleList([linear(4)]), nn.Module()
-        self.mha.base_layer = nn.MultiheadAttention(4, 1, batch_first=True)
-        self.table = nn.ModuleDict({"base_layer": nn.Embedding(5, 4)})
+        self.original_module, self.modules_to_save = nn.ModuleDict({"q": linear(4)}), nn.ModuleDict({"q": linear(4)})
+        self.enc = nn.ModuleDict({"base_layers": linear(4), "base_layer": linear(4)})
+        self.encs, self.table = nn.ModuleList([linear(4)]), nn.ModuleDict({"base_layer": nn.Embedding(5, 4)})
 
     def forward(self, ids):
         x = self.table["base_layer"](ids)
-        for layer in (*self.base_layer, self.base_layer_2, self.original_module.q, self.modules_to_save["q"]):
+        parts = (self.base_layer, self.original_module.values(), self.modules_to_save.values(), self.enc.values())
+        for layer in (*itertools.chain(*parts), *self.encs):
             x = x + layer(x)
-        x = x + self.encs[0](self.enc["base_layers"][0](x)) + self.enc["base_layer"](x)
-        return x + self.mha.base_layer(x, x, x, need_weights=False)[0]
+        return x
 
 
 BLOCK = "sparse_mixture_of_experts_of_this_decoder_layer"
@@ -82,7 +81,7 @@ def input_of(make):
     return torch.tensor([[0, 3, 1], [2, 4, 1]]) if shape is None else torch.randn(shape, dtype=torch.float64)
 
 
-NAMED = ["base_layer.0", "base_layer_2", "enc.base_layers.0", "enc.base_layer", "table.base_layer"]
+NAMED = ["base_layer.0", "enc.base_layers", "enc.base_layer", "table.base_layer"]
 REGEX = {"target_modules": ["inner.a+b (c)", "inner.a", "second"], "rank_pattern": {"inner.a+b (c)": 3}}
 OPTIONS = [
     (Chain, {"target_modules": ["x"], "rank_pattern": {"^x$": 3}}),
@@ -91,10 +90,7 @@ OPTIONS = [
     (Chain, {"target_modules": ["e.x"], "modules_to_save": ["x"]}),
     (Chain, {"target_modules": r"x|m\.e\.x"}),
     (Own, {**REGEX, "alpha_pattern": {"inner.a+b (c)": 7}}),
-    *(
-        (Named, {"target_modules": [name]})
-        for name in [*NAMED, "mha.base_layer", "original_module.q", "modules_to_save.q"]
-    ),
+    *((Named, {"target_modules": [name]}) for name in [*NAMED, "original_module.q", "modules_to_save.q"]),
     (Named, {"target_modules": NAMED, "bias": "lora_only"}),
     (Named, {"target_modules": ["base_layer.0"], "bias": "all"}),
     (Named, {"target_modules": ["encs.0"], "bias": "lora_only", "modules_to_save": ["enc.base_layer"]}),
@@ -128,14 +124,3 @@ def test_an_end_of_several_names_in_modules_to_save_is_refused():
     model = nn.ModuleDict({"a": Chain(), "b": nn.Linear(2, 2)})
     with pytest.raises(TargetError, match=r"'x' is the end of several names: write in full 'a\.m\.e\.x', 'a\.e\.x'"):
         inject(model, LoRAConfig(r=2, target_modules=["b"], modules_to_save=["x"]))
-
-
-@pytest.mark.parametrize("targets", [["base_layer_2"], ["enc.base_layers.0", "encs.0"], ["original_module.q"]], ids=str)
-def test_a_directory_of_pefts_for_such_modules_loads_as_what_it_says(targets, tmp_path):
-    ids, ours = input_of(Named), build(Named)
-    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, bias="lora_only")
-    theirs = peft.get_peft_model(build(Named), config).eval()
-    theirs.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="no fingerprint"):
-        load_adapter(ours, tmp_path)
-    assert torch.allclose(ours(ids), theirs(ids), rtol=1e-12, atol=1e-12)

@@ -7,8 +7,6 @@ import io
 import os
 import pickle
 import random
-import subprocess
-import webbrowser
 import zipfile
 
 import pytest
@@ -23,15 +21,14 @@ from lora_lightning.lora.formats.peft.config import PICKLED, WEIGHTS
 from lora_lightning.lora.formats.tensor_files import read_pickled
 from tests.lora.accidents import ANY
 from tests.lora.directories import refused
-from tests.lora.fuzz_support import Origin, examples, little_memory, net
+from tests.lora.fuzz_support import Origin, examples, net
 
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory):
-    with little_memory():
-        origin = Origin("peft", tmp_path_factory.mktemp("peft"))
-        (origin.folder / WEIGHTS).unlink()
-        yield origin
+    origin = Origin("peft", tmp_path_factory.mktemp("peft"))
+    (origin.folder / WEIGHTS).unlink()
+    return origin
 
 
 def saved(values, *, zipped=True) -> bytes:
@@ -62,7 +59,7 @@ def test_it_loads_as_its_safetensors_would_which_win_where_there_are_both(origin
 def test_a_pickle_that_met_an_accident(origin, zipped):
     good = saved(origin.tensors, zipped=zipped)
 
-    @examples(400)
+    @examples(200)
     @given(accident=st.sampled_from(ANY), seed=st.integers(0, 2**64))
     def check(accident, seed):
         assert load(origin, accident(good, random.Random(seed))) in ("refused", "same", "other")
@@ -71,8 +68,6 @@ def test_a_pickle_that_met_an_accident(origin, zipped):
 
 
 class Call:
-    """Pickled as a call."""
-
     def __init__(self, function, *args):
         self.call = function, args
 
@@ -81,18 +76,11 @@ class Call:
 
 
 def calls(marker: str) -> dict[str, object]:
-    text = f"open({marker!r}, 'w').close()"
     return {
         "os.system": Call(os.system, f"touch {marker}"),
-        "subprocess": Call(subprocess.call, ["touch", marker]),
-        "eval": Call(eval, text),
-        "exec": Call(exec, text),
-        "open": Call(open, marker, "w"),
+        "eval": Call(eval, f"open({marker!r}, 'w').close()"),
         "getattr": Call(getattr, "x", "upper"),
         "partial": Call(functools.partial(os.system, f"touch {marker}")),
-        "import": Call(__import__, "this"),
-        "browser": Call(webbrowser.open, f"file://{marker}"),
-        "torch.load": Call(torch.load, marker),
         "torch.save": Call(torch.save, {}, marker),
         "torch.hub": Call(torch.hub.load_state_dict_from_url, "http://127.0.0.1:9/x"),
     }
@@ -112,8 +100,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(origin, what, 
         data = pickle.dumps({"more": call}, protocol=0 if form == "text protocol" else 2)
     assert load(origin, data) == "refused"
     assert "holds more than tensors, and nothing else in it is opened" in origin.said
-    path, options = origin.folder / PICKLED, {"load": load_loralib, "r": 2, "alpha": 4}
-    refused(path, "holds more than tensors, and nothing else in it is opened", net(), **options)
+    refused(origin.folder / PICKLED, PICKLED, net(), load=load_loralib, r=2, alpha=4)
     assert not marker.exists()
     if what == "os.system":
         pickle.loads(pickle.dumps(call))
@@ -128,7 +115,6 @@ def strange_values(tensors):
     return {
         "no dict": ([tensor], "must hold a state dict, tensors by name, got a list"),
         "a tensor": (tensor, "got a Tensor"),
-        "a number": (5, "got a int"),
         "nothing": ({}, ""),
         "key of a number": (tensors | {5: tensor}, "tensors by name, got a dict"),
         "a list in a tensor's place": (tensors | {key: tensor.tolist()}, f"got a list under '{key}'"),
@@ -137,11 +123,8 @@ def strange_values(tensors):
         "wide views of one number": (tensors | wide, ""),
         "on no device": (tensors | {key: tensor.to("meta")}, f"plain tensors, got a Tensor under '{key}'"),
         "sparse": (tensors | {key: tensor.to_sparse()}, f"plain tensors, got a Tensor under '{key}'"),
-        "complex": (tensors | {key: tensor.to(torch.complex64)}, ""),
         "whole numbers": (tensors | {key: tensor.int()}, ""),
         "not finite": (tensors | {key: tensor * float("nan")}, "not finite"),
-        "surplus": (tensors | {"surplus": tensor}, "surplus"),
-        "missing": ({k: t for k, t in tensors.items() if k != key}, ""),
     }
 
 

@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from tests.lora.accidents import CONFIGS, TENSORS, flip_data
-from tests.lora.fuzz_support import Origin, examples, little_memory
+from tests.lora.fuzz_support import Origin, examples
 
 
 @pytest.fixture(scope="module", params=["ours", "peft"])
 def origin(request, tmp_path_factory):
-    with little_memory():
-        yield Origin(request.param, tmp_path_factory.mktemp(request.param))
+    return Origin(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@examples(1200)
+@examples(600)
 @given(accident=st.sampled_from(TENSORS), seed=st.integers(0, 2**64))
 def test_weights_that_met_an_accident(origin, accident, seed):
     result = origin.meet(accident, WEIGHTS, seed)
@@ -31,7 +30,7 @@ def test_weights_that_met_an_accident(origin, accident, seed):
         assert result == "refused"
 
 
-@examples(500)
+@examples(300)
 @given(accident=st.sampled_from(CONFIGS), seed=st.integers(0, 2**64))
 def test_a_config_that_met_an_accident(origin, accident, seed):
     event(f"{accident.__name__}: {origin.meet(accident, CONFIG, seed)}")

@@ -1,12 +1,9 @@
-"""Which module is the output head, that `all-linear` leaves out; and sequences that train in full."""
-
-import copy
+"""Which module is the output head, that `all-linear` leaves out."""
 
 import pytest
 import torch
 from torch import nn
 
-from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.targets.output_heads import output_head
 from tests.factories import FAMILIES, Own, bert, hf
 
@@ -66,42 +63,3 @@ DISTILLED = {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
 )
 def test_the_head_is_what_makes_the_output(make, head):
     assert output_head(make()) == head
-
-
-class Chain(nn.Module):
-    """Calls its head, or goes through what the head holds."""
-
-    def __init__(self, walks):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.head, self.walks = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), walks
-
-    def forward(self, x):
-        x = self.body(x)
-        if not self.walks:
-            return self.head(x)
-        for layer in self.head:
-            x = layer(x)
-        return x + 0 * self.head[-1].weight.sum() + len(self.head)
-
-
-@pytest.mark.parametrize("walks", [False, True])
-def test_a_sequence_trained_in_full_is_a_list_of_the_same_length(walks, tmp_path):
-    plain, x = Chain(walks), torch.randn(2, 4)
-    model = copy.deepcopy(plain)
-    inject(model, LoRAConfig(r=2, target_modules=["body"], modules_to_save=["head"]))
-    assert torch.equal(model(x), plain(x))
-    model(x).sum().backward()
-    with torch.no_grad():
-        for parameter in model.head.lora_copy.parameters():
-            assert parameter.grad.any()
-            parameter.add_(0.1)
-    trained = model(x)
-    with disabled(model):
-        assert torch.equal(model(x), plain(x))
-    again = copy.deepcopy(plain)
-    load_adapter(again, save_adapter(model, tmp_path))
-    assert torch.equal(again(x), trained)
-    merge(model)
-    assert torch.allclose(model(x), trained)
-    assert type(model.head) is nn.Sequential

@@ -7,7 +7,6 @@ import loralib
 import peft
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,11 +24,9 @@ from tests.lora.kinds import (
     WIDTH,
     Attention,
     Mixture,
-    Tied,
     alone,
     at,
     embedding,
-    gemma,
     inputs,
     net,
     run_attention,
@@ -93,24 +90,12 @@ def test_pefts_update_of_a_grouped_convolution_that_no_weight_can_hold_is_refuse
 # Bare parameters.
 
 
-def test_a_parameter_stays_under_its_name_and_is_computed_once_in_a_forward(monkeypatch):
-    model = Mixture()
-    W0 = model.experts.up
+def test_a_parameters_update_is_computed_once_in_a_forward(monkeypatch):
+    model, calls, updated = Mixture(), [], LoRAParameter.updated_weights
     inject(model, config(target_modules=[], target_parameters=["up"]))
-    assert model.state_dict(keep_vars=True)["experts.up"] is W0
-    assert dict(model.named_parameters())["experts.up"] is W0
-    calls, updated = [], LoRAParameter.updated_weights
     monkeypatch.setattr(LoRAParameter, "updated_weights", lambda self: calls.append(1) or updated(self))
     run_six(model)
     assert len(calls) == 1
-    assert not torch.equal(stir(model).experts.up, W0)
-    with disabled(model):
-        assert model.experts.up is W0
-    again = Mixture()
-    inject(again, config(target_modules=[], target_parameters=["up"]))
-    again.load_state_dict(model.state_dict(), assign=True)
-    assert torch.equal(run_six(again), run_six(model))
-    assert again.double().experts.up.dtype == torch.float64
 
 
 # Biases: `bias: all`, `bias: lora_only`, and B's own (`lora_bias`).
@@ -240,15 +225,10 @@ def test_pefts_directory_is_read_of_which_peft_itself_counts_out_proj_twice(tmp_
 @pytest.mark.parametrize("more", [{"use_rslora": True}, {"slices": {"attn": ["q", "v"]}}])
 def test_different_ranks_and_alphas_come_back(ranks, more, tmp_path):
     model, again = Attention(), Attention()
-    inject(
-        model, config(target_modules=["attn", "out_proj"], rank_pattern=ranks, alpha_pattern={"out_proj": 5.0}, **more)
-    )
+    inject(model, config(**at("attn", "out_proj"), rank_pattern=ranks, alpha_pattern={"out_proj": 5.0}, **more))
     load_adapter(again, save_adapter(stir(model), tmp_path))
     for name in ("attn", "attn.out_proj"):
-        ours, theirs = model.get_submodule(name), again.get_submodule(name)
-        assert ours.lora_settings == theirs.lora_settings
-        assert torch.allclose(ours.lora_A, theirs.lora_A)
-        assert torch.allclose(ours.lora_B, theirs.lora_B)
+        assert again.get_submodule(name).lora_settings == model.get_submodule(name).lora_settings
     assert relative(run_attention(again), run_attention(model)) < 1e-6
 
 
@@ -311,27 +291,6 @@ def test_dropout_keeps_or_drops_whole_updates():
     kept = dropped.abs().sum(dim=-1) > 0
     assert 0 < kept.sum() < 11
     assert torch.allclose(dropped[kept], 2 * full[kept], atol=1e-5)
-
-
-@pytest.mark.parametrize(("fields", "untied"), [(at("embed"), ["embed"]), (at(trainable_token_indices=[1, 5]), [])])
-def test_a_merge_unties_an_adapted_table_and_keeps_the_tie_of_token_rows(fields, untied):
-    model = Tied()
-    inject(model, config(**fields))
-    head = stir(model).head.weight.detach().clone()
-    assert merge(model).untied == untied
-    assert (model.head.weight is not model.embed.weight) == torch.equal(model.head.weight, head) == bool(untied)
-
-
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*tie")
-def test_pefts_whole_matrix_is_this_models_or_refused(tmp_path):
-    theirs = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["embed_tokens"])
-    check_we_open_pefts(gemma, run_ids, theirs, tmp_path)
-    with safe_open(tmp_path / "theirs" / "adapter_model.safetensors", "pt") as file:
-        assert any(key.endswith("embed_tokens.base_layer.weight") for key in file.keys())  # noqa: SIM118
-    other = gemma()
-    nn.init.normal_(other.model.embed_tokens.weight)
-    with pytest.raises(AdapterError, match=r"weight of 'model.embed_tokens' that is not this model's"):
-        load_adapter(other, tmp_path / "theirs")
 
 
 def test_only_the_chosen_rows_differ_and_gradients_are_the_formulas():

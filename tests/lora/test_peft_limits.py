@@ -42,8 +42,6 @@ def conv():
 
 
 class Holder(nn.Module):
-    """A parameter and a layer beside it."""
-
     def __init__(self):
         super().__init__()
         self.own, self.proj = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)

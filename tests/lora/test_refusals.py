@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import peft
 import pytest
@@ -13,7 +14,21 @@ from torch.nn.utils import parametrizations, weight_norm
 from lora_lightning import LoRAConfig, LoRAError, inject, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError, MergeError, TargetError
 from tests.factories import Own, assert_same, bert, llama, snapshot
-from tests.lora.kinds import Attended, Attention, Mixture, at, bare, embedding, in_parts, net, shake
+from tests.lora.kinds import (
+    Attended,
+    Attention,
+    Mixture,
+    WithMatrix,
+    alone,
+    at,
+    bare,
+    deberta,
+    embedding,
+    encoder_layer,
+    in_parts,
+    net,
+    shake,
+)
 
 
 class ReadsItself(nn.Embedding):
@@ -41,6 +56,8 @@ def another_out_proj():
 
 
 HALVES = {"of": ["a", "b"], "take": ["a"]}
+OF_BOTH = "an adapter's file has one place .*: name the weights of both in target_parameters"
+OF_THE_TABLE = r"'encoder.rel_embeddings': DebertaV2Encoder reads its weight"
 REFUSED = [
     # a name that fits nothing
     (net, {"rank_pattern": {"dwn": 2}}, "rank_pattern: no adapted module matches 'dwn'; did you mean 'down'"),
@@ -66,7 +83,13 @@ REFUSED = [
     (Mixture, bare("proj.bias"), "cannot adapt 'proj.bias': it is torch.float32 of shape"),
     (Own, at("first", modules_to_save=["inner"]), r"'inner' is a ModuleDict, which is never called.*inner\."),
     (llama, at("q_proj", modules_to_save=["model.layers"]), "'model.layers' is a ModuleList, which is never called"),
+    (deberta, at("rel_embeddings"), OF_THE_TABLE),
+    (deberta, at("query_proj", modules_to_save=["rel_embeddings"]), OF_THE_TABLE),
+    (deberta, at(trainable_token_indices={"rel_embeddings": [1]}), OF_THE_TABLE),
     # a thing twice
+    (encoder_layer, at("self_attn", target_parameters=["out_proj.weight"]), OF_BOTH + ", or '0.self_attn' and '0.self"),
+    (encoder_layer, at("out_proj", target_parameters=["in_proj_weight"]), OF_BOTH + ", or '0.self_attn' and '0.self"),
+    (partial(alone, WithMatrix, 6, 5), at("0", target_parameters=["more"]), OF_BOTH + "$"),
     (Mixture, bare("proj.weight") | at("proj"), "share one weight"),
     (net, at("up", "head", modules_to_save=["head"]), "'head' is in modules_to_save"),
     (embedding, at("0", trainable_token_indices=[1]), "selected twice"),
@@ -149,7 +172,6 @@ BROKEN = {
     "lora_trained_bias": ({"bias": "all"}, "lora_trained_bias of 'up' is not finite"),
     "lora_B_bias": ({"lora_bias": True, "exclude_modules": ["down"]}, "lora_B_bias of 'up' is not finite"),
     "lora_copy.weight": ({"modules_to_save": ["up"]}, "the copy of 'up' is not finite"),
-    "lora_copy.bias": ({"modules_to_save": ["up"]}, "the copy of 'up' is not finite"),
 }
 
 
@@ -159,13 +181,13 @@ def test_what_is_not_finite_is_neither_merged_nor_saved(name, value, tmp_path):
     (options, message), model = BROKEN[name], net()
     inject(model, LoRAConfig(r=2, **options))
     shake(model).get_parameter(f"up.{name}").data.view(-1)[0] = value
-    classes, weight = [type(m) for m in model.modules()], model.down.weight.clone()
+    classes = [type(m) for m in model.modules()]
     with pytest.raises(MergeError, match=message):
         merge(model)
     with pytest.raises(AdapterError, match="is not finite"):
         save_adapter(model, tmp_path)
     assert [type(m) for m in model.modules()] == classes
-    assert torch.equal(model.down.weight, weight)
+    assert torch.equal(model.down.weight, net().down.weight)
     assert not list(tmp_path.iterdir())
 
 
@@ -187,27 +209,23 @@ def gates():
 
 
 def signed():
-    return nn.ModuleDict({"a+b (c)": nn.Linear(2, 2), "c": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
+    return nn.ModuleDict({"a+b (c)": nn.Linear(2, 2), "gate": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
 
 
-RANKS = 'rank_pattern={"shared_expert_gate": 1, "router.gate": 2}'
-EXCLUDED = 'exclude_modules=["shared_expert_gate", "router.gate"]'
+LINES = [
+    (gates, "shared_expert_gate", 'rank_pattern={"shared_expert_gate": 1, "router.gate": 2}', [1, 8, 2] * 3),
+    (gates, "shared_expert_gate", 'exclude_modules=["shared_expert_gate", "router.gate"]', [8] * 3),
+    (signed, "a+b (c)", r'rank_pattern={"a\\+b\\ \\(c\\)": 2}', [2, 8]),
+]
 
 
-@pytest.mark.parametrize(
-    ("make", "fields", "line", "ranks"),
-    [
-        (gates, "r=8, target_modules=['shared_expert_gate', 'gate']", RANKS, [1, 8, 2] * 3),
-        (gates, "r=8, target_modules=['shared_expert_gate', 'gate']", EXCLUDED, [8] * 3),
-        (signed, "r=4, target_modules=['a+b (c)', 'c']", r'rank_pattern={"a\\+b\\ \\(c\\)": 2}', [2, 4]),
-    ],
-)
-def test_a_rank_that_layers_do_not_allow_is_answered_with_lines_that_help(make, fields, line, ranks):
-    with pytest.raises(TargetError, match=f"allows .*{re.escape(line)}") as caught:
-        inject(make(), eval(f"LoRAConfig({fields})"))
-    assert make is signed or "'blocks.0.shared_expert_gate' allows (1, " in str(caught.value)
+@pytest.mark.parametrize(("make", "narrow", "line", "ranks"), LINES)
+def test_a_rank_that_layers_do_not_allow_is_answered_with_lines_that_help(make, narrow, line, ranks):
+    targets = [narrow, "gate"]
+    with pytest.raises(TargetError, match=f"{re.escape(narrow)}' allows .*{re.escape(line)}") as caught:
+        inject(make(), LoRAConfig(r=8, target_modules=targets))
     assert make is signed or "nor do 5 more" in str(caught.value)
-    report = inject(make(), eval(f"LoRAConfig({fields}, {line})"))
+    report = inject(make(), eval(f"LoRAConfig(r=8, target_modules=targets, {line})"))
     assert [row.r for row in report.modules] == ranks
 
 

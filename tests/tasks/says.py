@@ -7,8 +7,6 @@ from transformers import ViTConfig, ViTForImageClassification
 
 
 class Says(nn.Module):
-    """Returns what it was made with."""
-
     def __init__(self, output):
         super().__init__()
         self.output = output

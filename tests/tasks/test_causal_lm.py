@@ -12,7 +12,6 @@ from tests.tiny_lm import VOCABULARY, make_model
 
 
 def batch_of(*lengths, seed=0):
-    """Rows of these lengths, padded on the right."""
     draw = torch.Generator().manual_seed(seed)
     mask = torch.stack([torch.arange(max(lengths)) < n for n in lengths]).long()
     ids = torch.randint(3, len(VOCABULARY), mask.shape, generator=draw) * mask + 2 * (1 - mask)

@@ -225,8 +225,6 @@ def test_predictions_need_no_labels():
 
 
 class Two(nn.Module):
-    """Takes two inputs by name and gives a mapping."""
-
     def forward(self, x, factor=None):
         return {"logits": x * (1 if factor is None else factor), "other": -x}
 

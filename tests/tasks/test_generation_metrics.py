@@ -15,7 +15,6 @@ WORDS = "the cat sat on a mat , and dogs don't like it .".split()  # noqa: SIM90
 
 @pytest.fixture(scope="module")
 def corpus():
-    """Texts and references that share words, some of them all."""
     rng = random.Random(0)
     texts, references = [], []
     for row in range(30):

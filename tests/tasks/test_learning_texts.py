@@ -39,7 +39,6 @@ def articles():
 
 
 def learn(module, data, epochs):
-    """The figures of validation, before and after."""
     quiet = dict.fromkeys(("enable_progress_bar", "enable_checkpointing", "enable_model_summary", "logger"), False)
     trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", check_val_every_n_epoch=epochs, **quiet)
     before = trainer.validate(module, data, verbose=False)[0]

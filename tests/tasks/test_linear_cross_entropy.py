@@ -81,14 +81,6 @@ def test_a_loss_scalers_factor_does_not_overflow_float16():
     assert float(got.abs().max()) > 100
 
 
-def test_it_is_differentiable_once_and_says_so():
-    hidden, weight, _, labels = data()
-    loss = linear_cross_entropy(hidden.requires_grad_(True), weight, labels).loss
-    first = torch.autograd.grad(loss**2, hidden, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-
-
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "compiled"])
 def test_it_may_stand_in_a_checkpoint_and_in_a_compiled_function(how):
     hidden, weight, _, labels = data()

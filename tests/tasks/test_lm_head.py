@@ -155,8 +155,6 @@ def test_a_head_that_trains_gets_its_own_gradients_in_chunks(config, monkeypatch
 
 
 class Cubed(transformers.LlamaForCausalLM):
-    """Does to its logits what no config says."""
-
     def forward(self, **kwargs):
         out = super().forward(**kwargs)
         out.logits = out.logits + 0.01 * out.logits**3
@@ -164,8 +162,6 @@ class Cubed(transformers.LlamaForCausalLM):
 
 
 class Flat(transformers.LlamaForCausalLM):
-    """Hands its head rows, not sequences."""
-
     def forward(self, **kwargs):
         hidden = self.model(**kwargs).last_hidden_state
         return CausalLMOutput(logits=self.lm_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]))
@@ -195,8 +191,6 @@ def test_a_model_whose_head_is_not_alone_computes_all_its_logits_says_so_once_an
 
 
 class Named(nn.Module):
-    """Takes its input by name."""
-
     def __init__(self, net):
         super().__init__()
         self.net = net

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
-import pytest
+import timm
 import torch
-import transformers as tf
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject
-from tests.factories import encoder, move
+from tests.factories import encoder, hf, move
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 40}
 DECODER = {**SIZES, "num_key_value_heads": 1, "max_position_embeddings": 32}
@@ -43,47 +43,19 @@ class Own(nn.Module):
         return self.head(pair[0] + pair[1])
 
 
-class Mixture(nn.Module):
-    """Layers whose experts are a list of modules: the layers are the blocks."""
-
-    class Layer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate = nn.Linear(8, 2)
-            expert = lambda: nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))  # noqa: E731
-            self.experts = nn.ModuleList([expert(), expert()])
-
-        def forward(self, x):
-            weights = self.gate(x).softmax(-1)
-            return x + sum(weights[..., i, None] * expert(x) for i, expert in enumerate(self.experts))
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([Mixture.Layer(), Mixture.Layer()])
-        self.norm = nn.LayerNorm(8)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
-
-
-def timm_model(name, **options):
-    return pytest.importorskip("timm").create_model(name, num_classes=3, **options)
-
-
+VIT = {"img_size": 32, "embed_dim": 32, "num_heads": 2, "depth": 2, "num_classes": 3}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 40}
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 40}
 TEXT = {"input_ids": IDS}
 MODELS = {
-    "bert": (lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES)), TEXT, 2),
-    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)), TEXT, 2),
-    "gpt2": (lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=40)), TEXT, 2),
-    "t5": (lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)), {**TEXT, "decoder_input_ids": IDS[:, :5]}, 4),
-    "timm vit": (lambda: timm_model("vit_tiny_patch16_224", img_size=32, embed_dim=32, num_heads=2), {"x": PIXELS}, 12),
-    "timm resnet": (lambda: timm_model("resnet18"), {"x": PIXELS}, 8),
+    "bert": (functools.partial(hf, "BertForSequenceClassification", **SIZES), TEXT, 2),
+    "llama": (functools.partial(hf, "LlamaForCausalLM", **DECODER), TEXT, 2),
+    "gpt2": (functools.partial(hf, "GPT2LMHeadModel", "GPT2Config", **GPT2), TEXT, 2),
+    "t5": (functools.partial(hf, "T5ForConditionalGeneration", **T5), {**TEXT, "decoder_input_ids": IDS[:, :5]}, 4),
+    "timm vit": (functools.partial(timm.create_model, "vit_tiny_patch16_224", **VIT), {"x": PIXELS}, 2),
+    "timm resnet": (functools.partial(timm.create_model, "resnet18", num_classes=3), {"x": PIXELS}, 8),
     "encoder": (encoder, {"src": torch.randn(2, 5, 16)}, 2),
     "own": (Own, {"x": torch.randn(4, 8)}, 2),
-    "mixture": (Mixture, {"x": torch.randn(4, 6, 8)}, 2),
 }
 """The model, an input of it, and how many blocks it has."""
 

@@ -20,6 +20,7 @@ from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.base import StepOutput, Task
 from lora_lightning.training.trainer import LoRATrainer
 from tests.training.resuming import whole
+from tests.training.small import trainer_of
 
 VOCABULARY, LENGTH, ROWS = 11, 9, 68
 """ROWS: per process and micro-batch of 2, 17 micro-batches: the last window of 3 or 4 is short."""
@@ -122,14 +123,11 @@ class Record(Callback):
         self.file, self.losses, self.out = file, [], {}
 
     def on_before_zero_grad(self, trainer: Trainer, *_: Any) -> None:
-        self.note(trainer)
-
-    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-        self.note(trainer)
-
-    def note(self, trainer: Trainer) -> None:
         if "train/loss_step" in trainer.callback_metrics:
             self.losses.append(float(trainer.callback_metrics["train/loss_step"]))
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        self.on_before_zero_grad(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LoRAModule) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith("_step")}
@@ -148,9 +146,9 @@ def fit(
 ) -> dict[str, Any]:
     """Train for 20 optimizer steps or more, on `Ragged` of that batch size or on other data; tell as `Record` does."""
     record = Record(file)
-    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 4, "gradient_clip_val": CLIP} | options
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
-    trainer = LoRATrainer(**options, **quiet, enable_model_summary=False, callbacks=[record, *callbacks])
+    given = {"devices": 1, "max_epochs": 4, "gradient_clip_val": CLIP, "num_sanity_val_steps": 0}
+    given |= {"callbacks": [record, *callbacks], "enable_checkpointing": False} | options
+    trainer = trainer_of(None, LoRATrainer, **given)
     trainer.fit(made or module(), Ragged(data) if isinstance(data, int) else data)
     return record.out
 

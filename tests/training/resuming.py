@@ -26,6 +26,7 @@ from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.training.optim import WarmupDecay
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
+from tests.training import small
 
 
 class EveryState(Checkpoints):
@@ -56,9 +57,9 @@ def logged(folder: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
 
 def trainer_of(*callbacks: Any, folder: Path, **options: Any) -> LoRATrainer:
     """Three epochs on the CPU, with each step in the log."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1, "accelerator": "cpu"}
-    own = {"max_epochs": 3, "logger": ContinuedCSVLogger(folder, name="run", version=0), **quiet}
-    return LoRATrainer(callbacks=list(callbacks), **own | options)
+    given = {"max_epochs": 3, "logger": ContinuedCSVLogger(folder, name="run", version=0)} | options
+    trainer: LoRATrainer = small.trainer_of(folder, LoRATrainer, callbacks=list(callbacks), **given)
+    return trainer
 
 
 def fit(

@@ -5,11 +5,14 @@ All processes see the same batch, so the mean of their gradients is each one's o
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +29,24 @@ from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.training.strategies import base as sharded_w0
 from lora_lightning.training.strategies.fsdp2.wrapping import shard
 from tests.processes import in_processes
+from tests.training.resuming import whole
 
 
 class Attention(nn.Module):
-    """Four siblings over one input, and an odd width between."""
+    """Four siblings over one input, and an odd width between; with `post`, over what the block before has normed."""
 
-    def __init__(self, d: int) -> None:
+    def __init__(self, d: int, *, post: bool = False) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(d)
+        self.norm, self.post = nn.LayerNorm(d), post
         self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
         self.up, self.down = nn.Linear(d, 13), nn.Linear(13, d)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
+        y = x if self.post else self.norm(x)
         a = (self.q(y) @ self.k(y).mT).softmax(-1) @ self.v(y)
         x = x + self.o(a)
-        return x + self.down(nn.functional.gelu(self.up(x)))
-
-
-class PostNorm(Attention):
-    """Whose siblings read what the block before has normed."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)
-        return self.norm(x + self.o(a))
+        x = x + self.down(nn.functional.gelu(self.up(x)))
+        return self.norm(x) if self.post else x
 
 
 class Stack(nn.Module):
@@ -57,11 +54,8 @@ class Stack(nn.Module):
 
     def __init__(self, block: Callable[[], nn.Module], *, checkpointed: bool = False, tied: bool = False) -> None:
         super().__init__()
-        self.embed, self.blocks, self.head = (
-            nn.Embedding(11, 8),
-            nn.ModuleList(block() for _ in range(3)),
-            nn.Linear(8, 11),
-        )
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+        self.blocks = nn.ModuleList(block() for _ in range(3))
         self.temperature, self.checkpointed = nn.Parameter(torch.tensor(0.7)), checkpointed
         if tied:
             self.head.weight = self.embed.weight
@@ -84,28 +78,16 @@ class Shared(nn.Module):
         return x + self.net(x + self.table)
 
 
-class Pictures(nn.Module):
-    """Convolutions and batch statistics."""
+def attention(**options: Any) -> nn.Module:
+    return Stack(lambda: Attention(8), **options)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 6, 3)
-        self.stages = nn.Sequential(
-            *(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()) for _ in range(3))
-        )
-        self.head = nn.Linear(6, 5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+def post_norm() -> nn.Module:
+    return Stack(lambda: Attention(8, post=True))
 
 
 def encoder() -> nn.Module:
-    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
-
-
-IDS, IMAGES = torch.arange(10).view(2, 5) % 11, torch.linspace(-1, 1, 2 * 3 * 36).view(2, 3, 6, 6)
-ALL = {"target_modules": "all-linear"}
-Case = tuple[Callable[[], nn.Module], dict[str, Any], Tensor, torch.dtype]
+    return Stack(lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0))
 
 
 def table() -> nn.Module:
@@ -113,55 +95,59 @@ def table() -> nn.Module:
     return Stack(lambda: Shared(shared))
 
 
-def attention(**options: Any) -> Callable[[], nn.Module]:
-    return lambda: Stack(lambda: Attention(8), **options)
+def pictures() -> nn.Module:
+    """Convolutions and batch statistics."""
+    stages = [nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()) for _ in range(3)]
+    named = {"stem": nn.Conv2d(3, 6, 3), "stages": nn.Sequential(*stages), "pool": nn.AdaptiveAvgPool2d(1)}
+    return nn.Sequential(OrderedDict(named, flat=nn.Flatten(), head=nn.Linear(6, 5)))
 
 
 def flat() -> nn.Module:
     return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 3))
 
 
+IDS, IMAGES = torch.arange(10).view(2, 5) % 11, torch.linspace(-1, 1, 2 * 3 * 36).view(2, 3, 6, 6)
+ALL = {"target_modules": "all-linear"}
 EVERYTHING = ALL | {"r": 3, "use_dora": True, "bias": "lora_only", "modules_to_save": ["head"]}
-CASES: dict[str, Case] = {
-    name: (*case, torch.float32)[:4]  # type: ignore[misc]
-    for name, case in {
-        "siblings": (attention(), ALL | {"r": 3, "dropout": 0.2}, IDS),
-        "rank one": (attention(), ALL | {"r": 1}, IDS, torch.float64),
-        "bf16 base": (attention(), ALL | {"r": 3, "modules_to_save": ["head"]}, IDS, torch.bfloat16),
-        "DoRA": (attention(), ALL | {"r": 3, "use_dora": True}, IDS),
-        "bias and a moved start": (attention(), ALL | {"r": 3, "bias": "lora_only", "init": "pissa"}, IDS),
-        "post-norm": (lambda: Stack(lambda: PostNorm(8)), {"r": 2, "target_modules": ["q", "k", "v"]}, IDS),
-        "checkpointed with options": (attention(checkpointed=True), EVERYTHING, IDS),
-        "checkpointed": (attention(checkpointed=True), ALL | {"r": 3}, IDS),
-        "tied": (attention(tied=True), ALL | {"r": 3, "exclude_modules": ["head"]}, IDS),
-        "embedding and head": (
-            attention(),
-            {"r": 3, "target_modules": ["embed", "q"], "modules_to_save": ["head"]},
-            IDS,
-        ),
-        "attention of torch": (
-            lambda: Stack(encoder),
-            {"r": 2, "target_modules": ["self_attn", "out_proj", "linear1"]},
-            IDS,
-        ),
-        "bare parameters": (attention(), {"r": 2, "target_modules": ["v"], "target_parameters": ["q.weight"]}, IDS),
-        "one table for all blocks": (table, ALL | {"r": 3}, IDS),
-        "convolutions": (
-            Pictures,
-            {"r": 2, "target_modules": ["stem", "stages.0.0", "stages.2.0"], "modules_to_save": ["head"]},
-            IMAGES,
-        ),
-        "no blocks": (flat, ALL | {"r": 2}, IDS),
-    }.items()
+OF_TORCH = {"r": 2, "target_modules": ["self_attn", "out_proj", "linear1"]}
+CONVOLUTIONS = {"r": 2, "target_modules": ["stem", "stages.0.0", "stages.2.0"], "modules_to_save": ["head"]}
+checkpointed = functools.partial(attention, checkpointed=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what LoRAConfig is made of, and an input."""
+
+    build: Callable[[], nn.Module]
+    config: dict[str, Any]
+    inputs: Tensor = IDS
+    dtype: torch.dtype = torch.float32
+
+
+CASES = {
+    "siblings": Case(attention, ALL | {"r": 3, "dropout": 0.2}),
+    "rank one": Case(attention, ALL | {"r": 1}, dtype=torch.float64),
+    "bf16 base": Case(attention, ALL | {"r": 3, "modules_to_save": ["head"]}, dtype=torch.bfloat16),
+    "DoRA": Case(attention, ALL | {"r": 3, "use_dora": True}),
+    "bias and a moved start": Case(attention, ALL | {"r": 3, "bias": "lora_only", "init": "pissa"}),
+    "post-norm": Case(post_norm, {"r": 2, "target_modules": ["q", "k", "v"]}),
+    "checkpointed with options": Case(checkpointed, EVERYTHING),
+    "checkpointed": Case(checkpointed, ALL | {"r": 3}),
+    "tied": Case(functools.partial(attention, tied=True), ALL | {"r": 3, "exclude_modules": ["head"]}),
+    "embedding and head": Case(attention, {"r": 3, "target_modules": ["embed", "q"], "modules_to_save": ["head"]}),
+    "attention of torch": Case(encoder, OF_TORCH),
+    "bare parameters": Case(attention, {"r": 2, "target_modules": ["v"], "target_parameters": ["q.weight"]}),
+    "one table for all blocks": Case(table, ALL | {"r": 3}),
+    "convolutions": Case(pictures, CONVOLUTIONS, IMAGES),
+    "no blocks": Case(flat, ALL | {"r": 2}),
 }
 
 
 def made(case: Case) -> nn.Module:
     """Injected, with a B that is not zero."""
-    build, config, _, dtype = case
     torch.manual_seed(3)
-    model = build().to(dtype)
-    inject(model, LoRAConfig(**config))
+    model = case.build().to(case.dtype)
+    inject(model, LoRAConfig(**case.config))
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_magnitude" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -173,20 +159,19 @@ def stepped(model: nn.Module, case: Case) -> dict[str, Tensor]:
     found = {}
     for step in range(2):
         torch.manual_seed(step)
-        out = model(case[2])
+        out = model(case.inputs)
         if step:  # as towers and preferences do, before one backward
-            out = out + model(case[2].flip(-1))
+            out = out + model(case.inputs.flip(-1))
         found[f"out {step}"] = out.detach()
         (out.float().square().mean() if out.dtype == torch.bfloat16 else out.square().mean()).backward()
     model.eval()
     with torch.no_grad():
-        found["eval"] = model(case[2])
+        found["eval"] = model(case.inputs)
     model.reshard() if hasattr(model, "reshard") else None
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            grad = parameter.grad
-            assert grad is not None, name
-            found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            assert parameter.grad is not None, name
+            found[name] = whole(parameter.grad)
     return found
 
 
@@ -198,19 +183,13 @@ def differing(case: Case) -> list[str]:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data + 1  # rank 0's are taken
     shard(model, init_device_mesh("cpu", (distributed.get_world_size(),)), torch.device("cpu"))
-    inside = ((name, module, own) for name, module in model.named_modules() for own in module._parameters.items())
-    read = [
-        f"{name}.{own[0]}"
-        for name, module, own in inside
-        if isinstance(own[1], DTensor) and getattr(module, own[0]) is not own[1]
-    ]
+    named = ((name, module, *own) for name, module in model.named_modules() for own in module._parameters.items())
+    sharded = [place for place in named if isinstance(place[3], DTensor)]
+    read = [f"{name}.{own}" for name, module, own, tensor in sharded if getattr(module, own) is not tensor]
     got = stepped(model, case)
     wrong = [f"'{name}' reads otherwise as a shard" for name in read]
     wrong += [name for name in want if not torch.equal(want[name], got[name])]
-    fresh = of_one(made(case))
-    if isinstance(case[0](), Pictures):
-        fresh = of_one(alone)  # batch statistics have moved
-    if sharded_w0.fingerprint(model) != fresh:
+    if sharded_w0.fingerprint(model) != of_one(alone):
         wrong.append("fingerprint")
     before = sharded_w0.shard_fingerprint(model)
     name, tensor = next((n, t) for n, t in base_tensors(model).items() if isinstance(t, DTensor) and t.shape[0] > 4)

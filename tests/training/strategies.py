@@ -20,7 +20,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, default_collate
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_lightning import (
     CausalLM,
@@ -44,7 +43,7 @@ from lora_lightning.training.strategies.collectives import gather
 from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy
 from tests.processes import REPOSITORY, in_processes
 from tests.tiny_lm import make_model, make_texts, make_tokenizer
-from tests.training.ragged import LENGTH, VOCABULARY, Ragged, adamw, module, rows
+from tests.training.ragged import Ragged, adamw, module, rows
 from tests.training.ragged import fit as measured
 from tests.training.resuming import EveryState, at, ended, trainer_of
 
@@ -86,12 +85,10 @@ def fit_case(name: str, processes: int = 1, **options: Any) -> dict[str, Any]:
     return measured(case.data(processes * over), made=case.module(), **given)
 
 
-def language_model(heads: list[str] | None) -> LoRAModule:
+def language_model(heads: list[str] | None = None) -> LoRAModule:
     """Whose loss is taken from its head, or a trained copy of it, beside the model's own call."""
-    torch.manual_seed(0)
-    sizes = {"n_embd": 12, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": LENGTH}
-    gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False)).double()  # Llama's norms are in float32
-    return LoRAModule(gpt2, CausalLM(), LoRAConfig(r=3, modules_to_save=heads), optimizer=adamw)
+    lora = LoRAConfig(r=3, modules_to_save=heads)
+    return LoRAModule(make_model("llama", dtype=torch.float64), CausalLM(), lora, optimizer=adamw)
 
 
 class Sentences(Ragged):
@@ -104,22 +101,12 @@ class Sentences(Ragged):
         return super().loader(made)
 
 
-class Encoder(nn.Module):
-    """Embeddings (n, 8) of vectors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.net(x)
-
-
 def encoder(**task: Any) -> LoRAModule:
     torch.manual_seed(0)
     options = {"temperature": 0.2, "symmetric": True} | task
-    lora = LoRAConfig(r=3, alpha=6, target_modules=["net.0", "net.2"])
-    return LoRAModule(Encoder().double(), ContrastiveEmbedding(**options), lora, optimizer=adamw)
+    lora = LoRAConfig(r=3, alpha=6, target_modules=["0", "2"])
+    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).double()
+    return LoRAModule(net, ContrastiveEmbedding(**options), lora, optimizer=adamw)
 
 
 def pairs(count: int, seed: int) -> list[dict[str, Any]]:
@@ -129,7 +116,8 @@ def pairs(count: int, seed: int) -> list[dict[str, Any]]:
     near, far = (anchors + share * torch.randn(count, 8, generator=g).double() for share in (0.5, 1.0))
     groups = [torch.tensor([i % 4 + 4 * (i % 5), -1]) for i in range(count)]
     parts = zip(anchors, near, far, groups, strict=True)
-    return [{"anchor": {"x": a}, "positive": {"x": p}, "negative": {"x": n}, "labels": y} for a, p, n, y in parts]
+    named = ("anchor", "positive", "negative")
+    return [{name: {"input": x} for name, x in zip(named, row, strict=True)} | {"labels": y} for *row, y in parts]
 
 
 class Pairs(LightningDataModule):
@@ -160,11 +148,6 @@ def texts(parts: int, **options: Any) -> LanguageModellingData:
     return LanguageModellingData(str(folder), str(folder), max_length=24, batch_size=8 // parts, **options)
 
 
-def llama() -> LoRAModule:
-    optimizer = functools.partial(torch.optim.AdamW, lr=0.01)
-    return LoRAModule(make_model("llama", dtype=torch.float64), CausalLM(), LoRAConfig(r=4), optimizer)
-
-
 TEXTS = {"max_steps": 12, "max_epochs": -1, "check_val_every_n_epoch": None, "val_check_interval": 6}
 TEXTS |= {"precision": "64-true", "gradient_clip_val": None}
 NARROW = {"precision": "bf16-base", "max_steps": 6}
@@ -172,17 +155,18 @@ FEW = {"max_steps": 20}
 IN_TWO: dict[str, Any] = {"slow": True, "strategies": ("ddp",), "processes": (2,)}
 APART = {"max_epochs": 2, "use_distributed_sampler": False}
 SGD = functools.partial(torch.optim.SGD, lr=0.5)  # Adam would blow bfloat16's rounding up to whole steps
+streamed = functools.partial(texts, streaming=True, shuffle_buffer=20)
 CASES = {
     "ragged": Case(),
     "three batches a step": Case(data=lambda parts: Ragged(12 // parts), accumulate=3),
     "four batches a step": Case(data=lambda parts: Ragged(16 // parts), accumulate=4, slow=True),
     "a trained head": Case(lambda: language_model(["lm_head"]), lambda parts: Sentences(4 // parts), options=FEW),
-    "a plain head": Case(lambda: language_model(None), lambda parts: Sentences(4 // parts), options=FEW),
+    "a plain head": Case(language_model, lambda parts: Sentences(4 // parts), options=FEW),
     "pairs": Case(encoder, Pairs, options=APART, processes=(2,)),
     "pairs that each process has to itself": Case(lambda: encoder(gather=False), Pairs, options=APART, processes=(2,)),
-    "packed texts": Case(llama, texts, options=TEXTS, **IN_TWO),
-    "texts": Case(llama, functools.partial(texts, packing=False), options=TEXTS, **IN_TWO),
-    "streamed texts": Case(llama, functools.partial(texts, streaming=True, shuffle_buffer=20), options=TEXTS, **IN_TWO),
+    "packed texts": Case(language_model, texts, options=TEXTS, **IN_TWO),
+    "texts": Case(language_model, functools.partial(texts, packing=False), options=TEXTS, **IN_TWO),
+    "streamed texts": Case(language_model, streamed, options=TEXTS, **IN_TWO),
     "a bfloat16 base": Case(
         lambda: module(torch.float32, SGD, modules_to_save=["norm"]), options=NARROW, closeness=0.02, **IN_TWO
     ),
@@ -236,6 +220,7 @@ def fit(
     *callbacks: Callback,
     ckpt: Path | None = None,
     made: Callable[[], LoRAModule] = dropping,
+    data: Any = None,
     **options: Any,
 ) -> Trainer:
     """Three epochs of seven steps, with dropout and shuffling, saved after every step."""
@@ -245,7 +230,7 @@ def fit(
     guards = [FreezeBase(show_table=False), Resume(), StopOnNonFinite(), EveryState(save_every=1)]
     given = {"gradient_clip_val": 1.0, "num_sanity_val_steps": 1} | options
     trainer = trainer_of(*callbacks, *guards, folder=folder, **given)
-    trainer.fit(made(), Shuffled(), ckpt_path=None if ckpt is None else str(ckpt))
+    trainer.fit(made(), data or Shuffled(), ckpt_path=None if ckpt is None else str(ckpt))
     return trainer
 
 
@@ -304,8 +289,14 @@ def live(folder: Path, new: Callable[[], Any], processes: int) -> None:
     def again(name: str, *callbacks: Callback, **options: Any) -> Trainer:
         return fit(folder / name, *callbacks, strategy=new(), devices=processes, **options)
 
+    gather_whole = DTensor.full_tensor
+
+    def noted(tensor: DTensor, **options: Any) -> Any:
+        found["gathered"].append(tuple(tensor.shape))
+        return gather_whole(tensor, **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DTensor, "full_tensor", note_shapes(DTensor.full_tensor, found["gathered"]))
+        patch.setattr(DTensor, "full_tensor", noted)
         first = again("file")
         found["whole"] = ended(first)
         found["figures"] = figures(first, at(folder / "file", 9))
@@ -320,15 +311,6 @@ def live(folder: Path, new: Callable[[], Any], processes: int) -> None:
     found["misfits"] = misfits(folder, at(folder / "file", 9), new, processes)
     if first.is_global_zero:
         torch.save(found, folder / "found.pt")
-
-
-def note_shapes(call: Any, seen: list[Any]) -> Any:
-    @functools.wraps(call)
-    def noted(tensor: DTensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append(tuple(tensor.shape))
-        return call(tensor, *args, **kwargs)
-
-    return noted
 
 
 def figures(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
@@ -346,16 +328,14 @@ def figures(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
 
 
 def misfits(folder: Path, file: Path, new: Callable[[], Any], processes: int) -> dict[str, list[str]]:
-    """What is said of checkpoints of another adapter, of another base, and of keys that do not fit."""
-    config: dict[str, Any] = {"dropout": 0.2, "modules_to_save": ["norm"]}
-    changes = {"another rank": {"r": 2}, "another base": {}, "shapes": {"r": 2}, "keys": {"target_modules": ["up"]}}
+    """What is said of checkpoints of another base, and of keys and shapes that do not fit."""
+    changes: dict[str, Any] = {"another base": {}, "shapes": {"r": 2}, "keys": {"target_modules": ["up"]}}
     said = {}
     for name, change in changes.items():
-        made = module(torch.float32, **config | change)
+        made = module(torch.float32, dropout=0.2, modules_to_save=["norm"], **change)
+        made.lora = dropping().lora  # says what the checkpoint says, also where it is not so
         if name == "another base":
             made.backbone.layers[2].down.bias.data[0] += 1  # type: ignore[index,union-attr]
-        elif name != "another rank":
-            made.lora = dropping().lora  # says what the checkpoint says, and is not so
         trainer = trainer_of(folder=folder / "misfit", strategy=new(), devices=processes)
         said[name] = raised(trainer.test, made, Shuffled(), ckpt_path=str(file), verbose=False)
     return said

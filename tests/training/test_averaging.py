@@ -7,20 +7,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, default_collate
 
 from lora_lightning import LoRAError, LoRAModule
-from lora_lightning.training.loss_weighting import UnitMean, multiply_gradients
-from tests.distributed import one_process
+from lora_lightning.training.loss_weighting import UnitMean
 from tests.training.ragged import CLIP, ROWS, Ragged, assert_alike, fit, module, rows
-
-
-def test_some_batches_of_these_fits_have_no_tokens_at_all():
-    counts = [int((row["labels"] != -100).sum()) for row in rows(ROWS, seed=1)]
-    of_batches = [sum(counts[i : i + 4 : 2]) for i in (0, 1)] + [sum(counts[i : i + 2]) for i in range(0, ROWS, 2)]
-    assert 0 in of_batches
-    assert max(of_batches) > 10
 
 
 @pytest.mark.parametrize("n", [3, 4])
@@ -38,25 +29,22 @@ def test_a_loss_scaler_changes_nothing():
 class Masked(Ragged):
     """Each second micro-batch has nothing to train on, or is left out."""
 
-    left_out = False
+    def __init__(self, *, left_out=False):
+        super().__init__(2)
+        self.left_out = left_out
 
     def loader(self, data):
         kept = []
         for i, row in enumerate(data):
-            masked = (i // self.batch_size) % 2 == 1
+            masked = (i // 2) % 2 == 1
             if not (masked and self.left_out):
                 kept.append(row | {"labels": torch.full_like(row["labels"], -100) if masked else row["ids"]})
         return super().loader(kept)
 
 
 def test_a_micro_batch_without_labels_counts_for_nothing_and_stops_nothing():
-    alone = Masked(2)
-    alone.left_out = True
-    masked, wanted = fit(Masked(2), accumulate_grad_batches=2, max_steps=5), fit(alone, max_steps=5)
-    assert masked["steps"] == 5
-    for key, value in wanted["adapter"].items():
-        assert torch.allclose(masked["adapter"][key], value, rtol=0, atol=1e-12), key
-    assert masked["losses"] == pytest.approx(wanted["losses"], rel=1e-12)
+    masked = fit(Masked(), accumulate_grad_batches=2, max_steps=6)
+    assert_alike(masked, fit(Masked(left_out=True), max_steps=6), 1e-12)
 
 
 class Look(Callback):
@@ -124,11 +112,3 @@ def test_an_empty_batch_with_a_loss_that_is_not_finite_is_refused():
     fit(4, look := Look(), max_steps=1, accumulate_grad_batches=2)
     with pytest.raises(LoRAError, match=r"a batch of no units must have a loss of 0 .* got nan"):
         UnitMean().weigh(look.trainer, torch.tensor(float("nan")), 0, 0)
-
-
-def test_sharded_gradients_are_multiplied_where_they_lie():
-    with one_process() as mesh:
-        parameter = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)]))
-        parameter.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
-        multiply_gradients(torch.optim.SGD([parameter]), 2.5)
-        assert torch.equal(parameter.grad.full_tensor(), torch.full((4, 3), 2.5))

@@ -4,8 +4,6 @@ import errno
 import gc
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
 import warnings
@@ -26,13 +24,13 @@ from lora_lightning import (
     SequenceClassification,
     SequenceRegression,
     huggingface,
+    merge,
     save_adapter,
 )
 from lora_lightning.export import verification as proof
 from lora_lightning.export.export import bytes_needed
 from lora_lightning.export.model_files import write_tensors
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.lora.formats.atomic_dir import human_size
 from lora_lightning.reports.console import report_rows
 from lora_lightning.training.callbacks.export_on_fit_end import record_export
 from tests.factories import export_of, llama
@@ -69,27 +67,16 @@ def test_export_leaves_the_module_adapted_and_in_its_modes_and_is_the_same_bytes
     assert all(torch.equal(before[k], v) for k, v in moved.state_dict().items())
 
 
-def test_a_merge_that_is_wrong_fails_and_leaves_the_older_export(moved, tmp_path, monkeypatch):
-    export_of(moved, tmp_path / "out", BATCH)
-    before = files_in(tmp_path / "out")
-    real = proof.merge
-
-    def off(model, **kwargs):
-        report = real(model, **kwargs)
-        model.body[0].weight[0, 0] += 0.01
-        return report
-
-    monkeypatch.setattr(proof, "merge", off)
-    with pytest.raises(MergeError, match="the merged model differs from the adapted one by"):
-        export_of(moved, tmp_path / "out", BATCH)
-    assert files_in(tmp_path / "out") == before
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+def merge_of_another_weight(model, **options):
+    report = merge(model, **options)
+    model.body[0].weight.data[0, 0] += 0.01
+    return report
 
 
-def adapter_of_another_scale(model, folder, **kwargs):
+def adapter_of_another_scale(model, folder, **options):
     scale = model.body[0].lora_B.data
     scale.mul_(1.5)
-    save_adapter(model, folder, **kwargs)
+    save_adapter(model, folder, **options)
     scale.div_(1.5)
 
 
@@ -97,18 +84,24 @@ def tensors_less_one(file, tensors, *args):
     write_tensors(file, {k: tensors[k] for k in tensors if k != "head.bias"}, *args)
 
 
-@pytest.mark.parametrize(
-    ("place", "off", "said"),
-    [
-        ("export.save_adapter", adapter_of_another_scale, "the adapter read back differs from the adapted one by"),
-        ("model_files.write_tensors", tensors_less_one, "the merged model read back differs"),
-    ],
-)
-def test_what_is_wrong_on_disk_fails(place, off, said, moved, tmp_path, monkeypatch):
+WRONG = {
+    "verification.merge": (merge_of_another_weight, "the merged model differs from the adapted one by"),
+    "export.save_adapter": (adapter_of_another_scale, "the adapter read back differs from the adapted one by"),
+    "model_files.write_tensors": (tensors_less_one, "the merged model read back differs"),
+}
+
+
+@pytest.mark.parametrize("place", WRONG)
+def test_a_merge_that_is_wrong_fails_and_leaves_the_older_export(place, moved, tmp_path, monkeypatch):
+    """In memory, and in the files of either."""
+    export_of(moved, tmp_path / "out", BATCH)
+    before = files_in(tmp_path / "out")
+    off, said = WRONG[place]
     monkeypatch.setattr(f"lora_lightning.export.{place}", off)
     with pytest.raises(MergeError, match=said):
         export_of(moved, tmp_path / "out", BATCH)
-    assert list(tmp_path.iterdir()) == []
+    assert files_in(tmp_path / "out") == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_moved_w0_is_not_exported(moved, tmp_path):
@@ -148,7 +141,6 @@ def test_a_merged_transformer_opens_elsewhere_in_shards_with_tokenizer_head_and_
     assert (merged / "chat_template.jinja").read_text() == tokenizer.chat_template
     assert transformers.AutoConfig.from_pretrained(merged).id2label == {0: "fresh", 1: "rotten"}
     assert module.backbone.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}, "the trained model is left as it is"
-    assert report.probe == "the data's first batch"
 
 
 @pytest.mark.parametrize(
@@ -194,13 +186,9 @@ def test_a_language_model_keeps_its_ties_and_how_it_generates(make_module, tmp_p
 
 
 VIT = {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 3}
-SIZES = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
 VISION = {
     "timm vit": (lambda: timm.create_model("vit_tiny_patch16_224", **VIT), "all-linear"),
-    "torchvision vit": (
-        lambda: torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=3),
-        "all-linear",
-    ),
+    "torchvision vit": (lambda: torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 64), "all-linear"),
     "torchvision resnet": (lambda: torchvision.models.resnet18(num_classes=3), ["conv1", "conv2"]),
 }
 
@@ -215,12 +203,10 @@ def test_timm_and_torchvision_models_become_tensors_under_their_own_keys(kind, m
     plain = make().eval()
     assert tensors.keys() == plain.state_dict().keys()
     plain.load_state_dict(tensors)
-    x = torch.randn(2, 3, *(2 * [32]))
+    x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(plain(x), module.backbone(x), rtol=1e-4, atol=1e-5)
     assert json.loads((tmp_path / "out" / "merged" / "label_names.json").read_text()) == ["a", "b", "c"]
-    told = json.loads((tmp_path / "out" / "export_report.json").read_text())
-    assert (told["trainable"], told["label_names"]) == (module.report.trainable, ["a", "b", "c"])
     assert report.w0_unchanged
     assert report.max_rel_diff <= 1e-5
 
@@ -277,21 +263,16 @@ def test_float32_takes_the_whole_update_of_a_half_precision_base(make_module, tm
 @pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 1e-3), ("float16", 1e-4)])
 def test_what_rounding_erased_is_told_with_the_way_out(dtype, size, make_module, tmp_path):
     module = shaken(make_module(Vision(), LoRAConfig(r=2, modules_to_save=["head"])), size)
-    with pytest.warns(UserWarning, match=f"rounding to {dtype} kept less than 90%") as said:
+    with pytest.warns(UserWarning, match=rf"{dtype} kept less than 90%.* in 2 of 2 layers.*--dtype float32") as said:
         report = export_of(module, tmp_path / "out", BATCH, dtype=dtype)
     assert len(said) == 1
-    text = str(said[0].message)
-    assert all(part in text for part in ("in 2 of 2 layers, least in body.", "--dtype float32", "use the adapter"))
     tensors, low = merged_in(tmp_path / "out"), getattr(torch, dtype)
     assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {low}
     for name, share in report.kept.items():
         layer = module.backbone.get_submodule(name)
         update = 2 * layer.lora_B.double() @ layer.lora_A.double()
-        wanted = layer.weight.double() + update
-        stored, unit = tensors[f"{name}.weight"].double(), torch.finfo(low).eps / 2
-        torch.testing.assert_close(stored, wanted.detach(), rtol=1.01 * unit, atol=1e-7)
-        lost = float(((stored - wanted).norm() / update.norm()).detach())
-        assert share == pytest.approx(max(0.0, 1 - lost), abs=1e-3)
+        lost = tensors[f"{name}.weight"].double() - layer.weight.double() - update
+        assert share == pytest.approx(max(0.0, 1 - float(lost.norm() / update.norm())), abs=1e-3)
     assert layer.weight.dtype == torch.float32, "the trained model stays as it is"
 
 
@@ -309,37 +290,15 @@ def test_a_quantized_base_becomes_plain_and_is_said(make_module, tmp_path):
     assert bytes_needed(module.backbone, ["merged"], None) > sum(t.nbytes for t in tensors.values())
 
 
-DISKS = {
-    "a full disk": (errno.ENOSPC, "no space was left for"),
-    "a disk to read from": (errno.EROFS, "cannot be written.*--output_dir"),
-    "a limit on files": (errno.EFBIG, "limit on file sizes.*nothing was.*ulimit -f.*--max_shard_size"),
-}
-
-
-@pytest.mark.parametrize("disk", DISKS)
-def test_a_disk_that_does_not_take_the_files_is_one_line_with_the_right_cure(disk, moved, tmp_path, monkeypatch):
-    number, cure = DISKS[disk]
-
+def test_a_limit_on_file_sizes_is_one_line_with_its_cure_and_leaves_nothing(moved, tmp_path, monkeypatch):
     def refuses(*args, **kwargs):
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
     monkeypatch.setattr("lora_lightning.export.model_files.write_tensors", refuses)
-    with pytest.raises(LoRAError, match=cure) as refused:
+    with pytest.raises(LoRAError, match=r"limit on file sizes.*nothing was.*ulimit -f.*--max_shard_size") as refused:
         export_of(moved, tmp_path / "out", BATCH)
     assert f"'{tmp_path / 'out'}'" in str(refused.value)
-    assert "nothing was" in str(refused.value)
-    assert not re.search(r"\n|\.part|runs_dir", str(refused.value))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_export_stands_where_the_runs_folder_cannot_be_written(moved, tmp_path, monkeypatch):
-    def refuses(*args):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    result = export_of(moved, tmp_path / "out", BATCH)
-    monkeypatch.setattr("lora_lightning.training.checkpoints.run_folder.update_report", refuses)
-    with pytest.warns(UserWarning, match="the export is whole"):
-        assert record_export(tmp_path / "run", result)["merged_dir"] == str(tmp_path / "out" / "merged")
 
 
 @pytest.mark.parametrize("formats", [["adapter"], ["adapter", "merged"]], ids="+".join)
@@ -348,65 +307,26 @@ def test_there_is_never_more_than_one_other_copy_of_w0(formats, make_module, tmp
     module, real, alive = make_module(), proof.outputs, []
     shape = module.backbone.get_input_embeddings().weight.shape
 
-    def tables():
-        gc.collect()
-        return [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.shape == shape]
-
-    before = tables()  # of other tests too, and held, so that no new table has the address of one of them
-
     def counted(model, inputs):
-        alive.append(len({t.data_ptr() for t in tables()} - {t.data_ptr() for t in before}))
+        gc.collect()
+        tables = [t for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter) and t.shape == shape]
+        alive.append(len({t.data_ptr() for t in tables}))
         return real(model, inputs)
 
     monkeypatch.setattr(proof, "outputs", counted)
-    export_of(module, tmp_path / "out", TEXTS, formats=formats)
+    gc.freeze()  # what was there before is not counted
+    try:
+        export_of(module, tmp_path / "out", TEXTS, formats=formats)
+    finally:
+        gc.unfreeze()
     assert max(alive) == len(formats) - 1
 
 
-def test_a_killed_export_leaves_nothing_that_looks_like_one(moved, tmp_path, monkeypatch):
-    real = proof.write_merged
-
-    def killed(*args, **kwargs):
-        real(*args, **kwargs)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    child = os.fork()
-    if child == 0:
-        monkeypatch.setattr(proof, "write_merged", killed)
-        try:
-            export_of(moved, tmp_path / "out", BATCH)
-        finally:
-            os._exit(1)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".out.")
-    assert (left / "merged" / "model.safetensors").is_file()
-    assert not list(tmp_path.rglob("export_report.json"))
-    export_of(moved, tmp_path / "out", BATCH)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_runs_report_is_of_its_latest_export_and_says_what_a_person_asks_of_it(make_module, moved, tmp_path):
-    def rows_of(module, name, **options):
-        told = record_export(tmp_path, result := export_of(module, tmp_path / name, BATCH, **options))
-        return result, (told["merged_dir"], told["adapter_dir"]), dict(report_rows(told))
-
-    small = shaken(make_module(Vision(), LoRAConfig(r=2)), 1e-3)
-    with pytest.warns(UserWarning, match="rounding to bfloat16"):
-        result, places, rows = rows_of(small, "out", dtype="bfloat16", formats=["merged"])
-    assert places == (str(tmp_path / "out" / "merged"), None)
-    assert rows["W0 before, after"].endswith("unchanged")
-    assert rows["merged against adapted"].endswith("relative (allowed 1e-01, 16 units of bfloat16's precision)")
-    assert rows["merged weights"] == f"bfloat16, {human_size(result.merged_bytes)}"
-    assert re.fullmatch(r"at least \d+\.\d% \(\d of 2 layers below 90%\)", rows["update kept by rounding"])
-    _, places, rows = rows_of(moved, "a", formats=["adapter"])
-    assert places == (None, str(tmp_path / "a" / "adapter"))
-    assert rows["adapter read back"] == "0.0e+00 relative (allowed 1e-05 in float32)"
+def test_a_runs_report_is_of_its_latest_export(make_module, moved, tmp_path):
+    merged = record_export(tmp_path, export_of(moved, tmp_path / "out", BATCH, formats=["merged"]))
+    assert (merged["merged_dir"], merged["adapter_dir"]) == (str(tmp_path / "out" / "merged"), None)
+    told = record_export(tmp_path, export_of(moved, tmp_path / "a", BATCH, formats=["adapter"]))
+    assert (told["merged_dir"], told["adapter_dir"]) == (None, str(tmp_path / "a" / "adapter"))
     assert not (tmp_path / "a" / "merged").exists()
-
-
-def test_vllms_form_is_exported_and_proven(moved, tmp_path):
-    """The command's `--serving vllm` reaches the adapter: one r and one alpha, no patterns."""
-    with pytest.raises(LoRAError, match="head"):
-        export_of(moved, tmp_path / "out", BATCH, formats=["adapter"], serving="vllm")
-    assert not (tmp_path / "out").exists()
+    assert dict(report_rows(merged))["W0 before, after"].endswith("unchanged")
+    assert "adapter read back" in dict(report_rows(told))

@@ -1,10 +1,8 @@
 """Every logger goes on with the run that a fit resumes, without being told which that was."""
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,20 +12,27 @@ from lora_lightning.cli.main import resume_loggers
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.tracking.wandb_logger import go_on_with, runs_of
-from tests.command.process import REPOSITORY
+from tests.command.warm import run_all
 from tests.training import resuming
-from tests.training.logged import KILL_AT, STEPS, TERM_AT
 from tests.wandb_file import runs_in
+
+TERM_AT, KILL_AT, STEPS = 5, 11, 16
+"""Optimizer steps. `last.ckpt` is written every fourth, an epoch's end (8) and where SIGTERM came."""
 
 
 @pytest.fixture(scope="module")
 def logged(tiny, tmp_path_factory):
     """A fit that was sent SIGTERM, went on, was killed and went on."""
     folder = tmp_path_factory.mktemp("logged")
-    command = [sys.executable, "-m", "tests.training.logged", tiny.config]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert "ended with [75, -9, 0]" in done.stdout, done.stdout + done.stderr
+    args = ["fit", "--config", tiny.config, "--ckpt_path", "auto", "--save_every", 4, "--trainer.max_epochs", 2]
+    args += ["--trainer.log_every_n_steps", 1, "--trainer.callbacks+=tests.command.faults.Fault"]
+    args += ["--trainer.logger+=lora_lightning.WandbLogger", "--trainer.logger.save_dir", "runs"]
+    if find_spec("tensorboard"):
+        args += ["--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir", "boards"]
+    one = {"args": args, "count": 1, "launcher": "none"}
+    faults = {"asked": f"term:0:{TERM_AT}", "killed": f"kill:0:{KILL_AT}", "ended": ""}
+    played = run_all([{"name": name, "env": {"FAULT": fault}, **one} for name, fault in faults.items()], folder)
+    assert [played[name].codes for name in faults] == [[75], [-9], [0]], played
     return folder
 
 
@@ -57,19 +62,14 @@ def test_csv_is_one_file_with_each_step_once_and_with_the_numbers_that_wandb_has
             assert loss == pytest.approx(float(losses[step]), rel=1e-6)
 
 
-def test_csv_forgets_what_an_interrupted_fit_wrote_after_its_checkpoint_and_keeps_a_torn_file_going(tmp_path):
-    def log(logger, numbers, steps):
-        for step, number in zip(steps, numbers, strict=True):
-            logger.log_metrics({"loss": number}, step=step)
-        logger.save()
-        return logger
-
-    log(ContinuedCSVLogger(tmp_path, name="run", version=0), [1.0, 2.0, 3.0, 4.0], range(4))
+def test_csv_forgets_what_an_interrupted_fit_wrote_after_its_checkpoint_and_a_torn_row(tmp_path):
     file = tmp_path / "run" / "version_0" / "metrics.csv"
-    file.write_text(file.read_text() + "0.5")  # killed in the middle of a row
-    resumed = ContinuedCSVLogger(tmp_path, name="run", version=0)
-    resumed.go_on_from(2)
-    log(resumed, [7.0], [2]).finalize("success")
+    file.parent.mkdir(parents=True)
+    file.write_text("loss,step\n1.0,0\n2.0,1\n3.0,2\n4.0,3\n0.5")
+    logger = ContinuedCSVLogger(tmp_path, name="run", version=0)
+    logger.go_on_from(2)
+    logger.log_metrics({"loss": 7.0}, step=2)
+    logger.finalize("success")
     rows = [(row["step"], row["loss"]) for row in resuming.logged(tmp_path)]
     assert rows == [("0", "1.0"), ("1", "2.0"), ("2", "7.0")]
 

@@ -348,7 +348,7 @@ def test_members_of_different_bases_are_refused(tmp_path):
     population = Population.of(backbone, TASK(), dict(list(ADAPTERS.items())[:2]), functools.partial(trainer, tmp_path))
     other = copy_over_base(population.members[1].module.backbone)
     place = next(iter(iter_base(other)))
-    place.module._parameters[place.own] = nn.Parameter(place.tensor + 1, requires_grad=False)
+    place.module._parameters[place.key] = nn.Parameter(place.tensor + 1, requires_grad=False)
     population.members[1].module.backbone = other
     with pytest.raises(LoRAError, match=f"backbones differ, first in '{place.name}'"):
         Population(population.members)

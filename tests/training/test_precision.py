@@ -19,20 +19,18 @@ from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from lora_lightning.training.precision import HalfBase, convert, load_dtypes
 from lora_lightning.training.trainer import LoRATrainer
-from tests.factories import move, output
+from tests.factories import hf, move, output
 from tests.training.small import Vision, fit, loader, trainer_of
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
 EXPERTS = {"moe_intermediate_size": 8, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
 GROUPS = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_key_value_heads": 2}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 KINDS = {
-    "bert": ("AutoModelForSequenceClassification", lambda: transformers.BertConfig(**SIZES)),
-    "llama": ("AutoModelForCausalLM", lambda: transformers.LlamaConfig(**SIZES, num_key_value_heads=1)),
-    "batch statistics": (
-        "AutoModelForImageClassification",
-        lambda: transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
-    ),
-    "a router in float32": ("AutoModelForCausalLM", lambda: transformers.Dots1Config(**SIZES, **EXPERTS, **GROUPS)),
+    "bert": ("BertForSequenceClassification", SIZES),
+    "llama": ("LlamaForCausalLM", SIZES | {"num_key_value_heads": 1}),
+    "batch statistics": ("ResNetForImageClassification", RESNET),
+    "a router in float32": ("Dots1ForCausalLM", SIZES | EXPERTS | GROUPS),
 }
 TARGETS = {"batch statistics": ["convolution"]}
 
@@ -44,10 +42,9 @@ def quiet(tmp_path, precision="bf16-base", **options):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cast_and_loaded_in_bfloat16_are_one_base(kind, tmp_path):
-    auto, config = KINDS[kind]
-    cls = getattr(transformers, auto)
-    cls.from_config(config()).save_pretrained(tmp_path)
-    wide, narrow = cls.from_pretrained(tmp_path), cls.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    name, sizes = KINDS[kind]
+    hf(name, **sizes).save_pretrained(tmp_path)
+    wide, narrow = (getattr(transformers, name).from_pretrained(tmp_path, dtype=d) for d in (None, torch.bfloat16))
     for model in (wide, narrow):
         inject(model, LoRAConfig(r=2, use_dora=kind == "bert", target_modules=TARGETS.get(kind, "all-linear")))
     adapter = {k: v.clone() for k, v in adapter_tensors(move(wide)).items()}
@@ -140,8 +137,7 @@ def test_a_plain_trainer_takes_it_as_a_plugin(tmp_path, make_module, make_data):
 
     own = Own()
     trainer_of(tmp_path, plugins=[HalfBase()]).fit(own, loader())
-    dtypes = {p.requires_grad: p.dtype for p in own.parameters()}
-    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert {p.requires_grad: p.dtype for p in own.parameters()} == {True: torch.float32, False: torch.bfloat16}
 
 
 def test_double_precision_is_there_before_w0_is_looked_at(tmp_path, make_module, make_data):
@@ -161,17 +157,13 @@ def test_16_mixed_on_a_cpu_says_what_it_is(tmp_path, make_module, make_data, cap
     assert "(precision bf16-mixed, for 16-mixed, which CPUs do not have)" in told
 
 
-class NormFirst(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.body, self.head = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 2)
-
-    def forward(self, x):
-        return self.head(self.body(self.norm(x)))
-
-
 def test_a_model_of_ones_own(tmp_path, make_module):
     """Floating-point inputs go through fit and export; where torch refuses the mixture, the way out is named."""
+
+    class NormFirst(Vision):
+        def forward(self, x):
+            return super().forward(nn.functional.layer_norm(x, (6,), self.body[0].weight[0]))
+
     head = LoRAConfig(r=2, modules_to_save=["head"])
     trainer = quiet(tmp_path, callbacks=[FreezeBase(), Checkpoints(dirpath=str(tmp_path / "c"))])
     torch.manual_seed(5)
@@ -190,11 +182,10 @@ def test_nf4_is_for_a_base_that_was_loaded_so(tmp_path, make_module, make_data):
     with pytest.raises(LoRAError, match="nf4-base is for a backbone that is quantized as it is loaded"):
         quiet(tmp_path, "nf4-base").fit(make_module(), make_data())
     pytest.importorskip("bitsandbytes")
-    config = transformers.LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 128})
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    model = huggingface(
-        str(tmp_path / "llama"), "AutoModelForCausalLM", dtype="bfloat16", model_kwargs={"quantization_config": NF4}
-    )
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 128}
+    hf("LlamaForCausalLM", **sizes).save_pretrained(tmp_path / "llama")
+    given = {"dtype": "bfloat16", "model_kwargs": {"quantization_config": NF4}}
+    model = huggingface(str(tmp_path / "llama"), "AutoModelForCausalLM", **given)
     module = make_module(model, LoRAConfig(r=2))
     before = fingerprint(model).digest
     convert(module, HalfBase("nf4-base", "cpu"))
@@ -205,17 +196,16 @@ def test_nf4_is_for_a_base_that_was_loaded_so(tmp_path, make_module, make_data):
 
 
 def test_the_command_hands_the_words_meaning_down_and_forgets_it():
-    nothing = {"dtype": None, "model_kwargs": None}
-    backbone = SimpleNamespace(class_path="lora_lightning.huggingface", init_args=dict(nothing))
-    with precision_for_backbone({"trainer.precision": "bf16-base", "model.backbone": backbone}):
-        assert backbone.init_args == {"dtype": "bfloat16", "model_kwargs": None}
-    assert backbone.init_args == nothing
-    given = {"dtype": "float16", "model_kwargs": {"a": 1}}
-    backbone.init_args = dict(given)
-    command = {"trainer.precision": "nf4-base", "model.backbone": backbone}
-    with precision_for_backbone(command):
-        assert backbone.init_args == {"dtype": "float16", "model_kwargs": {"a": 1, "quantization_config": NF4}}
-    assert backbone.init_args == given
+    own = {"dtype": "float16", "model_kwargs": {"a": 1}}
+    cases = [
+        ("bf16-base", {"dtype": None, "model_kwargs": None}, {"dtype": "bfloat16"}),
+        ("nf4-base", own, {"model_kwargs": {"a": 1, "quantization_config": NF4}}),
+    ]
+    for word, given, wanted in cases:
+        backbone = SimpleNamespace(class_path="lora_lightning.huggingface", init_args=dict(given))
+        with precision_for_backbone({"trainer.precision": word, "model.backbone": backbone}):
+            assert backbone.init_args == given | wanted
+        assert backbone.init_args == given
     other = SimpleNamespace(class_path="torch.nn.Identity", init_args={})
-    with precision_for_backbone({**command, "model.backbone": other}):
+    with precision_for_backbone({"trainer.precision": "nf4-base", "model.backbone": other}):
         assert other.init_args == {}

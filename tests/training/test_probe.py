@@ -1,6 +1,6 @@
 """The batch that an export is proven on, and what is compared over it: all that a model returns."""
 
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from lora_lightning import LoRAConfig, LoRAError, SequenceClassification
 from lora_lightning.export.probe_batch import MOST_ROWS, first_batch, first_rows, probe_from
 from lora_lightning.export.verification import difference, outputs, tolerance
 from lora_lightning.lora.errors import MergeError
-from tests.factories import bert, sequential
+from tests.factories import sequential
 from tests.training.small import Vision
 
 TASK, X = SequenceClassification(2), torch.arange(12.0).view(2, 6)
@@ -21,25 +21,17 @@ TASK, X = SequenceClassification(2), torch.arange(12.0).view(2, 6)
 @pytest.mark.parametrize("example", [torch.ones(3, 8), (torch.ones(3, 8),), {"input": torch.ones(3, 8)}], ids=type)
 def test_an_example_of_ones_own_is_taken(example):
     model = sequential()
-    for probe in (
-        probe_from(model, TASK, None, example),
-        probe_from(with_example(model, example), TASK, None),
-    ):
+    given = probe_from(model, TASK, None, example)
+    model.example_input_array = example
+    for probe in (given, probe_from(model, TASK, None)):
         assert probe.inputs.keys() == {"input"}
         assert torch.equal(probe.inputs["input"], torch.ones(3, 8))
 
 
-def with_example(model, example):
-    model.example_input_array = example
-    return model
-
-
-@pytest.mark.parametrize("make", [sequential, bert])
-def test_without_data_and_without_an_example_one_line_says_what_to_give(make):
-    with pytest.raises(LoRAError, match=r"no batch .* data section, or the model an example_input_array") as refused:
-        probe_from(make(), TASK, None)
-    assert type(make()).__name__ in str(refused.value)
-    assert "\n" not in str(refused.value)
+def test_without_data_and_without_an_example_one_line_says_what_to_give():
+    said = "no batch .* Sequential .* data section, or the model an example_input_array"
+    with pytest.raises(LoRAError, match=said):
+        probe_from(sequential(), TASK, None)
 
 
 def test_a_batch_of_the_data_is_cut_to_its_first_rows():
@@ -73,13 +65,11 @@ def test_a_batch_that_names_no_arguments_is_one_clear_error_or_the_models_own_ex
 
 
 def test_an_example_of_ones_own_goes_to_where_the_model_is():
-    """The meta device stands for another card."""
-    backbone = nn.Linear(6, 2, device="meta")
+    backbone = nn.Linear(6, 2, device="meta")  # stands for another card
     assert probe_from(backbone, TASK, None, X).inputs["input"].is_meta
 
 
 ONE, TWO, THREE = torch.tensor([1.0]), torch.tensor([2.0, -4.0]), torch.tensor([[3.0]])
-Pair = namedtuple("Pair", "first second")
 
 
 @dataclass
@@ -94,20 +84,10 @@ class Cache:
         self.layers, self.owner, self.again = list(tensors), nn.Linear(2, 2), self
 
 
-class Returns(nn.Module):
-    def __init__(self, value):
-        super().__init__()
-        self.value = value
-
-    def forward(self):
-        return self.value
-
-
 NESTED = {
     "a tensor": (ONE, [ONE]),
     "a tuple of tuples": ((ONE, ((TWO,), [THREE])), [ONE, TWO, THREE]),
     "a mapping": (OrderedDict(a=ONE, b={"c": TWO}), [ONE, TWO]),
-    "a named tuple": (Pair(ONE, TWO), [ONE, TWO]),
     "a dataclass with a cache": (Result(ONE, Cache(TWO, THREE)), [ONE, TWO, THREE]),
     "numbers, names and whole numbers": ((ONE, 3, "x", None, torch.arange(2), torch.float32), [ONE]),
 }
@@ -116,7 +96,9 @@ NESTED = {
 @pytest.mark.parametrize("name", NESTED)
 def test_every_floating_tensor_is_found_however_nested(name):
     value, wanted = NESTED[name]
-    found = outputs(Returns(value), {})
+    model = nn.Module()
+    model.forward = lambda: value
+    found = outputs(model, {})
     assert len(found) == len(wanted)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
@@ -141,23 +123,17 @@ def test_outputs_of_another_shape_or_number_are_refused():
         difference([ONE, TWO], [ONE], "it")
     with pytest.raises(MergeError, match="it returns"):
         difference([ONE], [THREE], "it")
-    with pytest.raises(MergeError, match="no finite number"):
-        difference([ONE * float("nan")], [ONE * float("nan")], "it")
-    with pytest.raises(MergeError, match="no finite number"):
-        difference([], [], "it")
+    for nothing in ([ONE * float("nan")], []):
+        with pytest.raises(MergeError, match="no finite number"):
+            difference(nothing, nothing, "it")
 
 
-@pytest.mark.parametrize(
-    ("base", "asked", "allowed"),
-    [
-        (torch.float64, None, 1e-10),
-        (torch.float32, None, 1e-5),
-        (torch.bfloat16, None, 16 * 2**-7),
-        (torch.bfloat16, torch.float32, 16 * 2**-7),
-        (torch.float32, torch.float16, 16 * 2**-10),
-    ],
-    ids=str,
-)
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+ALLOWED = [(F64, None, 1e-10), (F32, None, 1e-5), (F32, F16, 16 * 2**-10)]
+ALLOWED += [(BF16, None, 16 * 2**-7), (BF16, F32, 16 * 2**-7)]
+
+
+@pytest.mark.parametrize(("base", "asked", "allowed"), ALLOWED, ids=str)
 def test_the_tolerance_follows_the_coarsest_dtype(base, asked, allowed):
     found, rule = tolerance(nn.Linear(2, 2, dtype=base).requires_grad_(False), asked)
     assert found == allowed

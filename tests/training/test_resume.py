@@ -17,7 +17,7 @@ from lora_lightning import Checkpoints, FreezeBase, LoRAError, Resume
 from lora_lightning.data.dataset import DatasetData
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from tests.training import ragged, resuming
+from tests.training import ragged, strategies
 from tests.training.resuming import EveryState, at, checkpoints, differing, ended, fit, logged
 
 CASES = {
@@ -88,11 +88,8 @@ def test_last_is_the_newest_state_and_best_the_best(tiny, tmp_path):
     steps = {n: load_checkpoint(checkpoints(tmp_path) / f"{n}.ckpt")["global_step"] for n in ("best", "last")}
     assert steps == {"best": 6, "last": 18}
     # Into another folder: the best so far is taken along, and a worse one does not replace it.
-    given = best_of_the_first_epoch()
-    more = fit(
-        tiny, tmp_path / "more", ckpt=checkpoints(tmp_path) / "last.ckpt", callbacks=given, max_epochs=4, logger=False,
-        default_root_dir=tmp_path / "more",
-    )  # fmt: skip
+    given = {"callbacks": best_of_the_first_epoch(), "logger": False, "default_root_dir": tmp_path / "more"}
+    more = fit(tiny, tmp_path / "more", ckpt=checkpoints(tmp_path) / "last.ckpt", max_epochs=4, **given)
     assert float(more.checkpoint_callback.best_model_score) == 0.0
     assert load_checkpoint(tmp_path / "more" / "checkpoints" / "best.ckpt")["global_step"] == 6
     assert load_checkpoint(tmp_path / "more" / "checkpoints" / "last.ckpt")["global_step"] == 24
@@ -121,8 +118,7 @@ def test_a_checkpoint_without_random_states_and_one_of_other_processes_are_named
 
 
 def test_rows_after_the_checkpoint_are_forgotten_though_no_step_makes_them_anew(tiny, tmp_path):
-    """A fit that goes on from step 3 of 18 and ends at step 5."""
-    fit(tiny, tmp_path)
+    fit(tiny, tmp_path, max_epochs=1)
     fit(tiny, tmp_path, ckpt=checkpoints(tmp_path) / "003-batch.ckpt", max_steps=5)
     assert max(int(row["step"]) for row in logged(tmp_path)) == 4
 
@@ -165,27 +161,16 @@ class Own(LightningDataModule):
         return DataLoader(Stream(), batch_size=4)
 
 
-def fit_rows(folder, data, ckpt=None, **options):
-    if ckpt is not None:
-        torch.rand(7)
-    given = [FreezeBase(False), Resume(), EveryState(save_every=1)]
-    torch.manual_seed(5)
-    made = ragged.module(torch.float32, dropout=0.2)
-    own = {"max_epochs": 2, "num_sanity_val_steps": 0, "gradient_clip_val": 1.0}
-    trainer = resuming.trainer_of(*given, folder=folder, **own | options)
-    trainer.fit(made, data, ckpt_path=ckpt)
-    return trainer
-
-
 @pytest.mark.parametrize("train", [Rows, Stream])
 def test_a_set_of_ones_own_resumes_in_an_epochs_middle(tmp_path, train):
     def data():
         return DatasetData(train=train(), validation=Rows(), batch_size=4)
 
-    whole = fit_rows(tmp_path / "whole", data())
+    whole = strategies.fit(tmp_path / "whole", data=data(), max_epochs=2)
     for state in ("003-batch", "006-epoch", "010-batch"):
         file = checkpoints(tmp_path / "whole") / f"{state}.ckpt"
-        assert differing(ended(whole), ended(fit_rows(tmp_path / state, data(), str(file)))) == [], state
+        resumed = strategies.fit(tmp_path / state, data=data(), ckpt=file, max_epochs=2)
+        assert differing(ended(whole), ended(resumed)) == [], state
 
 
 @pytest.mark.parametrize(("loader", "options"), [("DataLoader", {}), ("ResumableLoader", {"overfit_batches": 3})])
@@ -194,10 +179,10 @@ def test_rows_that_come_again_in_an_epochs_middle_are_said(tmp_path, loader, opt
         return DatasetData(train=Rows(), batch_size=4) if options else Own()
 
     given = options | {"max_epochs": 1, "limit_val_batches": 0}
-    fit_rows(tmp_path / "whole", data(), **given)
+    strategies.fit(tmp_path / "whole", data=data(), **given)
     file = checkpoints(tmp_path / "whole") / "002-batch.ckpt"
     with pytest.warns(UserWarning, match=f"middle of an epoch, whose rows {loader} begins anew.*not bit for bit"):
-        fit_rows(tmp_path / "on", data(), str(file), **given)
+        strategies.fit(tmp_path / "on", data=data(), ckpt=file, **given)
 
 
 def test_what_a_checkpoint_overrules_is_said(tiny, tmp_path, caplog):

@@ -4,12 +4,13 @@ import functools
 import json
 
 import pytest
+import timm
 import torch
+import torchvision
 
 from lora_lightning import LoRAConfig, LoRAError, inject
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.reports.console import backbone_name
 from lora_lightning.training.callbacks.rank_telemetry import FILE
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
@@ -18,6 +19,7 @@ from lora_lightning.training.strategies.fsdp2.wrapping import groups_of, named_b
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import run
 from tests.distributed import one_process
+from tests.factories import hf
 from tests.processes import REPOSITORY
 from tests.training import ragged, shards, strategies
 from tests.training.ragged import assert_alike, furthest
@@ -44,14 +46,14 @@ def test_texts_of_unlike_length_are_written_by_all_processes_together(beside):
 
 
 def test_what_cannot_be_sharded_is_refused_by_name():
-    twice, scalar = shards.attention()(), shards.attention()().requires_grad_(False)
+    twice, scalar = shards.attention(), shards.attention().requires_grad_(False)
     twice.blocks[1].q = twice.blocks[0].q
     inject(twice, LoRAConfig(r=2, target_modules=["q"]))
     scalar.temperature.requires_grad_(True)
     for model, options, said in (
         (twice, {}, "blocks.0.q.lora_A, blocks.0.q.lora_B"),
         (scalar, {}, "temperature"),
-        (shards.attention()(), {"blocks": ["block.*"]}, "fits no module with parameters; did you mean 'blocks.2'"),
+        (shards.attention(), {"blocks": ["block.*"]}, "fits no module with parameters; did you mean 'blocks.2'"),
     ):
         with one_process() as mesh, pytest.raises(LoRAError, match=said):
             shard(model, mesh, torch.device("cpu"), **options)
@@ -151,6 +153,7 @@ def test_a_fit_under_autocast_reports_once_and_a_sharded_one_leaves_the_export_t
     folder = found["folder"] / "bf16" / "run" / "version_0"
     report = json.loads((folder / "report.json").read_text())
     assert report["steps"] == 2
+    assert report["backbone"] == "Net", "its own class, also where it is sharded"
     assert report["w0_unchanged"]
     assert (folder / "export").exists() == (found["strategy"] == "ddp")
     layers = [name for name, _ in adapted_layers(ragged.module(torch.float32, bias="lora_only").backbone)]
@@ -171,7 +174,6 @@ def test_what_goes_wrong_in_one_process_stops_all(found, what):
 
 
 MISFITS = {
-    "another rank": "the checkpoint was trained with lora.r=3, this run says 2",
     "another base": "layers.2.down.bias",
     "shapes": "lora_A' has shape (3, 17), expected (2, 17)",
     "keys": "left over 'backbone.layers.0.down.lora_A'",
@@ -187,27 +189,14 @@ def test_checkpoints_that_do_not_fit_are_refused_in_all_processes(found):
 # What FSDP2 finds and says.
 
 
-def test_a_report_names_the_backbones_own_class_also_where_it_is_sharded():
-    made = ragged.module()
-    with one_process() as mesh:
-        shard(made.backbone, mesh, torch.device("cpu"))
-    assert (type(made.backbone).__name__, backbone_name(made.backbone)) == ("FSDPNet", "Net")
-
-
 def test_blocks_are_found_without_knowing_the_architecture():
-    timm, torchvision = pytest.importorskip("timm"), pytest.importorskip("torchvision")
-    from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, MixtralConfig, MixtralModel
-
-    bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8))
-    gpt2 = GPT2Model(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=9))
-    experts = {"num_local_experts": 3, "vocab_size": 9, "num_attention_heads": 2, "num_key_value_heads": 2}
-    mixtral = MixtralModel(MixtralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, **experts))
+    bert = hf("BertModel", hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8)
+    gpt2 = hf("GPT2Model", n_embd=8, n_layer=2, n_head=2, vocab_size=9)
     with torch.device("meta"):
         vit, resnet = timm.create_model("vit_tiny_patch16_224"), torchvision.models.resnet18()
         swin = torchvision.models.swin_t()
     assert list(groups_of(bert)) == [f"encoder.layer.{i}" for i in range(3)]
     assert list(groups_of(gpt2)) == ["h.0", "h.1"]
-    assert list(groups_of(mixtral)) == ["layers.0", "layers.1"]
     assert list(groups_of(vit)) == [f"blocks.{i}" for i in range(12)]
     assert list(groups_of(resnet)) == [f"layer{i}.{j}" for i in range(1, 5) for j in range(2)]
     assert [name.count(".") for name in groups_of(swin)].count(2) == 12
@@ -226,13 +215,11 @@ def test_a_word_is_enough_for_the_defaults():
 def test_the_command_fits_tests_predicts_and_exports(tiny, tmp_path):
     both = ["--config", tiny.config, "--config", REPOSITORY / "configs" / "strategy" / "fsdp2.yaml"]
     run("fit", *both, "--trainer.max_epochs", "2", cwd=tmp_path)
-    run("test", "--ckpt_path", "runs/tiny", cwd=tmp_path)
-    run("predict", "--ckpt_path", "runs/tiny", "--trainer.devices", "1", cwd=tmp_path)
-    run("export", "--ckpt_path", "runs/tiny", cwd=tmp_path)
+    for command, *more in (["test"], ["predict", "--trainer.devices", "1"], ["export"]):
+        run(command, "--ckpt_path", "runs/tiny", *more, cwd=tmp_path)
     folder = tmp_path / "runs" / "tiny" / "version_0"
     report = json.loads((folder / "report.json").read_text())
     assert report["w0_unchanged"]
     assert report["export_max_rel_diff"] < 1e-5
     assert {"test_accuracy", "val_accuracy"} <= report.keys()
-    assert (folder / "export" / "adapter" / "adapter_config.json").is_file()
     assert next(folder.rglob("predictions.jsonl")).read_text().count("\n") > 10

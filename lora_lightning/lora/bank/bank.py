@@ -1,7 +1,7 @@
-"""Several adapters beside one frozen base: held as data, one of them in the model at a time, or one for each row.
+"""Several adapters over one frozen base: one of them is in the model at a time, or each row of a batch has one.
 
-The layers know nothing of it. An adapter that is not active waits outside the model with its own classes, settings
-and tensors (`detached.py`), so that any two may differ in everything: rank, targets, options, heads.
+The layers do not depend on the bank. An inactive adapter is stored outside the model with its classes, settings and
+tensors (`detached.py`), so that two adapters may differ in everything: rank, targets, options, heads.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from lora_lightning.lora.report import InjectionReport
 
 
 class AdapterBank:
-    """Many adapters on `model`, whose own tensors are never copied and never written into.
+    """Many adapters for `model`, whose W0 is never copied and never written into.
 
     At most one adapter is in the model, the active one: `model(x)` computes with it, an optimizer trains it, `merge`
-    and `save_adapter` take it, as if it were the only one.
+    and `save_adapter` use it, as if it were the only one.
 
     Args:
         model: plain, or adapted: its adapter is then the bank's first, and active.
         first: the name of that first adapter.
-        device: where adapters wait that are not active; left out, where they are.
+        device: where inactive adapters are stored; left out, they stay where they are.
     """
 
     def __init__(self, model: nn.Module, *, first: str = "default", device: torch.device | str | None = None) -> None:
@@ -63,14 +63,14 @@ class AdapterBank:
         self._active: str | None = None
         self._within: str | None = None
         self._batch_first: set[str] = set()
-        hold_packing(model)  # the base that waits must not be rounded either
+        hold_packing(model)  # which would round the base, also while it is plain
         self._base = base_versions(model)
         if find_adapter(model).shares:
             self.add(first)
 
     @property
     def names(self) -> list[str]:
-        """Every adapter, in the order in which they came."""
+        """The names of all adapters, in the order in which they were added."""
         return list(self._held)
 
     @property
@@ -87,13 +87,13 @@ class AdapterBank:
         allow_other_base: bool = False,
         alphas: Mapping[str, float] | None = None,
     ) -> InjectionReport:
-        """Read a PEFT directory as `load_adapter` does, on the plain base, and hold it. What is active stays so.
+        """Read a PEFT directory as `load_adapter` does, and add it to the bank. The active adapter stays active.
 
         Args:
             allow_other_base, alphas: as for `load_adapter`.
 
         Raises:
-            AdapterError: as `load_adapter`; the name is taken. The bank is then as before.
+            AdapterError: as `load_adapter`; or the name is taken. The bank is then unchanged.
         """
         self._refuse_taken(name)
         with self._plain_model("load"):
@@ -110,7 +110,7 @@ class AdapterBank:
         task_type: str | None = None,
         serving: Literal["vllm"] | None = None,
     ) -> Path:
-        """Write a held adapter as `save_adapter` does, with the same settings. What is active stays so."""
+        """Write an adapter as `save_adapter` does, with the same options. The active adapter stays active."""
         self._find(name)
         with self._plain_model("save"):
             refuse_replaced(self.model, self._held[name])
@@ -127,10 +127,10 @@ class AdapterBank:
                 self._held[name] = take_out(self.model, self.device)
 
     def add(self, name: str) -> None:
-        """Hold the adapter that the model has now, which is active from then on.
+        """Add the adapter that the model has now, which becomes the active one.
 
         Raises:
-            LoRAError: the model has none, or its adapter is held already.
+            LoRAError: the model has no adapter, or the bank has it already.
         """
         self._refuse_taken(name)
         self._refuse_within("add")
@@ -145,9 +145,9 @@ class AdapterBank:
     def activate(self, name: str | None) -> None:
         """Put the adapter `name` into the model in place of the active one; None leaves the plain base.
 
-        Nothing is loaded, allocated or drawn: parameters are the same objects as when it was last active, so that
-        what was trained is there, and an optimizer made for them goes on. Children that the adapter brings run in
-        the mode (train or eval) of the modules they belong to.
+        Nothing is loaded, allocated or initialized: parameters are the same objects as when it was last active, so that
+        trained values stay, and an optimizer of them can go on. Child modules of the adapter get the mode (train or
+        eval) of the modules they belong to.
 
         Raises:
             LoRAError: no such adapter; the base moved; the model has an adapter that the bank does not hold.
@@ -171,18 +171,18 @@ class AdapterBank:
 
     @contextmanager
     def rows(self, names: Sequence[str | None], *, repeats: int = 1) -> Iterator[None]:
-        """Within the block row i of each batch is computed by the adapter `names[i]`, or by the base alone for None.
+        """Within the block row i of each batch is computed with the adapter `names[i]`, or with the base for None.
 
-        In eval mode and without gradients. Rows must be the first dimension of what every adapted layer sees; a layer
-        that sees another thing, such as rows and positions flattened into one, is refused by name when it runs.
+        For eval mode and without gradients. Rows must be the first dimension of every adapted layer's input; a layer
+        with another input, such as rows and positions flattened into one dimension, is refused by name when it runs.
 
         Args:
             names: one for each row of the batch.
-            repeats: how often each row is repeated in a row, as beams and several returned sequences do in `generate`.
+            repeats: how often each row is repeated consecutively, as beams and returned sequences are in `generate`.
 
         Raises:
-            LoRAError: no such adapter; train mode; an adapter or a model that has no form row by row. In a forward: a
-                layer whose first dimension is not that of the rows.
+            LoRAError: no such adapter; train mode; an adapter or a model that cannot be computed row by row. In a
+                forward: a layer whose first dimension is not that of the rows.
         """
         if isinstance(names, str) or not list(names):
             raise LoRAError(f"rows must name an adapter or None for every row of the batch, got {names!r}")
@@ -193,7 +193,7 @@ class AdapterBank:
             if name is not None:
                 self._find(name)
         batch = Batch(list(names), repeats, self._batch_first)
-        several = len(set(names)) > 1  # else it does not matter which row is which
+        several = len(set(names)) > 1  # else the one adapter is activated for all rows
         with self._sources("rows", [name for name in names if several and name is not None]) as sources:
             self._switch(None if several else names[0])
             self._within = "rows"
@@ -204,7 +204,7 @@ class AdapterBank:
                 self._within = None
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; where it is active, the plain base is left."""
+        """Remove an adapter from the bank; if it was active, the model is the plain base."""
         self._refuse_within("remove")
         self._find(name)
         if self.active == name:
@@ -220,16 +220,17 @@ class AdapterBank:
         rank: int | None = None,
         **removed: Any,
     ) -> Combination:
-        """Hold a new adapter made of others: the weighted sum `sum_i w_i s_i B_i A_i` of their updates.
+        """Add a new adapter made of others: the weighted sum `sum_i w_i s_i B_i A_i` of their updates.
 
-        A module that only some adapt is combined of those. A head saved in full is taken where all agree on it.
+        A module that only some of them adapt gets the sum of those. A head that trained in full is copied where all
+        adapters that have it agree.
 
         Args:
-            method: `concat`: exactly, with the ranks added up; `svd`: its best approximation of `rank`.
-            removed: settings that methods of earlier versions took, each refused.
+            method: `concat` is exact, and its rank is the sum of the ranks; `svd` is the best approximation of `rank`.
+            removed: options of methods in earlier versions, each refused.
 
         Raises:
-            LoRAError: there is no such adapter, or no such combination of these. The bank is then as before.
+            LoRAError: there is no such adapter, or these cannot be combined so. The bank is then unchanged.
         """
         self._refuse_taken(name)
         check_request(weights, self.names, method, rank, removed)
@@ -254,11 +255,11 @@ class AdapterBank:
         sizes = ", ".join(f"{name} ({held.nbytes() / 2**20:.1f} MiB)" for name, held in self._held.items())
         return f"AdapterBank({sizes or 'empty'}; active: {self._active})"
 
-    # What is in the model.
+    # Adapters in and out of the model.
 
     @contextmanager
     def _plain_model(self, what: str) -> Iterator[None]:
-        """Within the block the model is plain; what was active is put back. `what` names the call."""
+        """Within the block the model is plain; afterwards the active adapter is back. `what` names the caller."""
         self._refuse_within(what)
         before = self.active
         self._switch(None)
@@ -269,7 +270,7 @@ class AdapterBank:
 
     @contextmanager
     def _sources(self, what: str, names: Iterable[str]) -> Iterator[dict[str, DetachedAdapter]]:
-        """Within the block the model is plain, and these adapters are on its device beside it."""
+        """Within the block the model is plain, and these adapters are on its device."""
         with self._plain_model(what):
             sources = {name: self._held[name] for name in names}
             for held in sources.values():
@@ -285,7 +286,7 @@ class AdapterBank:
         if name == self._active:
             return
         if name is not None:
-            refuse_replaced(self.model, self._held[name])  # before anything is taken out
+            refuse_replaced(self.model, self._held[name])  # before the active adapter is taken out
         before, self._active = self._active, None
         if before is not None:
             self._held[before] = take_out(self.model, self.device)
@@ -293,7 +294,7 @@ class AdapterBank:
             self._put_in(name, before)
 
     def _put_in(self, name: str, before: str | None) -> None:
-        """Put `name` into the plain model; where that fails, what was active is put back."""
+        """Put `name` into the plain model; if that fails, put `before` back."""
         try:
             put_in(self.model, self._held[name])
         except BaseException:
@@ -305,10 +306,10 @@ class AdapterBank:
         self._active = name
 
     def _check_model(self) -> None:
-        """Whether the model is as the bank left it: its base untouched, its adapter the active one."""
+        """Raise unless the model is as the bank left it: W0 unchanged, its adapter the active one."""
         refuse_moved(self.model, self._base)
         if not any(isinstance(module, Grafted) for module in self.model.modules()):
-            self._active = None  # remove(model) took it out; it is held all the same
+            self._active = None  # remove(model) took it out; the bank still has it
             hold_packing(self.model)
         elif not self._within and not (self._active and self._in_place(self._active)):
             raise AdapterError("the model has an adapter that the bank does not hold: bank.add(name), or remove(model)")

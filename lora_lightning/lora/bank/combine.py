@@ -1,7 +1,7 @@
-"""One adapter out of several: the weighted sum of their updates, exactly or at a chosen rank.
+"""Combine several adapters into one: the weighted sum of their updates, exactly or at a chosen rank.
 
-The sum `sum_i w_i s_i B_i A_i` is taken block by block: a block is a pair (A, B) that is multiplied by itself, such as
-a part of a fused projection, a group of a convolution's channels, an expert of a stack. Updates are never formed.
+The sum `sum_i w_i s_i B_i A_i` is computed block by block: a block is a pair (A, B) with a separate product, such as a
+part of a fused projection, a group of a convolution's channels, an expert of a stack. Updates are never formed.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ REMOVED = {
 """Methods of earlier versions, and PEFT's names for them."""
 
 Loss = tuple[float, float]
-"""Squares of Frobenius norms: of what is missing, and of what was asked for."""
+"""Squared Frobenius norms: of the error, and of the exact sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """What a combination lost, and how large it is."""
+    """The errors and the ranks of a combination."""
 
     method: str
     errors: dict[str, float] = field(default_factory=dict)
-    """By module, ||wanted - held||_F / ||wanted||_F: what the chosen rank left out. 0 is nothing."""
+    """By module, ||exact - combined||_F / ||exact||_F: the error of the chosen rank."""
     ranks: dict[str, int] = field(default_factory=dict)
     """By module."""
     error: float = 0.0
@@ -59,9 +59,9 @@ class CombinedLayer:
     """One layer of the combination."""
 
     name: str
-    """In the backbone."""
+    """The name in the backbone."""
     like: AdaptedLayer
-    """A layer of its kind."""
+    """The first adapter's layer, for its kind and shapes."""
     whole: bool
     """Whether parts of a fused projection are one block, since the adapters disagree about them."""
     pairs: list[Pair]
@@ -69,23 +69,24 @@ class CombinedLayer:
 
     @property
     def rank(self) -> int:
-        """The rank of the layer as its kind counts it."""
+        """The layer's r; with groups, the sum over the groups."""
         return int(self.pairs[0][0].shape[0]) * _groups(self.like)
 
 
 def check_request(
     weights: Mapping[str, float], names: list[str], method: str, rank: int | None, removed: Mapping[str, Any]
 ) -> None:
-    """Raise a ConfigError unless this asks for a weighted sum of adapters in `names`.
+    """Raise a ConfigError unless these are valid arguments for a weighted sum of adapters in `names`.
 
     Args:
-        removed: settings of methods that are no longer made, as the call gave them.
+        removed: arguments of removed methods.
     """
     if method in REMOVED or removed:
-        theirs = REMOVED.get(method)
+        in_peft = REMOVED.get(method)
         raise ConfigError(
-            f"{f'method {method!r}' if theirs else ', '.join(removed)} was removed: take 'concat' or 'svd', or let PEFT"
-            f" combine the saved adapters{f' ({theirs!r})' if theirs else ''} by add_weighted_adapter, and load that"
+            f"{f'method {method!r}' if in_peft else ', '.join(removed)} was removed: take 'concat' or 'svd', or let"
+            f" PEFT combine the saved adapters{f' ({in_peft!r})' if in_peft else ''} by add_weighted_adapter, and load"
+            " that"
         )
     if method not in METHODS:
         raise ConfigError(
@@ -111,15 +112,15 @@ def check_request(
 def combine_layers(
     sources: Mapping[str, DetachedAdapter], weights: Mapping[str, float], rank: int | None
 ) -> dict[str, CombinedLayer]:
-    """Every layer of the weighted sum by its path, with its factors: of `rank`, or with the ranks added up.
+    """Every layer of the weighted sum by its path, at `rank`, or at the sum of the ranks.
 
     Raises:
-        LoRAError: an adapter has something of which there is no weighted sum, or a rank that does not fit.
+        LoRAError: an adapter has something that cannot be summed, or the rank does not fit a layer.
     """
     for name, held in sources.items():
         _refuse(name, held)
     layers = {name: held.layers() for name, held in sources.items()}
-    paths = list(dict.fromkeys(path for by_path in layers.values() for path in by_path))
+    paths = list(dict.fromkeys(path for adapted in layers.values() for path in adapted))
     if not paths:
         raise LoRAError(f"nothing to combine: none of {', '.join(sources)} adapts a layer by A and B")
     combined = {}
@@ -149,7 +150,7 @@ def _combine_layer(path: str, layers: list[AdaptedLayer], weights: Sequence[floa
 
 
 def truncate_pair(A: Tensor, B: Tensor, rank: int) -> tuple[Pair, Loss]:
-    """The best approximation of `B A` of rank `rank` (Eckart and Young), and what it lacks."""
+    """The best approximation of `B A` of rank `rank` (Eckart and Young), and its loss."""
     svd = spectrum(A, B)
     root, squares = svd.S[:rank].sqrt(), svd.S.square()
     pair = ((svd.V[:, :rank] * root).mT.to(A), (svd.U[:, :rank] * root).to(B))
@@ -157,7 +158,7 @@ def truncate_pair(A: Tensor, B: Tensor, rank: int) -> tuple[Pair, Loss]:
 
 
 def pad_pair(pair: Pair, rank: int) -> Pair:
-    """The same update with zeros up to `rank`."""
+    """The same update, with zeros in A and B up to `rank`."""
     more = rank - pair[0].shape[0]
     return (F.pad(pair[0], (0, 0, 0, more)), F.pad(pair[1], (0, more))) if more else pair
 
@@ -165,9 +166,9 @@ def pad_pair(pair: Pair, rank: int) -> Pair:
 def _scaled_blocks(layer: AdaptedLayer, *, whole: bool) -> list[Pair]:
     """The layer's update as the products `B A` of its blocks, with s in B; a subtracted init is a part of A and B."""
     scale, dtype = layer.lora_settings.scale, wide_dtype(layer.lora_A)
-    peft_tensors = layer.to_peft() if whole else {}
-    first, *more = [(peft_tensors["lora_A"], peft_tensors["lora_B"])] if whole else layer.factor_pairs()
-    pairs = [subtract_init(first, layer.lora_A0, layer.lora_B0), *more]  # subtracted from layers of one block only
+    tensors = layer.to_peft() if whole else {}
+    first, *more = [(tensors["lora_A"], tensors["lora_B"])] if whole else layer.factor_pairs()
+    pairs = [subtract_init(first, layer.lora_A0, layer.lora_B0), *more]  # only layers of one block subtract an init
     return [(A.detach().to(dtype), B.detach().to(dtype) * scale) for A, B in pairs]
 
 
@@ -191,36 +192,36 @@ def _refuse(name: str, held: DetachedAdapter) -> None:
 def saved_tensors(
     sources: Mapping[str, DetachedAdapter], combined: Mapping[str, CombinedLayer]
 ) -> dict[str, dict[str, Tensor]]:
-    """The copies of `modules_to_save` by the module's name: those that one adapter has, or that are equal in all.
+    """The copies of `modules_to_save`, by the module's name.
 
     Raises:
-        LoRAError: two adapters have different values for one module, or another adapts what one saved.
+        LoRAError: two adapters have different values for one module, or one adapts inside what another saved.
     """
-    by_path: dict[str, tuple[str, dict[str, Tensor]]] = {}
+    saved: dict[str, tuple[str, dict[str, Tensor]]] = {}
     for name, held in sources.items():
         for share in held.shares:
             if not issubclass(share.grafted, SavedCopy):
                 continue
             copy: nn.Module = share.stores["_modules"][COPY]
             state = {key: tensor.detach() for key, tensor in copy.state_dict().items()}
-            other, there = by_path.setdefault(share.path, (name, state))
+            other, there = saved.setdefault(share.path, (name, state))
             if any(not torch.equal(tensor, there[key]) for key, tensor in state.items()):
                 raise LoRAError(
                     f"'{other}' and '{name}' both saved '{share.path}' in full, with different values, and a head has"
                     f" no update to add: combine adapters that share it, or save them without it"
                 )
-    for path, (name, _) in by_path.items():
-        both = [layer.name for layer in combined.values() if f"{layer.name}.".startswith(f"{path}.")]
-        if both:
+    for path, (name, _) in saved.items():
+        adapted = [layer.name for layer in combined.values() if f"{layer.name}.".startswith(f"{path}.")]
+        if adapted:
             raise LoRAError(
-                f"'{name}' saved '{path}' in full, and another adapts '{both[0]}' by A and B: combine adapters that"
+                f"'{name}' saved '{path}' in full, and another adapts '{adapted[0]}' by A and B: combine adapters that"
                 f" train it in one way"
             )
-    return {path: state for path, (_, state) in by_path.items()}
+    return {path: state for path, (_, state) in saved.items()}
 
 
 def config_of(combined: Mapping[str, CombinedLayer], saved: list[str]) -> LoRAConfig:
-    """The config that injects layers of these ranks, with a scale of 1."""
+    """The config that injects these layers with their ranks and a scale of 1."""
     ranks = {f"^{re.escape(layer.name)}$": layer.rank for layer in combined.values()}
     bare = [layer.name for layer in combined.values() if isinstance(layer.like, LoRAParameter)]
     modules = [layer.name for layer in combined.values() if layer.name not in bare]
@@ -239,15 +240,15 @@ def config_of(combined: Mapping[str, CombinedLayer], saved: list[str]) -> LoRACo
 def fill(model: nn.Module, combined: Mapping[str, CombinedLayer], saved: Mapping[str, dict[str, Tensor]]) -> None:
     """Write the combination into the model that was injected for it."""
     for path, layer in adapted_layers(model):
-        for (A, B), (own_a, own_b) in zip(combined[path].pairs, layer.factor_pairs(), strict=True):
-            own_a.copy_(A)
-            own_b.copy_(B)
+        for (A, B), (layer_a, layer_b) in zip(combined[path].pairs, layer.factor_pairs(), strict=True):
+            layer_a.copy_(A)
+            layer_b.copy_(B)
     copies = {f"{path}.{COPY}.{key}": tensor for path, state in saved.items() for key, tensor in state.items()}
     load_tensors(model, {**adapter_tensors(model), **copies})
 
 
 def report(combined: Mapping[str, CombinedLayer], method: str) -> Combination:
-    """What each layer lost, and all together."""
+    """The error of each layer, and of all together."""
     losses = {layer.name: layer.loss for layer in combined.values()}
     every = sum(loss for loss, _ in losses.values()), sum(wanted for _, wanted in losses.values())
     return Combination(

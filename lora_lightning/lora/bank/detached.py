@@ -1,7 +1,7 @@
-"""An adapter taken out of its model and put back: the same tensors, nothing allocated, drawn or copied.
+"""Take an adapter out of its model and put it back: the same tensors, nothing allocated, initialized or copied.
 
-`graft` gives a module another class and a few more entries; both come off as they went on. What is taken out is data
-that waits beside the plain model, and any number of adapters can wait beside one W0.
+`graft` gives a module another class and a few more entries, and both can be removed and restored. A detached adapter
+holds them as data, and any number of adapters can be stored beside one W0.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ STORES = ("_parameters", "_buffers", "_modules")
 
 @dataclass
 class Share:
-    """What one module of the model holds for an adapter."""
+    """The part of an adapter that belongs to one module of the model."""
 
     path: str
     module: nn.Module
-    """The module itself, for no other has the same W0."""
+    """The module, which alone has the W0 that the adapter belongs to."""
     plain: type[nn.Module]
     grafted: type[nn.Module]
-    """Its classes without and with the adapter."""
+    """The module's classes without and with the adapter."""
     stores: dict[str, dict[str, Any]]
-    """What the adapter adds to the module's parameters, buffers, children and attributes."""
+    """The adapter's entries in the module's parameters, buffers, children and attributes."""
 
     @property
     def layers(self) -> dict[str, LoRAParameter]:
-        """The factors of bare parameters, by their paths: they are children of the module."""
+        """The adapters of the module's bare parameters, which are its children, by their paths."""
         children = self.stores["_modules"].items()
         return {f"{self.path}.{n}".removeprefix("."): m for n, m in children if isinstance(m, LoRAParameter)}
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor of the adapter here."""
+        """Every tensor of this share."""
         for store in ("_parameters", "_buffers"):
             yield from (tensor for tensor in self.stores[store].values() if tensor is not None)
         for child in self.stores["_modules"].values():
             yield from (*child.parameters(), *child.buffers())
 
     def holds_same(self) -> bool:
-        """Whether the module still holds this adapter, and no other."""
+        """Whether the module still has this adapter, and no other."""
         return type(self.module) is self.grafted and all(
             vars(self.module)[store].get(name) is value
             for store in STORES
@@ -58,20 +58,21 @@ class Share:
         )
 
     def put_in(self, module: nn.Module) -> None:
-        """Extend `module` by this share; new children run in the mode of what they belong to."""
+        """Add this share to `module`; new children get the mode of the module that they belong to."""
         module.__class__ = self.grafted
         for store, entries in self.stores.items():
             _store(module, store).update(entries)
         for name, child in self.stores["_modules"].items():
             if name == COPY:
-                modules = [m for path, m in module.named_modules(remove_duplicate=False) if not _within_copy(path)]
-                for twin, original in zip(child.modules(), dict.fromkeys(modules), strict=True):
+                named = module.named_modules(remove_duplicate=False)
+                originals = dict.fromkeys(m for path, m in named if path.partition(".")[0] != COPY)
+                for twin, original in zip(child.modules(), originals, strict=True):
                     twin.training = original.training
             else:
                 child.train(module.training)
 
     def move(self, device: torch.device) -> None:
-        """Move the adapter's tensors, not the module's, as `nn.Module.to` does: parameters stay the same objects."""
+        """Move the adapter's tensors as `nn.Module.to` does: parameters stay the same objects."""
         if all(tensor.device == device for tensor in self.tensors()):
             return
         holder = nn.Module()
@@ -81,10 +82,10 @@ class Share:
 
 
 def twin_of(module: nn.Module, share: Share | None) -> Any:
-    """The adapted module beside the plain `module`: another object over the same tensors, W0's among them.
+    """An adapted twin of the plain `module`: another object with the same tensors, W0's among them.
 
     Args:
-        share: what the adapter adds to it; None for a plain twin.
+        share: the adapter's part for this module; None for a plain twin.
     """
     twin = type(module).__new__(type(module))
     twin.__dict__.update(vars(module))
@@ -97,12 +98,12 @@ def twin_of(module: nn.Module, share: Share | None) -> Any:
 
 @dataclass
 class DetachedAdapter:
-    """An adapter as it waits, by the modules that it touches."""
+    """An adapter outside of the model, as one share for each module that it changes."""
 
     shares: list[Share]
 
     def layers(self) -> dict[str, AdaptedLayer]:
-        """Its adapted layers by their paths in the adapted model, beside a model that is plain at the time."""
+        """The adapted layers by their paths in the adapted model, as twins of the modules of a plain model."""
         layers: dict[str, AdaptedLayer] = {}
         for share in self.shares:
             layers |= share.layers
@@ -116,15 +117,15 @@ class DetachedAdapter:
 
 
 def find_adapter(model: nn.Module) -> DetachedAdapter:
-    """The adapter that `model` has, as it is in place; no shares where there is none."""
-    adapted = [(path, module) for path, module in grafted_modules(model) if not _is_adapter_part(path)]
-    return DetachedAdapter([_share(path, module) for path, module in adapted])
+    """The adapter that `model` has, which stays in place; without shares where there is none."""
+    modules = [(path, module) for path, module in grafted_modules(model) if not _is_adapter_part(path)]
+    return DetachedAdapter([_share(path, module) for path, module in modules])
 
 
 def take_out(model: nn.Module, device: torch.device | None = None) -> DetachedAdapter:
-    """Take the adapter out: the model is plain, as after `remove`. `device` is where the adapter waits.
+    """Take the adapter out of the model, which is then plain, and move it to `device`, if given.
 
-    Only a 4-bit base is still kept from being repacked, which would round the W0 that the adapter belongs to.
+    Unlike after `remove`, a 4-bit base is not repacked, which would round the adapter's W0.
     """
     held = find_adapter(model)
     for share in held.shares:
@@ -137,22 +138,22 @@ def take_out(model: nn.Module, device: torch.device | None = None) -> DetachedAd
 def to_modules(held: DetachedAdapter) -> None:
     """Move each share to the device of the module that it belongs to."""
     for share in held.shares:
-        first = next(iter((*share.module.parameters(), *share.module.buffers())), None)
-        if first is not None:
-            share.move(first.device)
+        tensor = next(iter((*share.module.parameters(), *share.module.buffers())), None)
+        if tensor is not None:
+            share.move(tensor.device)
 
 
 def to_device(held: DetachedAdapter, device: torch.device | None) -> None:
-    """Move the adapter to where it waits; None leaves it where it is."""
+    """Move the adapter to `device`; None leaves it where it is."""
     if device is not None:
         for share in held.shares:
             share.move(device)
 
 
 def put_in(model: nn.Module, held: DetachedAdapter) -> None:
-    """Put the adapter into the plain `model`, on the device of each module that it touches.
+    """Put the adapter into the plain `model`, on the device of each module that it changes.
 
-    Where that fails, as where the device has no room, the model is plain.
+    After an error, such as too little memory on the device, the model is plain.
     """
     hold_packing(model)
     try:
@@ -167,7 +168,7 @@ def put_in(model: nn.Module, held: DetachedAdapter) -> None:
 
 
 def refuse_replaced(model: nn.Module, held: DetachedAdapter) -> None:
-    """Raise an AdapterError where a module that the adapter belongs to is no longer in the model, adapted or plain."""
+    """Raise an AdapterError where a module of the adapter is no longer in the model."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for share in held.shares:
         if modules.get(share.path) is not share.module or class_swap.own_class(type(share.module)) is not share.plain:
@@ -177,13 +178,11 @@ def refuse_replaced(model: nn.Module, held: DetachedAdapter) -> None:
 
 
 def _share(path: str, module: Grafted) -> Share:
-    stores = {store: _lora_entries(_store(module, store)) for store in (*STORES, "__dict__")}
+    stores = {
+        store: {name: entry for name, entry in _store(module, store).items() if name.startswith("lora_")}
+        for store in (*STORES, "__dict__")
+    }
     return Share(path, module, class_swap.own_class(type(module)), type(module), stores)
-
-
-def _lora_entries(entries: dict[str, Any]) -> dict[str, Any]:
-    """Whatever a graft adds starts so."""
-    return {name: value for name, value in entries.items() if name.startswith("lora_")}
 
 
 def _store(module: nn.Module, store: str) -> dict[str, Any]:
@@ -192,9 +191,5 @@ def _store(module: nn.Module, store: str) -> dict[str, Any]:
 
 
 def _is_adapter_part(path: str) -> bool:
-    """Whether this is a part of the adapter itself, which goes with the module that holds it."""
+    """Whether this module is inside the adapter, and so belongs to the share of the module that holds it."""
     return any(part == COPY or part.startswith(CHILD) for part in path.split("."))
-
-
-def _within_copy(path: str) -> bool:
-    return path.partition(".")[0] == COPY

@@ -1,8 +1,8 @@
 """A batch whose rows have different adapters: `with bank.rows([...]):`.
 
-The rule: rows are the first dimension of what every adapted module is given; anything else is refused by name. Linear
-layers and convolutions compute the base once for all rows, and each group of rows adds its own adapter's update. Every
-other kind of module runs once more for each group, as the adapted module that stands beside the plain one.
+Rows must be the first dimension of every adapted module's input; anything else is refused by name. Linear layers and
+convolutions compute the base once for all rows, and each group of rows adds its adapter's update. Modules of other
+kinds run once more for each group, as an adapted twin of the plain module.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ ALONE = "activate one adapter at a time"
 
 @dataclass
 class Batch:
-    """Which adapter each row has."""
+    """The adapter of each row."""
 
     names: Sequence[str | None]
     repeats: int
-    """How often each row is repeated in a row."""
+    """How often each row is repeated consecutively."""
     batch_first: set[str]
-    """Layers whose inputs have shown that rows are their first dimension, or whose attention says so."""
+    """Layers that are known to have rows first, by the shape of an earlier input or by their attention's option."""
     indices: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict)
 
     def groups(self, layer: str, x: Any, module: nn.Module) -> dict[str, Tensor]:
@@ -59,8 +59,8 @@ class Batch:
         """
         counts = {len(self.names), len(self.names) * self.repeats}
         shape = tuple(x.shape) if isinstance(x, Tensor) and not x.is_nested else ()
-        least = module.weight.dim() if isinstance(module, CONVS) else 2  # fewer: one entry, or positions of all rows
-        # A parameter that is fed to a layer, as learned queries are, has no rows though it may have as many.
+        least = module.weight.dim() if isinstance(module, CONVS) else 2  # with fewer there is no dimension of rows
+        # A parameter as the input, such as learned queries, has no rows, though its size may be the same.
         if len(shape) < least or shape[0] not in counts or isinstance(x, nn.Parameter):
             known = " or ".join(str(count) for count in sorted(counts))
             raise LoRAError(
@@ -71,7 +71,7 @@ class Batch:
         is_sequence = len(shape) > (1 if isinstance(module, nn.Embedding) else 2) and not isinstance(module, CONVS)
         if not is_sequence or shape[1] not in counts:
             self.batch_first |= {layer} if is_sequence else set()
-        elif layer not in self.batch_first:  # as many positions as rows, and positions may be first
+        elif layer not in self.batch_first:  # as many positions as rows: either dimension may be the rows
             raise LoRAError(
                 f"rows: '{layer}' sees {shape}, and whether its first or second dimension is that of the rows cannot be"
                 f" known: run a batch of another length first, pad this one by a position, or {ALONE}"
@@ -88,65 +88,63 @@ class Batch:
 
 
 class MixedForward(Grafted):
-    """A plain module of which every row has the output of its own adapter, for as long as a block runs."""
+    """A plain module that computes every row with that row's adapter, for as long as a block runs."""
 
     lora_batch: Batch
     lora_path: str
     lora_twins: dict[str, Grafted]
-    """The adapted module beside this one, by adapter."""
+    """The adapted twins of this module, by adapter."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The plain module's output, and in place of it, or added to it, what the adapters of the rows give."""
+        """The plain module's output, in which each adapter's rows are replaced, or get the adapter's update."""
         out = super().forward(*args, **kwargs)
         if self.training:
             raise LoRAError(f"rows: '{self.lora_path}' is in train mode, and rows are for eval: call model.eval()")
         if isinstance(self, nn.MultiheadAttention):
             return self._attend(out, ATTENTION.bind(self, *args, **kwargs).arguments)
-        given = [*args, *kwargs.values()]
-        x, more = given[0], given[1:]
+        inputs = [*args, *kwargs.values()]
+        x, more = inputs[0], inputs[1:]
         groups = self.lora_batch.groups(self.lora_path, x, self)
         if more or not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
             raise LoRAError(f"rows: '{self.lora_path}' takes or gives more than one tensor of rows: {ALONE}")
         for adapter, rows in groups.items():
             twin = self.lora_twins.get(adapter)
             if twin is not None and _adds_update(twin):
-                # In place: a copy of all rows for each group would cost more than it.
+                # In place, since copying all rows for each group would cost more than the update.
                 _add_update(out, rows, twin, x.index_select(0, rows))
             elif twin is not None:
                 out = out.index_copy(0, rows, twin.forward(x.index_select(0, rows)))
         return out
 
-    def _attend(self, out: tuple[Tensor, Tensor | None], given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """The same for `nn.MultiheadAttention`, whose `given` arguments have rows, but for a mask of all rows."""
-        query, weights = given["query"], out[1]
+    def _attend(self, out: tuple[Tensor, Tensor | None], arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The same for `nn.MultiheadAttention`: every argument has rows, but for an `attn_mask` of two dimensions."""
+        query, weights = arguments["query"], out[1]
         for adapter, rows in self.lora_batch.groups(self.lora_path, query, self).items():
             if adapter not in self.lora_twins:
                 continue
-            arguments = {name: value for name, value in given.items() if name != "self"}
-            picked = {
-                id(arguments[name]): arguments[name][rows] for name in ("query", "key", "value")
-            }  # one tensor stays one
-            arguments |= {name: picked[id(arguments[name])] for name in ("query", "key", "value")}
-            if (padding := arguments.get("key_padding_mask")) is not None:
-                arguments["key_padding_mask"] = padding[rows]
-            if (mask := arguments.get("attn_mask")) is not None and mask.dim() == 3:  # (rows * heads, ...)
-                arguments["attn_mask"] = mask.unflatten(0, (len(query), -1))[rows].flatten(0, 1)
-            theirs = self.lora_twins[adapter].forward(**arguments)
-            out[0].index_copy_(0, rows, theirs[0])
+            selected = {name: value for name, value in arguments.items() if name != "self"}
+            by_id = {id(t): t[rows] for t in (selected[name] for name in ("query", "key", "value"))}
+            selected |= {name: by_id[id(selected[name])] for name in ("query", "key", "value")}  # one tensor stays one
+            if (padding := selected.get("key_padding_mask")) is not None:
+                selected["key_padding_mask"] = padding[rows]
+            if (mask := selected.get("attn_mask")) is not None and mask.dim() == 3:  # (rows * heads, ...)
+                selected["attn_mask"] = mask.unflatten(0, (len(query), -1))[rows].flatten(0, 1)
+            adapted = self.lora_twins[adapter].forward(**selected)
+            out[0].index_copy_(0, rows, adapted[0])
             if weights is not None:
-                weights.index_copy_(0, rows, theirs[1])
+                weights.index_copy_(0, rows, adapted[1])
         return out
 
 
 def _adds_update(twin: Grafted) -> bool:
-    """Whether the adapted module gives the plain one's output, which is a tensor of its own, plus an update."""
+    """Whether the adapted twin computes the plain module's output plus an update."""
     has_update = isinstance(twin, (LoRALinear, LoRAConv1D, LoRAConv1d, LoRAConv2d, LoRAConv3d))
-    is_outermost = issubclass(type(twin).__bases__[0], Grafted)  # else a subclass goes on with the sum
+    is_outermost = issubclass(type(twin).__bases__[0], Grafted)  # else a subclass changes the sum
     return has_update and is_outermost and not isinstance(twin, TrainedBias | SavedCopy)
 
 
 def _add_update(out: Tensor, rows: Tensor, layer: Any, x: Tensor) -> None:
-    """Add to these rows of `out`, in place, what the adapted layer gives beyond the plain one for x."""
+    """Add the layer's update for x to these rows of `out`, in place."""
     update = layer.lora_update(x).to(out.dtype)
     if layer.lora_magnitude_vector is None and layer.lora_B_bias is None:
         out.index_add_(0, rows, update)
@@ -156,10 +154,10 @@ def _add_update(out: Tensor, rows: Tensor, layer: Any, x: Tensor) -> None:
 
 @contextmanager
 def mixed_batch(model: nn.Module, sources: Mapping[str, DetachedAdapter], batch: Batch) -> Iterator[None]:
-    """Within the block the plain `model`, in eval mode, computes every row by its own adapter, without gradients.
+    """Within the block the plain `model`, in eval mode, computes every row with its adapter, without gradients.
 
     Raises:
-        LoRAError: the model is in train mode; an adapter, or the model, has something that has no form row by row.
+        LoRAError: the model is in train mode; or an adapter or the model cannot be computed row by row.
     """
     if model.training:
         raise LoRAError("rows: the model is in train mode, and a batch of several adapters is for eval: model.eval()")
@@ -169,10 +167,10 @@ def mixed_batch(model: nn.Module, sources: Mapping[str, DetachedAdapter], batch:
     twins = _twins(names, sources)
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # the kernels that read the weights of what they do not call
-        for module, module_twins in twins.items():
+        torch.backends.mha.set_fastpath_enabled(False)  # since its kernels read weights instead of calling layers
+        for module, by_adapter in twins.items():
             graft(module, MixedForward)
-            module.__dict__.update(lora_batch=batch, lora_path=names[module], lora_twins=module_twins)
+            module.__dict__.update(lora_batch=batch, lora_path=names[module], lora_twins=by_adapter)
         with torch.no_grad():
             yield
     finally:
@@ -187,7 +185,7 @@ def mixed_batch(model: nn.Module, sources: Mapping[str, DetachedAdapter], batch:
 def _twins(
     names: Mapping[nn.Module, str], sources: Mapping[str, DetachedAdapter]
 ) -> dict[nn.Module, dict[str, Grafted]]:
-    """The adapted modules beside the plain ones, by the plain one and the adapter's name."""
+    """The adapted twins, by plain module and by the adapter's name."""
     hosts: dict[nn.Module, nn.Module] = {
         module.out_proj: module for module in names if isinstance(module, nn.MultiheadAttention)
     }
@@ -196,7 +194,7 @@ def _twins(
         shares = {share.module: share for share in held.shares}
         for module, share in shares.items():
             _refuse(adapter, share)
-            if any(True for _ in share.tensors()):  # others only make room for what is adapted inside
+            if any(True for _ in share.tensors()):  # others, such as encoders, only host adapted modules
                 unit = hosts.get(module, module)  # an attention reads the weights of its out_proj
                 twin = twins.setdefault(unit, {}).setdefault(adapter, twin_of(unit, shares.get(unit)))
                 if unit is not module:
@@ -205,11 +203,11 @@ def _twins(
 
 
 def _see_batch_first(names: Mapping[nn.Module, str], batch: Batch) -> None:
-    """Take from torch's own modules where they have their rows; refuse those that have them second."""
+    """Read from torch's modules whether rows come first; refuse those where they come second."""
     for module, name in names.items():
-        says = module.self_attn if isinstance(module, LAYERS) else module
-        if isinstance(says, nn.MultiheadAttention | nn.RNNBase):
-            if not says.batch_first:
+        holder = module.self_attn if isinstance(module, LAYERS) else module
+        if isinstance(holder, nn.MultiheadAttention | nn.RNNBase):
+            if not holder.batch_first:
                 raise LoRAError(
                     f"rows: '{name}' has batch_first=False, so that rows are not the first dimension of what it and its"
                     f" neighbours see: {ALONE}"

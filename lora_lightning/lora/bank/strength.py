@@ -1,4 +1,4 @@
-"""An update of another strength than it was trained with, for as long as a block runs."""
+"""Change the strength of an update for as long as a block runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lora_lightning.lora.inject import adapted_layers, grafted_modules
 def scaled(model: nn.Module, strength: float) -> Iterator[None]:
     """Within the block the update has another strength: every trained W is `W0 + strength (W - W0)`.
 
-    For `s B A` that is another s, and alpha, of each layer; copies of `modules_to_save`, trained biases and token rows
-    are interpolated, and DoRA's magnitudes follow. At 0 the model computes as its base, at 1 as it was trained. What is
-    saved, merged or exported within the block has that strength; afterwards every tensor is as before, to the bit.
+    Each layer's s and alpha are multiplied by it; copies of `modules_to_save`, trained biases and token rows are
+    interpolated, and DoRA's magnitudes are adjusted. At 0 the model computes as its base, at 1 as trained. What is
+    saved, merged or exported within the block has this strength; afterwards every tensor is restored bit for bit.
 
     Raises:
-        LoRAError: a strength that is no finite number of at least 0, or that a layer cannot have.
+        LoRAError: the strength is no finite number of at least 0, or a layer cannot have it.
     """
     refuse_strength(strength)
     if strength == 1:
@@ -43,13 +43,13 @@ def scaled(model: nn.Module, strength: float) -> Iterator[None]:
     finally:
         for tensor, values in zip(tensors, before, strict=True):
             tensor.detach().copy_(values)
-        for layer, settings_before in settings:
+        for layer, original in settings:
             if "lora_settings" in layer.__dict__:  # not after a merge
-                layer.__dict__["lora_settings"] = settings_before
+                layer.__dict__["lora_settings"] = original
 
 
 def refuse_strength(strength: float) -> None:
-    """Raise a LoRAError for what is no strength of an update."""
+    """Raise a LoRAError unless this is a finite number of at least 0."""
     is_number = isinstance(strength, int | float) and not isinstance(strength, bool)
     if not is_number or not math.isfinite(strength) or strength < 0:
         raise LoRAError(f"scale must be a finite number of at least 0 (0 is the base, 1 the adapter), got {strength!r}")

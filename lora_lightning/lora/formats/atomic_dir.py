@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside their place, and moved there once they are complete."""
+"""Write files and folders atomically: beside their place, to which they are moved once they are complete."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pathlib import Path
 from lora_lightning.lora.errors import AdapterError, LoRAError
 
 Content = bytes | Iterable[bytes | memoryview]
-"""What a file shall hold, in one piece or piece by piece."""
+"""The content of a file, in one piece or piece by piece."""
 
 RUST = re.compile(r"os error (\d+)")
-"""How safetensors, which is written in Rust, says the number of an error."""
+"""The number of an OS error in the messages of safetensors, which is written in Rust."""
 
 
 def write_bytes(path: Path, content: Content) -> None:
@@ -31,14 +31,14 @@ def write_bytes(path: Path, content: Content) -> None:
 
 
 def write_together(directory: Path, files: Mapping[str, Content]) -> None:
-    """Write files that belong together into a directory; whatever else it holds stays.
+    """Write files that belong together into a directory; its other files stay.
 
-    A reader opens the last of `files` first. So the old one of that name goes before the others, and the new one comes
-    after them: whenever the process is killed, the directory holds the old files, the new ones, or none under that
-    name, and never some of both. The folder itself stays, for it may be a mount point or hold what is not ours.
+    A reader opens the last of `files` first. So the old file of that name is removed before the others, and the new one
+    is added after them: whenever the process is killed, the directory holds the old files, the new ones, or none under
+    that name, and never a mixture. The folder itself is not replaced: it may be a mount point or hold other files.
 
     Raises:
-        AdapterError: they cannot be written. The directory is then as it was.
+        AdapterError: the files cannot be written. The directory is then unchanged.
     """
     is_new = not directory.exists()
     paths = {directory / name: content for name, content in files.items()}
@@ -62,7 +62,7 @@ def write_together(directory: Path, files: Mapping[str, Content]) -> None:
 
 @contextlib.contextmanager
 def _parts(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
-    """Every file written beside its place and synced to disk; none of these is left after the block."""
+    """Write every file beside its place and sync it to disk; none of these files is left after the block."""
     parts = {path: _hidden_path(path, "new") for path in files}
     try:
         for path, part in parts.items():
@@ -79,7 +79,7 @@ def _parts(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
 
 
 def _exchange(new: Mapping[Path, Path]) -> None:
-    """Move old files or folders away, the last one first, and the new ones in; all the way back where a step fails."""
+    """Move old files or folders away, the last one first, and the new ones in; undo everything if a step fails."""
     old = {path: _hidden_path(path, "old") for path in new}
     try:
         for path in reversed(list(new)):
@@ -89,7 +89,7 @@ def _exchange(new: Mapping[Path, Path]) -> None:
             part.replace(path)
     except BaseException:
         for path, part in new.items():
-            if not part.exists():  # it has its new name
+            if not part.exists():  # it was moved
                 _remove(path)
             if old[path].exists():
                 old[path].replace(path)
@@ -107,13 +107,13 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def stage_folder(target: Path, needed: int) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `target` once the block is through.
+    """A folder to write into, which replaces `target` at the end of the block.
 
-    Where the block raises, `target` is as it was and nothing new is left. What a process that was killed left behind
-    is cleared away by the next; of its `target`, no part is ever seen half.
+    If the block raises, `target` is unchanged and the folder is removed. If the process is killed, `target` is never
+    half written, and the next call removes what is left.
 
     Args:
-        needed: bytes that will be written, about.
+        needed: roughly the bytes that will be written.
 
     Raises:
         LoRAError: too little space, before the first byte or in the middle.
@@ -148,10 +148,7 @@ def stage_folder(target: Path, needed: int) -> Iterator[Path]:
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk hold every file, with the rights that the umask gives, before the folder gets its name.
-
-    safetensors gives its files to their owner alone.
-    """
+    """Sync every file of the folder to disk, with the umask's permissions: safetensors gives them to the owner only."""
     sample = folder / ".rights"
     sample.touch()
     rights = stat.S_IMODE(sample.stat().st_mode)
@@ -164,10 +161,9 @@ def _sync(folder: Path) -> None:
 
 
 def clear_leftovers(target: Path) -> None:
-    """Remove what processes of this machine that are no more left beside `target`.
+    """Remove what ended processes of this machine left beside `target`.
 
-    A folder that was moved away for one that never came is put back; of files that belong together, that could make a
-    mixture.
+    A folder whose replacement is missing is put back. A file is not: it could then stand beside newer ones.
     """
     form = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(_host())}\.(\d+)\.(new|old)\.part")
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
@@ -181,7 +177,7 @@ def clear_leftovers(target: Path) -> None:
 
 
 def _hidden_path(target: Path, kind: str) -> Path:
-    """A hidden place named after its process and machine: on a shared disk the number alone would not say whose."""
+    """A hidden name beside `target` with the machine and the process, since other machines may share the disk."""
     return target.with_name(f".{target.name}.{_host()}.{os.getpid()}.{kind}.part")
 
 
@@ -190,10 +186,10 @@ def _host() -> str:
 
 
 def _runs(pid: int) -> bool:
-    """Whether another process of this number lives."""
+    """Whether another process with this number runs."""
     if pid == os.getpid():
         return False
-    if sys.platform == "win32":  # there the question would end it
+    if sys.platform == "win32":  # where `os.kill` would end it
         return True
     try:
         os.kill(pid, 0)
@@ -205,13 +201,13 @@ def _runs(pid: int) -> bool:
 
 
 def _free_space(target: Path) -> tuple[int, Path]:
-    """Bytes free for `target`, and the folder that says so."""
+    """The free bytes for `target`, and the existing folder on its disk."""
     disk = next(path for path in (target, *target.parents) if path.exists())
     return shutil.disk_usage(disk).free, disk
 
 
 def _disk_advice(error: Exception, target: Path, needed: int) -> str | None:
-    """What a disk's error says of `target`, and what to do; None of any other error."""
+    """The message for a disk's error while writing `target`; None for any other error."""
     match = RUST.search(str(error))
     number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
     if number in (errno.ENOSPC, errno.EDQUOT):

@@ -1,9 +1,8 @@
-"""Checkpoints of loralib, the paper's own code, in: `x.lora_A` and `x.lora_B`, with biases or whole.
+"""Load checkpoints of loralib, the paper's code: `x.lora_A` and `x.lora_B`, with biases or with the whole model.
 
-Such a file says neither r nor alpha nor which parts of a `MergedLinear` are adapted. r is the width of B and the number
-of adapted parts follows from the shapes; alpha, and which parts, the user has to say. Its layers become ours of the
-same update, the numbers moved and not computed anew. Shapes: r the rank, V rows of an embedding of width d, k the side
-of a square kernel, g groups.
+Such a file has neither r nor alpha nor the adapted parts of a `MergedLinear`. The shapes give r, the width of B, and
+the number of adapted parts; the user gives alpha, and which parts. The layers here have the same update, from the same
+numbers in another arrangement. Shapes: r the rank, V rows of an embedding of width d, k the side of a square kernel.
 """
 
 from __future__ import annotations
@@ -38,25 +37,25 @@ def load_loralib(
     modules_to_save: list[str] | None = None,
     allow_other_base: bool = False,
 ) -> InjectionReport:
-    """Adapt a plain `model` as a loralib checkpoint says and load it: `h = W0 x + (alpha / r) B A x`.
+    """Adapt a plain `model` as in a loralib checkpoint and load it: `h = W0 x + (alpha / r) B A x`.
 
-    The file is what `torch.save` or safetensors wrote of `loralib.lora_state_dict(model, bias=...)` or of a whole
-    `model.state_dict()`, bare or under `state_dict`, `model_state_dict` or `model`. It is unpickled as tensors and
-    nothing else. loralib's `Conv2d` reshapes its product over the kernel; the same update is loaded as a convolution's
-    A and B of a larger rank.
+    `torch.save` or safetensors wrote the file, of `loralib.lora_state_dict(model, bias=...)` or of a whole
+    `model.state_dict()`, bare or under `state_dict`, `model_state_dict` or `model`. Nothing but tensors is unpickled.
+    loralib's `Conv2d` reshapes its product over the kernel; the same update is loaded as a convolution's A and B of a
+    larger rank.
 
     Args:
-        r, alpha: as the loralib layers were made; the file holds neither, and r is checked against it.
+        r, alpha: of the loralib layers; the file holds neither, and r is checked against the shapes.
         enable_lora: of every `MergedLinear`, such as `[True, False, True]` for query and value of a fused projection.
             Not needed where each part is adapted.
-        modules_to_save: modules that were trained in full beside A and B and are in the file, such as a head.
-        allow_other_base: load A and B, with a warning, though weights of the base in the file are not this model's.
-            A file that holds less than the whole base is loaded with a notice.
+        modules_to_save: modules that trained in full beside A and B and are in the file, such as a head.
+        allow_other_base: load A and B, with a warning, though the file holds other base weights than this model's.
+            A file that does not hold the whole base is loaded with a warning.
 
     Raises:
         AdapterError: the file is torn, or holds more than tensors or numbers that are not finite; keys are missing,
             left over or wrongly shaped; r contradicts the shapes; W0 in the file is another, or merged; a convolution
-            has groups, whose channels loralib's product runs across. The model is then as before.
+            has groups, whose channels loralib's product runs across. The model is then unchanged.
     """
     refuse_meta(model)
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
@@ -67,11 +66,11 @@ def load_loralib(
     factors = _find_factors(tensors, model, r, enable_lora)
     saved = modules_to_save or []
     # loralib's convolutions hold the plain one as `conv`.
-    inner = {f"{name}.conv.": f"{name}." for name, one in factors.items() if one.A.dim() == 4}
+    inner = {f"{name}.conv.": f"{name}." for name, pair in factors.items() if pair.A.dim() == 4}
     renamed = {next((inner[p] + k.removeprefix(p) for p in inner if k.startswith(p)), k): t for k, t in tensors.items()}
     rest = {key: tensor for key, tensor in renamed.items() if not key.endswith((".lora_A", ".lora_B"))}
     bias = _check_rest(rest, factors, saved, model, allow_other_base=allow_other_base)
-    larger = {name: one.r for name, one in factors.items() if one.r != r}
+    larger = {name: pair.r for name, pair in factors.items() if pair.r != r}
     return inject_and_fill(
         model,
         f"the checkpoint {path}",
@@ -80,7 +79,7 @@ def load_loralib(
             alpha=float(alpha),
             dropout=dropout,
             target_modules="|".join(exact_pattern(name) for name in factors),
-            slices={exact_pattern(name): one.slices for name, one in factors.items() if one.slices is not None},
+            slices={exact_pattern(name): pair.slices for name, pair in factors.items() if pair.slices is not None},
             rank_pattern={exact_pattern(name): rank for name, rank in larger.items()},
             alpha_pattern={exact_pattern(name): float(alpha) * rank / r for name, rank in larger.items()},
             modules_to_save=saved or None,
@@ -91,7 +90,7 @@ def load_loralib(
 
 
 def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Read the tensors by the names that the model has for them."""
+    """Read the tensors, and remove a wrapper's prefix from their names."""
     wrappers = ("state_dict", "model_state_dict", "model")
     tensors = read_tensors(path)[0] if path.suffix == ".safetensors" else read_pickled(path, wrappers=wrappers)
     if any(".lora_A." in key or ".lora_embedding_A" in key for key in tensors):
@@ -107,7 +106,7 @@ def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """A and B of one module as our layer holds them."""
+    """A and B of one module in our layer's layout."""
 
     A: Tensor
     B: Tensor
@@ -119,7 +118,7 @@ class Factors:
 def _find_factors(
     tensors: Mapping[str, Tensor], model: nn.Module, r: int, enable_lora: Sequence[bool] | None
 ) -> dict[str, Factors]:
-    """A and B of every adapted module in our form, in the file's order."""
+    """A and B of every adapted module in our layout, in the file's order."""
     modules = dict(named_modules(model))
     names = list(dict.fromkeys(k.rpartition(".")[0] for k in tensors if k.endswith((".lora_A", ".lora_B"))))
     if unknown := [name for name in names if name not in modules]:
@@ -155,7 +154,7 @@ def _linear_factors(
 ) -> Factors:
     """`Linear`: A (r, in), B (out, r). `MergedLinear` of n parts, p of them adapted: A (p r, in), B (p out / n, r).
 
-    Both hold the parts' A one below the other and B likewise, in order, as chosen slices do here.
+    The parts' A are stacked in order, and so are their B, as for `slices` here.
     """
     (out, width), rows, count = shape, B.shape[0], max(A.shape[0] // r, 1)
     _expect(name, A, B, (count * r, width), (rows, r), r)
@@ -203,7 +202,7 @@ def _conv_factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int) ->
 def _expect(
     name: str, A: Tensor, B: Tensor, shape_a: tuple[int, int], shape_b: tuple[int, int], r: int, k: int = 1
 ) -> None:
-    """Raise unless B has the width of r (times a kernel's side) and both have their shapes."""
+    """Raise an AdapterError unless B has the width r (times a kernel's side) and both have their shapes."""
     if B.shape[1] != r * k:
         raise AdapterError(f"'{name}': lora_B says r={B.shape[1] / k:g}, expected the r that was given, {r}")
     for what, tensor, shape in (("lora_A", A, shape_a), ("lora_B", B, shape_b)):
@@ -219,10 +218,10 @@ def _check_rest(
     *,
     allow_other_base: bool,
 ) -> Bias:
-    """Compare what is of the base with the model's W0, and tell which biases were trained.
+    """Compare the file's base weights with the model's W0; returns which biases were trained.
 
     Raises:
-        AdapterError: keys that the model does not have, or weights that are not its own.
+        AdapterError: keys that the model does not have, or weights that differ from the model's.
     """
     state = plain_state(model)
     rest = {k: t for k, t in rest.items() if not any(_is_within(k, name) for name in saved)}
@@ -249,15 +248,15 @@ def _check_rest(
 
 def _our_tensors(model: nn.Module, factors: Mapping[str, Factors], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours, missing = dict[str, Tensor](), list[str]()
-    convs = {name for name, one in factors.items() if one.A.dim() == 4}  # loralib's `lora_only` leaves theirs frozen
-    for name, one in factors.items():
-        ours |= {f"{name}.lora_A": one.A, f"{name}.lora_B": one.B}
-    for key, parameter in adapter_tensors(model).items():
+    convs = {name for name, pair in factors.items() if pair.A.dim() == 4}  # loralib's `lora_only` leaves theirs frozen
+    for name, pair in factors.items():
+        ours |= {f"{name}.lora_A": pair.A, f"{name}.lora_B": pair.B}
+    for key, tensor in adapter_tensors(model).items():
         theirs = key.replace(".lora_copy.", ".").replace(".lora_trained_bias", ".bias")
         if key not in ours and theirs in rest:
             ours[key] = rest[theirs]
         elif theirs.removesuffix(".bias") in convs:
-            ours[key] = parameter
+            ours[key] = tensor
         elif key not in ours:
             missing.append(theirs)
     if missing:
@@ -265,8 +264,8 @@ def _our_tensors(model: nn.Module, factors: Mapping[str, Factors], rest: Mapping
     return ours
 
 
-def _is_same(tensor: Tensor, stored: Tensor) -> bool:
-    return tensor.shape == stored.shape and torch.equal(tensor.to(stored.dtype), stored.cpu())
+def _is_same(tensor: Tensor, original: Tensor) -> bool:
+    return tensor.shape == original.shape and torch.equal(tensor.to(original.dtype), original.cpu())
 
 
 def _is_within(key: str, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What `save_adapter` notes in the file's metadata beside PEFT's own: the base, the adapter's digest, its settings."""
+"""The record that `save_adapter` writes into the file's metadata: the base, the adapter's digest, its settings."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from lora_lightning.lora.targets.fused_projections import refuse_spec
 PROVENANCE, CHECKSUM = "lora_lightning", "lora_lightning_sha256"
 
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")
-"""What `torch.compile` and `DataParallel` put into names."""
+"""The parts that `torch.compile` and `DataParallel` add to names."""
 
 FREE = HARMLESS - {"ensure_weight_tying"}
-"""Fields of PEFT's config that may be edited: they change nothing of what is loaded."""
+"""Fields of PEFT's config that may be edited, since they do not change what is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +38,16 @@ class Record:
     adapter: str
     """Digest of the file's tensors, in the format of `base`."""
     settings: dict[str, tuple[int, float, float]]
-    """Rank and alpha that the tensors load as, and the scale that PEFT gives them."""
+    """Rank and alpha with which the tensors are loaded, and the scale that PEFT gives them."""
     dropouts: dict[str, float]
-    """Dropouts that differ from the most common one, for which PEFT's config has no place."""
+    """Dropouts that differ from the most common one, which PEFT's config cannot hold."""
     slices: dict[str, Any]
-    """The chosen parts of fused layers, written out in full."""
+    """The chosen parts of fused layers, in full form."""
     config: dict[str, str]
-    """Digests of what PEFT's config said beside it, by field."""
+    """Digests of the fields of PEFT's config beside it."""
 
     def refuse_changed(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], directory: Path) -> None:
-        """Raise an AdapterError where the files in `directory` say another thing than they did when they were saved."""
+        """Raise an AdapterError where the files in `directory` were changed since they were saved."""
         if self.adapter != fingerprint_of_tensors(tensors).digest:
             raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
         here = config_digests(config)
@@ -61,7 +61,7 @@ class Record:
     def for_changed_file(
         self, tensors: Mapping[str, Tensor], settings: dict[str, tuple[int, float, float]], config: Mapping[str, Any]
     ) -> Record:
-        """The record of a file that was made from this one's for the same base, its parts in A and B as they lie."""
+        """The record of a file that was made from this one's for the same base, with the parts merged into A and B."""
         adapter = fingerprint_of_tensors(tensors).digest
         return replace(self, adapter=adapter, settings=settings, config=config_digests(config), slices={})
 
@@ -81,10 +81,12 @@ class Record:
 
 
 def config_digests(config: Mapping[str, Any]) -> dict[str, str]:
-    """The first 16 hexadecimal digits of each field's SHA-256. What is null, false or empty is as if left out; 3 is
-    3.0."""
-    given = {n: v for n, v in config.items() if n not in FREE and not (v is None or v is False or v in ([], {}, ""))}
-    plain = {name: json.loads(json.dumps(value), parse_int=float) for name, value in given.items()}
+    """The first 16 hexadecimal digits of each field's SHA-256.
+
+    A field that is null, false or empty counts as left out, and 3 equals 3.0.
+    """
+    stated = {n: v for n, v in config.items() if n not in FREE and not (v is None or v is False or v in ([], {}, ""))}
+    plain = {name: json.loads(json.dumps(value), parse_int=float) for name, value in stated.items()}
     return {name: _sha256(json.dumps(value, sort_keys=True))[:16] for name, value in plain.items()}
 
 
@@ -97,11 +99,10 @@ def write_record(
     *,
     digests: bool = True,
 ) -> dict[str, str]:
-    """The metadata of a file that holds `tensors` and lies beside `config`.
+    """The metadata of a file with these tensors beside this config.
 
     Args:
-        digests: False where there are no numbers, for the metadata's length alone: zeros then stand for W0's and the
-            adapter's digests.
+        digests: False where tensors have no values and only the metadata's length is needed: digests are then zeros.
     """
     blank = Fingerprint("0" * 64, {} if digests else dict.fromkeys(base_tensors(model), "0" * 16))
     return Record(
@@ -117,10 +118,10 @@ def write_record(
 
 
 def read_record(metadata: Mapping[str, str]) -> Record | None:
-    """The inverse; None in a file of PEFT's own.
+    """The inverse of `write_record`; None for a file that PEFT wrote.
 
     Raises:
-        AdapterError: it cannot be read.
+        AdapterError: the record cannot be read.
     """
     if PROVENANCE not in metadata and CHECKSUM not in metadata:
         return None
@@ -155,11 +156,11 @@ def _sha256(text: str) -> str:
 def check_base(
     record: Record | None, model: nn.Module, *, allow_other_base: bool, replaced: Collection[str] = ()
 ) -> None:
-    """Raise where the plain `model` is another base than the one that the adapter was made on.
+    """Raise an AdapterError where the plain `model` is another base than the adapter's.
 
     Args:
-        record: None, of an adapter that notes no base, gives a notice.
-        replaced: modules that the adapter brings whole.
+        record: None, of an adapter without a fingerprint of its base, gives a warning.
+        replaced: modules that the adapter holds whole.
     """
     if record is None:
         warn_of_no_fingerprint()
@@ -170,12 +171,9 @@ def check_base(
 def refuse_other_base(
     made_on: Fingerprint, here: Fingerprint, *, allow_other_base: bool = False, replaced: Collection[str] = ()
 ) -> None:
-    """Raise where W0 is another than the adapter's, naming the tensors that differ in the model's own order.
+    """Raise an AdapterError where W0 is not the adapter's, with the tensors that differ in the model's order.
 
     With `allow_other_base` it warns instead.
-
-    Raises:
-        AdapterError: another base.
     """
     why = _difference(made_on, here, replaced)
     if why and not allow_other_base:
@@ -187,7 +185,7 @@ def refuse_other_base(
 
 def _difference(made_on: Fingerprint, here: Fingerprint, replaced: Collection[str]) -> str | None:
     made_on = _by_plain_names(made_on, here)
-    # A head that the adapter brings whole is here alone, under each of its names; or there alone.
+    # A head that the adapter holds whole may be in one of the fingerprints only, here under each of its names.
     heads = tuple(f"{name}." for name in replaced)
     brought = {digest for name, digest in here.tensors.items() if name.startswith(heads)}
     names = [n for n in here.differences(made_on) if n in made_on.tensors or here.tensors[n] not in brought]
@@ -201,7 +199,7 @@ def _difference(made_on: Fingerprint, here: Fingerprint, replaced: Collection[st
 
 
 def _by_plain_names(made_on: Fingerprint, here: Fingerprint) -> Fingerprint:
-    """`made_on` by the names of `here`: of a wrapped model it once noted them with `_orig_mod.` or `module.` inside."""
+    """`made_on` by the names of `here`: older records of a wrapped model have `_orig_mod.` or `module.` in names."""
     plain = {WRAPPERS.sub("", name): name for name in here.tensors}
     renamed = {n: n if n in here.tensors else plain.get(WRAPPERS.sub("", n), n) for n in made_on.tensors}
     if len({*renamed.values()}) < len(renamed):
@@ -210,7 +208,7 @@ def _by_plain_names(made_on: Fingerprint, here: Fingerprint) -> Fingerprint:
 
 
 def warn_of_no_fingerprint() -> None:
-    """Say of an adapter that it notes nothing of its base."""
+    """Warn that an adapter has no fingerprint of its base."""
     warn(
         "this adapter notes no fingerprint of its base, as those of PEFT and loralib do not: whether it belongs to"
         " this one was not checked"
@@ -218,5 +216,5 @@ def warn_of_no_fingerprint() -> None:
 
 
 def warn_of_other_base(why: str) -> None:
-    """Say that an adapter is loaded on another base than its own, as it was asked for."""
+    """Warn that an adapter is loaded on another base, as `allow_other_base` permits."""
     warn(f"allow_other_base: {why}. Its outputs are not those that were trained")

@@ -1,9 +1,9 @@
-"""The one reader and the one writer of tensor files.
+"""The only reader and the only writer of tensor files.
 
 A safetensors file is the length of its header (8 bytes, little-endian), the header in JSON (each tensor's dtype, shape
 and place, and `__metadata__`), blanks up to a multiple of 8, and the tensors' bytes. The same content gives the same
-bytes here: tensors lie in safetensors' own order, wide dtypes first, and metadata are sorted. Tensors are read by plain
-file reads and not by mapping the file, so that what stands in memory is what is held.
+bytes here: tensors are in safetensors' order, wide dtypes first, and metadata are sorted. Tensors are read into memory
+and not mapped, so that no more than the tensors in use takes memory.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.errors import AdapterError, first_line
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 
-# safetensors' names of the dtypes that torch has; others are copied through as bytes.
+# safetensors' names of torch's dtypes; tensors of other dtypes are copied as bytes.
 DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
     "F64": torch.float64,
@@ -43,10 +43,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One tensor as a file's header describes it."""
+    """One tensor's entry in a file's header."""
 
     dtype: str
-    """The name that safetensors gives it."""
+    """safetensors' name of the dtype."""
     shape: tuple[int, ...]
     size: int
     """Bytes."""
@@ -57,12 +57,12 @@ class Stored:
 
     @property
     def width(self) -> int:
-        """Bytes of one element; 1 where torch does not know the dtype."""
+        """Bytes of one element; 1 where torch does not have the dtype."""
         return DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1
 
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """What a safetensors file holds, in the order of the bytes, and its metadata.
+    """The entries of a safetensors file, in the order of the bytes, and its metadata.
 
     Raises:
         AdapterError: the file is missing, torn or not safetensors.
@@ -92,10 +92,10 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def read_bytes(path: Path, key: str, start: int, size: int) -> Tensor:
-    """`size` bytes of a file from the byte `start` on, (size,), which are of the tensor `key`.
+    """`size` bytes of the tensor `key` from the file's byte `start` on, (size,).
 
     Raises:
-        AdapterError: the file ends before.
+        AdapterError: the file is too short.
     """
     buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
     view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
@@ -118,18 +118,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if strange := next((key for key, at in header.items() if at.dtype not in DTYPES), None):
         raise AdapterError(f"{path} holds '{strange}' as {header[strange].dtype}, a dtype that torch cannot read")
     first = min((at.start for at in header.values()), default=0)
-    # In one piece of memory, which goes back to the system as one: many small ones would stay with the process.
+    # In one piece of memory, which is returned to the system: many small pieces would stay with the process.
     data = read_bytes(path, next(iter(header), ""), first, sum(at.size for at in header.values()))
     tensors = {}
     for key, at in header.items():
-        part = data[at.start - first : at.start - first + at.size]
-        part = part if part.storage_offset() % at.width == 0 else part.clone()
-        tensors[key] = part.view(DTYPES[at.dtype]).reshape(at.shape)
+        piece = data[at.start - first : at.start - first + at.size]
+        piece = piece if piece.storage_offset() % at.width == 0 else piece.clone()
+        tensors[key] = piece.view(DTYPES[at.dtype]).reshape(at.shape)
     return tensors, metadata
 
 
 def file_header(entries: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
-    """The bytes of a file before its first tensor, where tensors lie in the order of `entries`."""
+    """The bytes of a file before its first tensor; the tensors follow in the order of `entries`."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for key, entry in entries.items():
@@ -141,12 +141,12 @@ def file_header(entries: Mapping[str, Stored], metadata: Mapping[str, str]) -> b
 
 
 def sort_entries(entries: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Wide dtypes first, so that every tensor lies at a multiple of its own width; else the order that they have."""
+    """Entries with wide dtypes first, so that every tensor is aligned to its width; else in the same order."""
     return dict(sorted(entries.items(), key=lambda item: -item[1].width))
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
-    """The header of a file that holds `tensors`, which may be on the meta device, by name within a width."""
+    """The entries of a file with these tensors, which may be on the meta device; sorted by width, then by name."""
     entries = {}
     for key in sorted(tensors):
         tensor = tensors[key]
@@ -181,11 +181,10 @@ def write_file(
     tensors: Iterable[tuple[str, Tensor]],
     progress: Callable[[int], None],
 ) -> None:
-    """Write a safetensors file tensor after tensor, in the order of `entries`; `tensors` gives their bytes.
+    """Write a safetensors file tensor by tensor, and sync it to disk.
 
-    Each tensor is let go of before the next one is asked for.
-
-    The file is synced to disk before this returns.
+    Args:
+        tensors: bytes by key, in the order of `entries`; each is freed before the next one is computed.
     """
     with path.open("wb", buffering=0) as file:
         file.write(file_header(entries, metadata))
@@ -197,7 +196,7 @@ def write_file(
             while view.nbytes:
                 view = view[file.write(view) or 0 :]
             progress(entries[key].size)
-            del view, data  # before the next one is made
+            del view, data  # before the next one is computed
         assert not wanted, wanted
         os.fsync(file.fileno())
 
@@ -208,10 +207,10 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Tensors of a file that `torch.save` wrote, zip or legacy. Nothing but tensors and plain data is unpickled.
+    """The state dict of a file that `torch.save` wrote, zip or legacy. Only tensors and plain data are unpickled.
 
     Args:
-        wrappers: keys under which training scripts store a state dict; it is taken from there.
+        wrappers: keys under which training scripts store a state dict.
 
     Raises:
         AdapterError: the file is missing or torn, or holds anything but a state dict.
@@ -222,10 +221,9 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
         _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn pickle fails in as many ways as there are opcodes
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise AdapterError(
-            f"{path} is torn or holds more than tensors, and nothing else in it is opened ({reason}): download it"
-            f" again, or save its state dict alone, best as safetensors"
+            f"{path} is torn or holds more than tensors, and nothing else in it is opened ({first_line(error)}):"
+            f" download it again, or save its state dict alone, best as safetensors"
         ) from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in wrappers if isinstance(content.get(key), Mapping)), content)
@@ -244,7 +242,7 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
 
 
 def _check_sums(path: Path) -> None:
-    """Compare a zip's checksums, which torch writes and does not read."""
+    """Compare a zip's checksums, which torch writes but does not check; raise a ValueError where one differs."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():

@@ -1,4 +1,4 @@
-"""An adapter as vLLM reads it: one rank and one `lora_alpha / r` for every module, A and B of linear layers alone.
+"""An adapter as vLLM reads it: one rank and one `lora_alpha / r` for all modules, and only A and B of linear layers.
 
 vLLM ignores `rank_pattern` and `alpha_pattern` (its `vllm/lora/peft_helper.py` and `lora_model.py`). So A gets rows and
 B columns of zeros up to the largest rank, which changes nothing, and B takes the quotient of the two scales.
@@ -18,21 +18,21 @@ from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias, kind_of
 
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for `--max-lora-rank`."""
+"""The values of vLLM's `--max-lora-rank`."""
 DEFAULT_MAX_RANK = 16
 
 
 def fold_for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLayout]:
     """`layouts` with one rank R and one scale S for all: `S B' A' = s B A` with A' = [A; 0], B' = [s / S B, 0].
 
-    S is the scale that most layers have, if some whole number over R is it, and 1 otherwise. B' is B itself where s is
-    S, exact where s / S is a power of two, and rounded once elsewhere.
+    S is the most common scale that is a whole number over R, else 1. B' equals B where s is S, is exact where s / S is
+    a power of two, and is rounded once elsewhere.
 
     Raises:
-        AdapterError: vLLM cannot serve the adapter, with each reason.
+        AdapterError: vLLM cannot serve the adapter; the error lists the reasons.
     """
     _refuse(model, layouts)
-    rank = max(one.rank for one in layouts)
+    rank = max(layout.rank for layout in layouts)
     allowed = next((limit for limit in MAX_RANKS if limit >= rank), None)
     if allowed is None:
         raise AdapterError(
@@ -42,16 +42,16 @@ def fold_for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLay
     if allowed > DEFAULT_MAX_RANK:
         warn(f"rank {rank}: start vLLM with --max-lora-rank {allowed} (its default is {DEFAULT_MAX_RANK})")
     scale = _common_scale(layouts, rank)
-    return [replace(one, rank=rank, scale=scale, one_alpha=round(scale * rank)) for one in layouts]
+    return [replace(layout, rank=rank, scale=scale, one_alpha=round(scale * rank)) for layout in layouts]
 
 
 def vllm_targets(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
-    """The last parts of the modules' names, which is what vLLM compares; full names where PEFT would take in others.
+    """The last parts of the modules' names, which vLLM compares; full names where PEFT would also match other modules.
 
     Raises:
         AdapterError: a full name is also the end of another module's.
     """
-    names = {one.peft_name for one in layouts}
+    names = {layout.peft_name for layout in layouts}
     others = [n for n, module in named_modules(model, remove_duplicate=False) if n not in names and kind_of(module)]
     ends = {name.rpartition(".")[2] for name in names}
     if not any(other.rpartition(".")[2] in ends for other in others):
@@ -65,7 +65,7 @@ def vllm_targets(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
 
 
 def _common_scale(layouts: list[LayerLayout], rank: int) -> float:
-    counts = Counter(one.scale for one in layouts)
+    counts = Counter(layout.scale for layout in layouts)
     for scale in sorted(counts, key=lambda scale: (-counts[scale], scale)):
         if round(scale * rank) and round(scale * rank) / rank == scale:  # lora_alpha is a whole number there
             return scale
@@ -73,11 +73,11 @@ def _common_scale(layouts: list[LayerLayout], rank: int) -> float:
 
 
 def _refuse(model: nn.Module, layouts: list[LayerLayout]) -> None:
-    settings = {one.name: one.layer.lora_settings for one in layouts}
+    settings = {layout.name: layout.layer.lora_settings for layout in layouts}
     kinds = {
-        one.name: one.layer.kind
-        for one in layouts
-        if not isinstance(one.layer, LoRALinear) or one.name != one.peft_name
+        layout.name: layout.layer.kind
+        for layout in layouts
+        if not isinstance(layout.layer, LoRALinear) or layout.name != layout.peft_name
     }
     reasons: dict[str, list[str]] = {
         "DoRA": [name for name, s in settings.items() if s.use_dora],

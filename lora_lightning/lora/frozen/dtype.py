@@ -1,4 +1,4 @@
-"""The dtypes of W0: what they are, W0 in another one, and what that one cannot hold."""
+"""The dtypes of W0: naming them, casting W0, and refusing values that a dtype cannot hold."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lora_lightning.lora.frozen.tensors import BaseTensor, iter_base, named_modu
 from lora_lightning.lora.layers import AdaptedLayer
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-"""What a person asks for; `auto` leaves each tensor its own."""
+"""A dtype as an option; `auto` keeps each tensor's."""
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
-    """The dtype of that name, None for `auto`.
+    """The dtype with this name, None for `auto`.
 
     Raises:
-        LoRAError: it is none of `DType`.
+        LoRAError: the name is not in `DType`.
     """
     known = get_args(DType)
     if name not in known:
@@ -31,20 +31,20 @@ def parse_dtype(name: str) -> torch.dtype | None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16`, for a person."""
+    """The dtype's name without `torch.`, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's own first plain floating-point parameter, float32 where it has none."""
+    """The dtype of W0's first plain floating-point parameter, float32 where there is none."""
     return next((place.tensor.dtype for place in _plain_floats(model) if place.is_parameter), torch.float32)
 
 
 def base_dtypes(model: nn.Module) -> dict[str, int]:
-    """How many of W0's numbers are held as what: by dtype, or by the name of their quantization; the most first."""
+    """The number of W0's elements by dtype, or by the name of their quantization; the largest first."""
     counts = Counter[str]()
     for place in {id(place.tensor): place for place in iter_base(model) if place.is_parameter}.values():
-        quantized = scheme(place.module) if place.own == "weight" else None
+        quantized = scheme(place.module) if place.key == "weight" else None
         if quantized is not None and isinstance(place.module, nn.Linear):
             counts[quantized] += place.module.in_features * place.module.out_features
         else:
@@ -57,15 +57,15 @@ def base_dtypes(model: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def cast_base(model: nn.Module, dtype: torch.dtype, other: Mapping[str, torch.dtype] | None = None) -> None:
-    """Round what is frozen to `dtype`, in place, one tensor at a time; done again it changes nothing.
+    """Round the frozen tensors to `dtype`, in place, one at a time; a second call changes nothing.
 
-    Left as they are: the adapter, what trains, quantized weights, whole numbers, and buffers that no file holds, such
-    as the frequencies of rotary embeddings. Ties stay. Where DoRA's magnitudes still are W0's norms, they become those
-    of the rounded W0, so that a fresh adapter changes nothing (law 1).
+    Not cast: the adapter, what trains, quantized weights, integers, and buffers that are not persistent, such as the
+    frequencies of rotary embeddings. Ties stay. Where DoRA's magnitudes still are W0's norms, they become those of the
+    rounded W0, so that a fresh adapter changes nothing (law 1).
 
     Args:
-        model: adapted, or with what is to be cast frozen.
-        other: names of tensors that get a dtype of their own.
+        model: adapted, or with frozen parameters.
+        other: dtypes of single tensors, by name.
     """
     layers = [module for _, module in named_modules(model) if isinstance(module, AdaptedLayer)]
     fresh = [layer for layer in layers if _has_base_norms(layer)]
@@ -82,9 +82,9 @@ def _has_base_norms(layer: AdaptedLayer) -> bool:
 
 
 def base_floats(model: nn.Module) -> Iterator[BaseTensor]:
-    """The frozen plain floating-point tensors, less the buffers of a module that trains.
+    """The frozen plain floating-point tensors without the buffers of a module that trains.
 
-    float8 and whatever else is narrower than 16 bits is storage, not arithmetic.
+    float8 and other dtypes below 16 bits are storage, not arithmetic, and are left out.
     """
     training = {place.module for place in iter_base(model) if place.tensor.requires_grad}
     for place in _plain_floats(model):
@@ -94,35 +94,35 @@ def base_floats(model: nn.Module) -> Iterator[BaseTensor]:
 
 
 def widen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Bring W0, in place, to a dtype that holds both its own values and those of `dtype`: nothing is rounded."""
+    """Cast W0, in place, to the dtype that holds both its values and those of `dtype`: nothing is rounded."""
     for place in _plain_floats(model):
         _set_tensor(place, place.tensor.to(torch.promote_types(place.tensor.dtype, dtype)))
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round all that is saved to `dtype`, in place. Ties stay; buffers that no file holds are left as they are."""
+    """Round W0 to `dtype`, in place. Ties stay; buffers that are not persistent do not change."""
     for place in _plain_floats(model):
         _set_tensor(place, place.tensor.to(dtype))
 
 
 def _plain_floats(model: nn.Module) -> Iterator[BaseTensor]:
     for place in iter_base(model):
-        if place.tensor.is_floating_point() and not (place.own == "weight" and scheme(place.module)):
+        if place.tensor.is_floating_point() and not (place.key == "weight" and scheme(place.module)):
             yield place
 
 
 def _set_tensor(place: BaseTensor, value: Tensor) -> None:
     if not place.is_parameter:
-        place.module._buffers[place.own] = value
+        place.module._buffers[place.key] = value
     elif place.tensor.dtype != value.dtype:
-        place.tensor.data = value  # the parameter stays the one that other modules share
+        place.tensor.data = value  # so that modules that share the parameter still do
 
 
-# What a dtype cannot hold.
+# Refusals of values that a dtype cannot hold.
 
 
 def refuse_dtype(dtype: torch.dtype) -> None:
-    """Raise a MergeError for what is no floating-point dtype of at least 16 bits."""
+    """Raise a MergeError unless this is a floating-point dtype of at least 16 bits."""
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise MergeError(f"a merged model is float32, bfloat16 or float16 (or float64), not {dtype_name(dtype)}")
 
@@ -145,7 +145,7 @@ def refuse_overflow(what: str, wide: Tensor, dtype: torch.dtype) -> None:
         return
     ends = torch.stack(torch.aminmax(wide.detach()))
     if torch.isfinite(ends.to(dtype)).all():
-        return  # the rule, without a second tensor of that size
+        return  # the usual case, without a second tensor of this size
     if (torch.isinf(wide.to(dtype)) & torch.isfinite(wide)).any():
         way_out = {torch.float16: "float32 or bfloat16", torch.float32: "float64"}.get(dtype, "float32")
         raise MergeError(f"{what} is larger than {dtype_name(dtype)} can hold: merge into {way_out}")

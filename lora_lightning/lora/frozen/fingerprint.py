@@ -1,4 +1,4 @@
-"""A fingerprint of W0: proof that it did not move, and the address of the base that an adapter belongs to."""
+"""A fingerprint of W0, which proves that W0 did not change, and identifies the base of an adapter."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lora_lightning.lora.frozen.tensors import base_tensors
 
 FORMAT = 2
-"""Of the digests below. 1 hashed each tensor as one piece."""
+"""The format of the digests below. Format 1 hashed each tensor as one piece."""
 CHUNK = 1 << 24
-"""Bytes that are hashed as one piece, so that one huge embedding keeps all cores at work. Part of the format."""
+"""Bytes that are hashed as one piece, so that one huge embedding uses all cores. Part of the format."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
     """SHA-256 over the sorted names, dtypes, shapes and bytes of all frozen tensors.
 
-    A tensor's own digest is SHA-256(dtype, shape, SHA-256 of each `CHUNK` of its bytes); the whole's is
-    SHA-256(name=digest, ...). Files, shards, memory layout and device do not enter; a tied weight counts under each
-    of its names, as the model has them, whether a file holds it once or twice.
+    A tensor's digest is SHA-256(dtype, shape, SHA-256 of each `CHUNK` of its bytes); the whole digest is
+    SHA-256(name=digest, ...). Files, shards, memory layout and device have no influence; a tied weight counts under
+    each of its names in the model, whether a file holds it once or twice.
     """
 
     digest: str
-    """Hexadecimal, of the whole."""
+    """The whole digest, hexadecimal."""
     tensors: dict[str, str]
-    """Name to the first 16 hexadecimal digits of that tensor's own digest, in the model's order."""
+    """By name, the first 16 hexadecimal digits of the tensor's digest, in the model's order."""
     format: int = FORMAT
-    """How the digests were made; those of two formats cannot be compared."""
+    """The format of the digests; those of two formats cannot be compared."""
 
     @property
     def short(self) -> str:
@@ -43,7 +43,7 @@ class Fingerprint:
         return self.digest[:12]
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """Names of tensors that differ or that only one has, in this one's order, then the other's own."""
+        """Names of tensors that differ or that only one has: in this one's order, then those of the other only."""
         names = [*self.tensors, *(name for name in other.tensors if name not in self.tensors)]
         return [name for name in names if self.tensors.get(name) != other.tensors.get(name)]
 
@@ -54,30 +54,30 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, text: str) -> Fingerprint:
-        """The inverse of `to_json`; the first format did not name itself."""
+        """The inverse of `to_json`; format 1 did not write its number."""
         values = json.loads(text)
         return cls(digest=str(values["digest"]), tensors=dict(values["tensors"]), format=int(values.get("format", 1)))
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Of every tensor in the backbone's own state dict, but for the originals of `modules_to_save`.
+    """The fingerprint of every tensor in the backbone's state dict but the originals of `modules_to_save`.
 
-    Those are left out since the adapter brings them whole; a new head may start from other random numbers.
+    Those are left out since the adapter holds them whole; a new head may start from other random numbers.
 
-    Each call hashes the bytes anew, about 0.5 s per GiB: torch does not count writes through `.data` or numpy, so
-    nothing that was found before could be trusted.
+    Each call hashes all bytes, about 0.5 s per GiB: torch does not count writes through `.data` or numpy, so that no
+    earlier digest can be trusted.
     """
     return fingerprint_of_tensors(base_tensors(model))
 
 
 def fingerprint_of_tensors(tensors: Mapping[str, Tensor]) -> Fingerprint:
-    """The same for tensors by name, as read from a file."""
+    """The fingerprint of tensors by name, as read from a file."""
     return fingerprint_of_digests(digests(tensors))
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Each tensor's own digest, in hexadecimal digits."""
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 2)) as pool:  # hashlib lets go of the GIL
+    """Each tensor's digest, hexadecimal."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 2)) as pool:  # hashlib releases the GIL
         waiting = {name: _digest(tensor, pool) for name, tensor in tensors.items()}
         return {
             name: _sha256(header, *(piece.result() for piece in pieces)).hex()
@@ -86,18 +86,18 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def fingerprint_of_digests(by_name: Mapping[str, str]) -> Fingerprint:
-    """The whole's, of tensors whose own digests are known, in the model's order."""
+    """The fingerprint of tensors whose digests are known, in the model's order."""
     whole = "".join(f"{name}={by_name[name]}\n" for name in sorted(by_name))
     return Fingerprint(_sha256(whole.encode()).hex(), {name: digest[:16] for name, digest in by_name.items()})
 
 
 def _digest(tensor: Tensor, pool: Executor) -> tuple[bytes, list[Future[bytes]]]:
-    """The start of what a tensor's digest is made of, and the digests of its pieces, under way."""
+    """The header of a tensor's digest (dtype and shape), and the futures of its pieces' digests."""
     tensor = tensor.detach()
     if tensor.device.type == "meta":
         raise ValueError("a tensor on the meta device has no bytes to take a fingerprint of")
     if is_traceable_wrapper_subclass(tensor):
-        # torchao's quantized weights are tensors made of tensors.
+        # torchao's quantized weights are composed of inner tensors.
         names, context = tensor.__tensor_flatten__()
         header, pieces = f"{context} {names}".encode(), []
         for name in names:
@@ -105,7 +105,7 @@ def _digest(tensor: Tensor, pool: Executor) -> tuple[bytes, list[Future[bytes]]]
             header, pieces = header + inner, pieces + more
         return header, pieces
     header = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-    if not tensor.is_contiguous():  # its copy lives in one worker at a time, not all copies at once
+    if not tensor.is_contiguous():  # one worker makes its contiguous copy, so that few copies are in memory
         return header, [pool.submit(_hash_pieces, tensor)]
     return header, [pool.submit(_hash_piece, piece) for piece in _pieces(tensor)]
 

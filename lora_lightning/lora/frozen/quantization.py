@@ -1,6 +1,6 @@
-"""Quantized base layers: which scheme a module has, and its weight as plain numbers.
+"""Quantized base layers: a module's scheme, and its dequantized weight.
 
-Recognised by the qualified name of a class, so that neither bitsandbytes nor torchao is imported here.
+Layers are recognized by the qualified name of their class, so that neither bitsandbytes nor torchao is imported here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _bnb_4bit(module: nn.Module) -> Tensor:
     weight, state = module.weight, _quant_state(module)
     assert isinstance(weight, Tensor)
     if state is None:
-        return weight.data  # quantized only when it is moved to a device
+        return weight.data  # it is quantized when it is moved to a device
     functional = importlib.import_module("bitsandbytes.functional")
     dense: Tensor = functional.dequantize_4bit(weight.data, state)
     return dense
@@ -32,7 +32,7 @@ def _quant_state(module: nn.Module) -> Any:
 
 
 def _bnb_8bit(module: nn.Module) -> Tensor:
-    # The row scales sit on the weight until the first forward moves them into the state. 127 is int8's largest.
+    # The row scales are on the weight until the first forward moves them into the state. 127 is int8's largest value.
     weight, state = module.weight, module.state
     scales: Tensor = weight.SCB if weight.SCB is not None else state.SCB  # type: ignore[union-attr,assignment]
     return weight.data.float() * (scales.float() / 127.0).unsqueeze(1)  # type: ignore[union-attr,operator]
@@ -48,7 +48,7 @@ _BNB: dict[str, tuple[str, Callable[[nn.Module], Tensor]]] = {
     "bitsandbytes.nn.modules.Linear8bitLt": ("bitsandbytes 8-bit", _bnb_8bit),
 }
 
-# What bitsandbytes keeps on its modules beside what nn.Linear has.
+# Attributes of bitsandbytes' modules that nn.Linear does not have.
 _BNB_ATTRIBUTES = (
     "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu",
     "state", "index",
@@ -58,7 +58,7 @@ _BNB_ATTRIBUTES = (
 def _find(module: nn.Module) -> tuple[str, Callable[[nn.Module], Tensor]] | None:
     weight = module._parameters.get("weight")
     if type(weight) is nn.Parameter and weight.is_floating_point():
-        return None  # by far the most; and DoRA asks in each forward, where torch.compile follows no further
+        return None  # the usual case, first: DoRA calls this in each forward, and torch.compile cannot trace the rest
     for cls in type(module).__mro__:
         if _class_path(cls) in _BNB:
             return _BNB[_class_path(cls)]
@@ -71,7 +71,7 @@ def _torchao_weight(module: nn.Module) -> bool:
 
 
 def scheme(module: nn.Module) -> str | None:
-    """The name of a module's quantization, None where its weight is plain."""
+    """The name of a module's quantization; None where its weight is plain."""
     library = _find(module)
     return library[0] if library else None
 
@@ -80,10 +80,10 @@ _PACKING, _HELD = "support_avx512bf16_for_cpu", "_lora_packing"
 
 
 def hold_packing(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for the CPU in eval, and undo it where it has been done.
+    """Keep bitsandbytes from repacking 4-bit weights for the CPU in eval mode, and unpack those that are packed.
 
-    Repacking rounds the scales of W0 to bfloat16 and is not exactly reversible; and a packed weight has no backward,
-    so that training after a validation would silently pass no gradient on.
+    Packing rounds the scales of W0 to bfloat16 and is not exactly reversible; and a packed weight has no backward, so
+    that training after a validation would silently compute no gradient.
     """
     for module in model.modules():
         if _HELD in module.__dict__:
@@ -91,7 +91,7 @@ def hold_packing(model: nn.Module) -> None:
         if _PACKING in module.__dict__ and _is_4bit(module):  # older versions do not repack
             state = _quant_state(module)
             if state is not None and vars(state).get("packing_format_for_cpu"):
-                module.state_dict()  # puts the stored layout back
+                module.state_dict()  # which unpacks the weight
             module.__dict__[_HELD] = module.__dict__[_PACKING]
             module.__dict__[_PACKING] = False
 
@@ -111,7 +111,7 @@ def _is_4bit(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def plain_weight(module: nn.Module) -> Tensor:
-    """W0 as numbers: the weight itself, or what its quantized form stands for."""
+    """W0, dequantized where it is quantized."""
     library = _find(module)
     stored = module._parameters.get("weight")  # of an adapted attention `.weight` reads as W0 + s B A
     weight = module.weight if stored is None else stored
@@ -126,11 +126,11 @@ def make_plain(module: nn.Module, weight: Tensor) -> None:
         for name in _BNB_ATTRIBUTES:
             module.__dict__.pop(name, None)
         hooks = module._load_state_dict_pre_hooks
-        # torch wraps a hook that is a function in an object that holds it.
+        # torch wraps a hook in an object with the attribute `hook`.
         for key in [k for k, hook in hooks.items() if vars(hook)["hook"].__module__.startswith("bitsandbytes.")]:
             del hooks[key]
     if _torchao_weight(module):
-        module.__dict__.pop("extra_repr", None)  # torchao's own, which describes its tensor
+        module.__dict__.pop("extra_repr", None)  # torchao's, which describes its tensor
     del module._parameters["weight"]
     # The weight comes first in a linear's state dict.
     rest = dict(module._parameters)

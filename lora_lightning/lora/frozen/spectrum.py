@@ -1,7 +1,7 @@
-"""W0 and updates `s B A` as matrices, and what an update is made of: B A, of W0's size, is never formed.
+"""W0 and updates `s B A` as matrices, and the spectra of updates, without forming B A, which has W0's size.
 
-A layer is one matrix (m, k), but for a stack of experts and an attention of three weights, which are several. A
-convolution's k are its inputs times its kernel, of all groups; an embedding's are its rows.
+A layer is one matrix (m, k), except a stack of experts and an attention with three weights, which are several. k is the
+inputs times the kernel of a convolution, of all groups, and the number of rows of an embedding.
 
 With B = Q_B R_B and A^T = Q_A R_A (QR) and the SVD `R_B R_A^T = u S v^T` of a matrix r by r, the update's singular
 value decomposition is `(Q_B u) (s S) (Q_A v)^T`. All in float64, on the CPU.
@@ -19,24 +19,23 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.frozen.quantization import plain_weight
-from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter
+from lora_lightning.lora.layers import AdaptedLayer, LoRAConv1D, LoRAMultiheadAttention, LoRAParameter, kind_of
 from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.layers.functional import without_groups
-from lora_lightning.lora.layers.linear import CONV1D
 
 EPS = torch.finfo(torch.float64).eps
 EXACT_SIDE = 1024
-"""Smaller side of a W0 up to which its own singular values are found exactly; above, by subspace iteration."""
+"""Smaller side of W0 up to which its singular values are computed exactly; above, by subspace iteration."""
 
 
-# Every kind of layer as matrices.
+# Layers of every kind as matrices.
 
 Pair = tuple[Tensor, Tensor]
 """A (r, k) and B (m, r)."""
 
 
 def matrix_pair(A: Tensor, B: Tensor) -> Pair:
-    """A and B in PEFT's layout as matrices. With groups, B gets zeros where one does not see another's rank."""
+    """A and B in PEFT's layout as matrices. With groups, B becomes block diagonal."""
     A, B = A.flatten(1), B.flatten(1)
     groups = A.shape[0] // B.shape[1]
     if groups > 1:
@@ -45,24 +44,24 @@ def matrix_pair(A: Tensor, B: Tensor) -> Pair:
 
 
 def subtract_init(pair: Pair, A0: Tensor | None, B0: Tensor | None) -> Pair:
-    """`B A - B0 A0` as one product, where a start is subtracted."""
+    """The factors of `B A - B0 A0`; those of `B A` where no init is subtracted."""
     A, B = pair
     return pair if A0 is None or B0 is None else (torch.cat([A, A0]), torch.cat([B, -B0], dim=1))
 
 
 def update_pairs(layer: AdaptedLayer) -> list[Pair]:
-    """The factors (A, B) of each matrix of a layer's update, without s. Parts of a fused weight are one matrix."""
+    """The factors (A, B) of each matrix of a layer's update, without s. A fused weight is one matrix."""
     if isinstance(layer, LoRAParameter) or (isinstance(layer, LoRAMultiheadAttention) and layer.in_proj_weight is None):
         return layer.factor_pairs()
-    peft_tensors = layer.to_peft()
-    return [subtract_init(matrix_pair(peft_tensors["lora_A"], peft_tensors["lora_B"]), layer.lora_A0, layer.lora_B0)]
+    tensors = layer.to_peft()
+    return [subtract_init(matrix_pair(tensors["lora_A"], tensors["lora_B"]), layer.lora_A0, layer.lora_B0)]
 
 
 def base_matrices(layer: AdaptedLayer, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Tensor]:
-    """W0 of each of them, (m, k), in its own dtype; dequantized where the base is quantized.
+    """W0 as the matrices (m, k) that go with `update_pairs`, in its dtype; dequantized where it is quantized.
 
     Args:
-        whole: brings a sharded tensor together.
+        whole: gathers a sharded tensor.
     """
     owner = layer.lora_owner
     if not isinstance(layer, LoRAParameter | LoRAMultiheadAttention):
@@ -73,12 +72,11 @@ def base_matrices(layer: AdaptedLayer, whole: Callable[[Tensor], Tensor] = lambd
 
 
 def weight_matrices(module: nn.Module, weight: Tensor, *, stacked: bool = False) -> list[Tensor]:
-    """A module's weight as (m, k), whatever way it lies there; `stacked` of a bare parameter."""
+    """A module's weight as matrices (m, k), also where it is stored transposed; `stacked` for a bare parameter."""
     if stacked:
         turned = bool(getattr(module, "is_transposed", False)) and weight.dim() == 3
         return list((weight.mT if turned else weight).unbind()) if weight.dim() == 3 else [weight]
-    is_conv1d = any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in type(module).__mro__)
-    if isinstance(module, nn.Embedding) or is_conv1d:
+    if isinstance(module, nn.Embedding) or kind_of(module) is LoRAConv1D:
         return [weight.mT]
     if isinstance(module, CONVS):
         return [without_groups(weight, module.groups).flatten(1)]
@@ -90,14 +88,14 @@ def weight_matrices(module: nn.Module, weight: Tensor, *, stacked: bool = False)
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum:
-    """The thin singular value decomposition of an update; directions that are zero but for rounding are left out."""
+    """The thin singular value decomposition of an update, without directions that are zero up to rounding."""
 
     U: Tensor
-    """(m, q): what it writes to."""
+    """(m, q): the left singular vectors, directions of outputs."""
     S: Tensor
-    """(q,): singular values of `s B A`, falling."""
+    """(q,): singular values of `s B A`, in falling order."""
     V: Tensor
-    """(k, q): what it reads."""
+    """(k, q): the right singular vectors, directions of inputs."""
 
 
 @torch.no_grad()
@@ -128,7 +126,7 @@ def _to_float64(tensor: Tensor) -> Tensor:
 
 
 def _numerical_rank(S: Tensor, side: int) -> int:
-    """How many singular values are more than what rounding in float64 leaves of zero."""
+    """The number of singular values that are not zero up to rounding in float64."""
     return int((S[0] * EPS * side < S).sum()) if len(S) else 0
 
 
@@ -141,7 +139,7 @@ def frobenius(S: Tensor) -> float:
 
 
 def stable_rank(S: Tensor) -> float:
-    """`||.||_F^2 / ||.||_2^2`: from 1 for one direction to q for q that are equally strong; 0 of a zero update."""
+    """`||.||_F^2 / ||.||_2^2`: 1 for one direction, q for q equally strong directions, 0 for a zero update."""
     return float(S.square().sum() / S[0].square()) if len(S) else 0.0
 
 
@@ -152,10 +150,10 @@ def energy(S: Tensor) -> Tensor:
 
 
 def smallest_rank(S: Tensor, share: float) -> int:
-    """The smallest k whose top k directions hold `share` of the energy; 0 of a zero update."""
-    held = energy(S)
-    # Summing rounds: all of the energy is held by all directions, and 0.95 by two of which one holds 0.95.
-    return min(int((held < share * (1 - 4 * EPS)).sum()) + 1, len(S)) if len(S) else 0
+    """The smallest k whose top k directions hold `share` of the energy; 0 for a zero update."""
+    shares = energy(S)
+    # A tolerance for rounding in the sum, without which a share of exactly 0.95 or 1 may need one direction more.
+    return min(int((shares < share * (1 - 4 * EPS)).sum()) + 1, len(S)) if len(S) else 0
 
 
 # Subspaces.
@@ -164,21 +162,21 @@ def smallest_rank(S: Tensor, share: float) -> int:
 def similarity(U1: Tensor, U2: Tensor) -> Tensor:
     """`phi(i, j) = ||U1_i^T U2_j||_F^2 / min(i, j)` of the first i and the first j columns, at [i - 1, j - 1].
 
-    From 0, apart, to 1, one inside the other (the paper's equation 4). U1 (n, q1) and U2 (n, q2) have orthonormal
-    columns in the order of their singular values; returns (q1, q2).
+    phi is 0 for orthogonal subspaces and 1 where one contains the other (the paper's equation 4). U1 (n, q1) and
+    U2 (n, q2) have orthonormal columns in the order of their singular values; returns (q1, q2).
     """
     return accumulate_similarity((U1.mT @ U2).square())
 
 
 def accumulate_similarity(squares: Tensor) -> Tensor:
-    """`phi` from the squares (q1, q2) of the products of single directions."""
+    """`phi` from the squared inner products (q1, q2) of single directions."""
     rows = torch.arange(1, squares.shape[0] + 1, dtype=squares.dtype).unsqueeze(1)
     columns = torch.arange(1, squares.shape[1] + 1, dtype=squares.dtype)
     return squares.cumsum(0).cumsum(1) / torch.minimum(rows, columns)
 
 
 def random_similarity(i: int, j: int, n: int) -> float:
-    """The mean of `phi(i, j)` of two subspaces of n dimensions that are drawn at random."""
+    """The mean of `phi(i, j)` of two random subspaces in n dimensions."""
     return max(i, j) / n
 
 
@@ -187,17 +185,17 @@ def random_similarity(i: int, j: int, n: int) -> float:
 
 @torch.no_grad()
 def projection_norm(U: Tensor, W0: Tensor, V: Tensor, dtype: torch.dtype = torch.float64) -> float:
-    """`||U^T W0 V||_F`: how much of W0 lies in the directions of an update. On W0's device, in `dtype`."""
+    """`||U^T W0 V||_F`, the part of W0 in the directions of an update. On W0's device, in `dtype`."""
     product = U.to(W0.device, dtype).mT @ W0.detach().to(dtype)
     return float(torch.linalg.matrix_norm(product @ V.to(W0.device, dtype)))
 
 
 @torch.no_grad()
 def top_norm(W0: Tensor, r: int) -> float:
-    """`||U^T W0 V||_F` in W0's own top r directions, which is the norm of its r largest singular values.
+    """`||U^T W0 V||_F` in W0's top r directions, which is the norm of its r largest singular values.
 
     Exact up to a smaller side of 1,024; above by eight subspace iterations (Halko et al. 2009, arXiv 0909.4061), which
-    come from below and miss less than a percent. The caller's random state stays.
+    give a lower bound within a percent. The caller's random state does not change.
     """
     W0 = _to_float64(W0)
     if min(W0.shape) <= EXACT_SIDE:
@@ -211,13 +209,13 @@ def top_norm(W0: Tensor, r: int) -> float:
 def expected_norm(W0_norm: float, r: int, shape: tuple[int, int]) -> float:
     """The root of the mean of `||U^T W0 V||_F^2` over random U and V: `r ||W0||_F / sqrt(m k)`.
 
-    Table 7 draws them; with W_q of GPT-3, ||W_q||_F = 61.95 and m = k = 12,288, both give 0.02 at r = 4.
+    Table 7 samples it; with W_q of GPT-3, ||W_q||_F = 61.95 and m = k = 12,288, both give 0.02 at r = 4.
     """
     return min(r, *shape) * W0_norm / math.sqrt(shape[0] * shape[1])
 
 
 def sampled_norm(W0: Tensor, r: int, seed: int = 0) -> float:
-    """`||U^T W0 V||_F` for one draw, the singular directions of random matrices, as in Table 7."""
+    """`||U^T W0 V||_F` for one sample of U and V, the singular directions of random matrices, as in Table 7."""
     generator = torch.Generator().manual_seed(seed)
     frames = [torch.randn(n, min(r, *W0.shape), generator=generator, dtype=torch.float64) for n in W0.shape]
     U, V = (torch.linalg.qr(frame)[0] for frame in frames)

@@ -1,7 +1,7 @@
 """A model's tensors by their names in the plain model: which are the adapter's, and which are W0.
 
-A wrapper inside a model, such as a block that `torch.compile` or `DataParallel` returned, puts a part of its own into
-every name below it: `layers.0._orig_mod.weight`. Files, patterns and fingerprints go by the names without it.
+A wrapper inside a model, such as a block that `torch.compile` or `DataParallel` returned, adds a part to every name
+below it: `layers.0._orig_mod.weight`. Files, patterns and fingerprints use the names without it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,23 @@ _WRAPPED_CHILD = {
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": "_checkpoint_wrapped_module",
 }
 
-
-_FOUND: dict[type[nn.Module], str | None] = {}
+_CHILD_NAMES: dict[type[nn.Module], str | None] = {}
 
 
 def _wrapped_child(cls: type[nn.Module]) -> str | None:
-    """Under which name a wrapper holds what it wraps; None for any other class."""
-    if cls not in _FOUND:
+    """The name of a wrapper's wrapped child; None for any other class."""
+    if cls not in _CHILD_NAMES:
         children = (_WRAPPED_CHILD.get(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
-        _FOUND[cls] = next((child for child in children if child), None)
-    return _FOUND[cls]
+        _CHILD_NAMES[cls] = next((child for child in children if child), None)
+    return _CHILD_NAMES[cls]
 
 
 def plain_name(model: nn.Module, name: str) -> str:
-    """The name of a module or tensor as the model without wrappers has it: without `_orig_mod.` or `module.`.
+    """The name of a module or tensor in the model without wrappers: without `_orig_mod.` or `module.`.
 
-    Only the parts that a wrapper added are left out: a module that its author called `module` keeps its name.
+    Only the parts that a wrapper added are left out: a module that its author named `module` keeps its name.
     """
-    kept: list[str] = []
+    parts: list[str] = []
     module: nn.Module | None = model
     for part in name.split(".") if name else ():
         while module is not None and (child := _wrapped_child(type(module))):
@@ -48,20 +47,20 @@ def plain_name(model: nn.Module, name: str) -> str:
             if part == child:
                 break
         else:
-            kept.append(part)
+            parts.append(part)
             module = None if module is None else module._modules.get(part)
-    return ".".join(kept)
+    return ".".join(parts)
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """As the model's own `named_modules`, by plain names and without the wrappers."""
+    """As `model.named_modules`, by plain names and without the wrappers."""
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if _wrapped_child(type(module)) is None:
             yield plain_name(model, name), module
 
 
 def get_module(model: nn.Module, name: str) -> nn.Module:
-    """The module of that plain name, past wrappers; raises an AttributeError where there is none."""
+    """The module with this plain name, without wrappers; raises an AttributeError where there is none."""
     module = _unwrap(model)
     for part in name.split(".") if name else ():
         module = _unwrap(module.get_submodule(part))
@@ -75,19 +74,19 @@ def _unwrap(module: nn.Module) -> nn.Module:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict by plain names, with the tensors themselves."""
+    """The model's state dict by plain names, with its tensors and not detached copies."""
     return {plain_name(model, key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A, B, what options add, token rows and the copies of `modules_to_save`, by their names in the plain model.
+    """A, B, the tensors of options, token rows and the copies of `modules_to_save`, by their plain names.
 
     Raises:
         AdapterError: the model's state dict lacks one of them.
     """
     state = plain_state(model)
     grafted = [(name, module) for name, module in named_modules(model) if isinstance(module, Grafted)]
-    factors = {full_name(name, attribute) for name, module in grafted for attribute in module.lora_tensors()}
+    factors = {full_name(name, tensor) for name, module in grafted for tensor in module.lora_tensors()}
     copies = tuple(full_name(name, "lora_copy.") for name, module in grafted if isinstance(module, SavedCopy))
     if hidden := sorted(factors - state.keys()):
         raise AdapterError(f"'{hidden[0]}' is not in the model's state_dict: a wrapper inside renames its keys")
@@ -95,45 +94,44 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_bytes(model: nn.Module) -> int:
-    """What the adapter's tensors take; its file is a few kilobytes larger."""
+    """Bytes of the adapter's tensors; its file is a few kilobytes larger."""
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter_tensors(model).values())
 
 
 def frozen_keys(model: nn.Module) -> set[str]:
-    """Names in the plain model's state dict of all that is the backbone's own: all but the adapter's."""
+    """The plain names in the model's state dict of all tensors but the adapter's."""
     return set(plain_state(model)) - _adapter_keys(model)
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """W0: the backbone's own tensors by plain names, less those that `modules_to_save` stands in for."""
-    # Under every name that a module in two places has.
-    everywhere = named_modules(model, remove_duplicate=False)
-    replaced = tuple(f"{name}." for name, module in everywhere if isinstance(module, SavedCopy))
+    """W0: the backbone's tensors by plain names, without the originals of `modules_to_save`."""
+    modules = named_modules(model, remove_duplicate=False)  # with every name of a module in two places
+    replaced = tuple(f"{name}." for name, module in modules if isinstance(module, SavedCopy))
     ours, state = _adapter_keys(model), plain_state(model)
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and k not in ours and not k.startswith(replaced)}
 
 
 class BaseTensor(NamedTuple):
-    """One of W0's tensors, where a module holds it."""
+    """One of W0's tensors in one of its modules."""
 
     name: str
     """In the plain model."""
     module: nn.Module
-    own: str
+    key: str
     """Its name in the module."""
     tensor: Tensor
 
     @property
     def is_parameter(self) -> bool:
         """False for a buffer."""
-        return self.own in self.module._parameters
+        return self.key in self.module._parameters
 
 
 def iter_base(model: nn.Module) -> Iterator[BaseTensor]:
-    """W0 in its places: parameters, and those buffers that a state dict holds; a tied one in each of its places.
+    """W0 module by module: parameters and persistent buffers; a tied tensor in each of its modules.
 
-    The adapter is left out; the originals that `modules_to_save` stands in for are not. `base_tensors` is W0 as a state
-    dict holds it: there a quantized layer adds its scales, and whatever else its class writes.
+    The originals of `modules_to_save` are included. `base_tensors` is W0 as in a state dict, where a quantized layer
+    adds its scales and whatever else its class writes.
     """
     copies: tuple[str, ...] = ()
     for path, module in named_modules(model):
@@ -144,17 +142,17 @@ def iter_base(model: nn.Module) -> Iterator[BaseTensor]:
             ours = module.lora_all_names
             copies += (full_name(path, "lora_copy"),) if isinstance(module, SavedCopy) else ()
         saved = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-        for attribute, tensor in (*module._parameters.items(), *saved.items()):
-            if tensor is not None and attribute not in ours:
-                yield BaseTensor(full_name(path, attribute), module, attribute, tensor)
+        for key, tensor in (*module._parameters.items(), *saved.items()):
+            if tensor is not None and key not in ours:
+                yield BaseTensor(full_name(path, key), module, key, tensor)
 
 
 def _adapter_keys(model: nn.Module) -> set[str]:
-    """Like the keys of `adapter_tensors`, but under every name that a module in two places has."""
+    """The keys of `adapter_tensors`, with every name of a module in two places."""
     ours = {id(tensor) for tensor in adapter_tensors(model).values()}
     return {key for key, tensor in plain_state(model).items() if id(tensor) in ours}
 
 
 def full_name(*parts: str) -> str:
-    """A name in a model from its parts, of which the model's own is empty."""
+    """A dotted name from its parts; the model's name is an empty part."""
     return ".".join(part for part in parts if part)

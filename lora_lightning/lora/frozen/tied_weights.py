@@ -1,4 +1,4 @@
-"""Parameters that two modules share, and what a merge does to them."""
+"""Parameters that modules share, and how a merge unties them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Place = tuple[nn.Module, str]
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[Place]]:
-    """By the parameter's id, the places of each parameter that more than one of the model's modules holds."""
+    """The places of each parameter that more than one module holds, by the parameter's id."""
     places: dict[int, list[Place]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -22,7 +22,7 @@ def shared_parameters(model: nn.Module) -> dict[int, list[Place]]:
 
 
 def untied_since(model: nn.Module, before: dict[int, list[Place]]) -> list[str]:
-    """Names of the modules that no longer hold the parameter that they shared in `before`, where others still do."""
+    """Names of the modules that have replaced a parameter that they shared in `before`."""
     names = {module: name for name, module in named_modules(model)}
     untied: list[str] = []
     for key, group in before.items():
@@ -33,11 +33,10 @@ def untied_since(model: nn.Module, before: dict[int, list[Place]]) -> list[str]:
 
 
 def untie_config(model: nn.Module) -> None:
-    """Have a transformers config say that input and output embeddings are two, once they are.
+    """Set `tie_word_embeddings` of a transformers config to False once input and output embeddings differ.
 
-    Otherwise `from_pretrained` ties them again and drops one of the two trained matrices. The one flag of the config
-    governs all of a model's ties, so whatever it held together and is still shared gets parameters of its own, and
-    `save_pretrained` writes each.
+    Otherwise `from_pretrained` ties them again and drops one of the two trained matrices. This one flag governs all
+    ties of a model, so its other shared parameters are copied, and `save_pretrained` writes each.
     """
     for module in model.modules():
         if not is_a(module, HF_MODEL):
@@ -52,11 +51,11 @@ def untie_config(model: nn.Module) -> None:
 
 
 def _untie(model: nn.Module, still_tied: set[str]) -> None:
-    """Give each place of a shared parameter its own copy, but for one, and for those that loading ties again."""
+    """Copy shared parameters so that each place has its own, but for those that loading ties again."""
     names = {module: name for name, module in named_modules(model)}
     for group in shared_parameters(model).values():
         loose = [(module, name) for module, name in group if f"{names[module]}.{name}".lstrip(".") not in still_tied]
         for module, name in loose[len(loose) == len(group) :]:
-            tied = module._parameters[name]
-            assert tied is not None
-            module._parameters[name] = nn.Parameter(tied.detach().clone(), requires_grad=tied.requires_grad)
+            parameter = module._parameters[name]
+            assert parameter is not None
+            module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)

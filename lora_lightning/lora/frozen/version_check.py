@@ -1,9 +1,8 @@
-"""Whether W0 is what it was, without reading it: torch counts how often a tensor is written into.
+"""Check that W0 has not changed without reading it: torch counts how often a tensor is written into.
 
-A fingerprint proves more and takes a second for each GiB; this takes a millisecond and sees a merge, a
-`load_state_dict`, an optimizer's step and running statistics that went on. Moving a model to another device or dtype is
-no write: parameters then stay the objects that they are, and buffers, which do not, are compared by their values where
-they are small.
+A fingerprint proves more and takes a second for each GiB; this takes a millisecond and detects a merge, a
+`load_state_dict`, an optimizer's step and updated running statistics. Moving a model to another device or dtype is no
+write: parameters stay the same objects; buffers do not, and small ones are compared by their values.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.tensors import BaseTensor, iter_base
 
 SMALL = 2**16
-"""Entries of a buffer of which a copy is kept: statistics have a few thousand."""
+"""Largest number of entries of a buffer that is copied for comparison: statistics have a few thousand."""
 
 
 @dataclass
 class Version:
-    """Which object a tensor of W0 is, and how often it was written into."""
+    """The identity of a tensor of W0, and how often it was written into."""
 
     tensor: weakref.ref[Tensor]
     count: int
@@ -31,7 +30,7 @@ class Version:
     """A copy of a small buffer."""
 
     def fits(self, now: BaseTensor) -> bool:
-        """Whether the tensor is what it was; of a large buffer that is another object, nothing can be said."""
+        """Whether the tensor is unchanged; a large buffer that was replaced counts as unchanged."""
         if self.tensor() is now.tensor:
             return count_writes(now.tensor) == self.count
         if self.values is None:
@@ -40,7 +39,7 @@ class Version:
 
 
 def base_versions(model: nn.Module) -> dict[str, Version]:
-    """The versions of all of W0's tensors as they are now."""
+    """The present versions of all of W0's tensors."""
     versions: dict[str, Version] = {}
     for place in iter_base(model):
         small = not place.is_parameter and place.tensor.numel() <= SMALL
@@ -50,7 +49,7 @@ def base_versions(model: nn.Module) -> dict[str, Version]:
 
 
 def refuse_moved(model: nn.Module, before: dict[str, Version]) -> None:
-    """Raise an AdapterError where a tensor of W0 was replaced or written into since."""
+    """Raise an AdapterError where a tensor of W0 was replaced or written into since `before`."""
     for place in iter_base(model):
         version = before.get(place.name)
         if version is None or not version.fits(place):
@@ -61,5 +60,5 @@ def refuse_moved(model: nn.Module, before: dict[str, Version]) -> None:
 
 
 def count_writes(tensor: Tensor) -> int:
-    """How often torch has seen the tensor written into; it has no public name for it."""
+    """The number of writes into the tensor; torch has no public name for it."""
     return 0 if tensor.is_inference() else tensor._version

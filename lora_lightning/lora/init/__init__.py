@@ -1,4 +1,4 @@
-"""How A and B begin: at random, from W0, or from data.
+"""Inits of A and B: at random, from W0, from data, or from another adapter.
 
 Imports `lora.frozen` and `lora.layers`.
 """

@@ -1,7 +1,7 @@
 """Start training from the adapter of an earlier run.
 
-The paper's MRPC, RTE and STS-B runs start from its MNLI adapter (arXiv 2106.09685, appendix D.1). A and B are taken
-over whole, and W0 stays; a head that is trained in full and has another shape for the new task keeps its own init.
+The paper's MRPC, RTE and STS-B runs start from its MNLI adapter (arXiv 2106.09685, appendix D.1). A and B are loaded
+into the new adapter; a head that trains in full and has another shape for the new task keeps its own init.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from lora_lightning.lora.targets.patterns import by_pattern
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStart:
-    """What was taken over."""
+    """What was loaded from the earlier adapter."""
 
     tensors: int
-    """How many."""
+    """The number of loaded tensors."""
     own_start: dict[str, str]
     """Modules trained in full that keep their own init, and why."""
 
@@ -44,11 +44,10 @@ class WarmStart:
 
 
 def start_from_directory(model: nn.Module, directory: Path, *, allow_other_base: bool = False) -> WarmStart:
-    """Load what a PEFT directory holds into the adapter that `model` has already.
+    """Load a PEFT directory into the adapter that `model` already has.
 
     Raises:
-        AdapterError: as `load_adapter` does; or a scale, part or token row that is another here. Nothing is loaded
-            then.
+        AdapterError: as in `load_adapter`; or a scale, part or token row differs here. Nothing is loaded then.
     """
     files = AdapterFiles.read(directory)
     if (init := subtracted_init(files.peft)) != "gaussian":
@@ -58,7 +57,7 @@ def start_from_directory(model: nn.Module, directory: Path, *, allow_other_base:
             f"lora.init subtracts a start, in '{with_init[0]}', that an adapter in PEFT's format does not have: leave"
             " lora.init out, or start from a checkpoint of a run with the same"
         )
-    # W0 less what this run trains in full, which may be more than the earlier one did.
+    # Without what this run trains in full, which may be more than the earlier run did.
     check_base(files.record, model, allow_other_base=allow_other_base, replaced=_head_names(model))
     peft, tensors = resolve(files.peft, files.tensors, model, allow_other_base=allow_other_base)
     trained = config_for(peft, find_contents(tensors, peft, model), files.record, model, {})
@@ -84,16 +83,16 @@ def start_from_state(
     *,
     allow_other_base: bool = False,
 ) -> WarmStart:
-    """Load a checkpoint's tensors, by their names in the model, into the adapter that it has already.
+    """Load a checkpoint's tensors, by their names in the model, into the adapter that the model already has.
 
     Args:
         trained: the settings that the checkpoint was trained with.
-        config: those that `model` was injected with.
-        base: the W0 that it was trained on.
+        config: the settings that `model` was injected with.
+        base: the fingerprint of the W0 that the checkpoint was trained on.
 
     Raises:
-        AdapterError: another base; tensors that are missing, left over or of other shapes; a scale, part or token row
-            that is another here. Nothing is loaded then.
+        AdapterError: another base; tensors that are missing, left over or of other shapes; or a scale, part or token
+            row that differs here. Nothing is loaded then.
     """
     refuse_other_base(base, fingerprint(model), allow_other_base=allow_other_base, replaced=_head_names(model))
     tensors, left = _keep_own_heads(model, tensors, {key: key for key in adapter_tensors(model)})
@@ -107,7 +106,7 @@ def start_from_state(
 
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], trained: LoRAConfig, left: dict[str, str]) -> WarmStart:
-    """Load the tensors, unless a layer's s is another than in training: the update would be another."""
+    """Load the tensors; raise an AdapterError where a layer's s differs, which would change the update."""
     for path, layer in adapted_layers(model):
         name, here = layer.lora_name(path), layer.lora_settings
         alpha = by_pattern("alpha_pattern", trained.alpha_pattern, [name], trained.scaling_alpha)
@@ -129,19 +128,19 @@ def _head_names(model: nn.Module) -> list[str]:
 def _keep_own_heads(
     model: nn.Module, tensors: Mapping[str, Tensor], keys: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The file's tensors, with this model's own of each head that the file does not have, or has in another shape.
+    """The file's tensors, with this model's tensors for each head that the file lacks or has in another shape.
 
-    A head of which only a part is missing is a misfit, which the caller refuses.
+    A head of which the file has only a part is not replaced; the caller refuses it.
 
     Args:
-        keys: the file's key of each of our names.
+        keys: the file's key for each name in the model.
 
     Returns:
-        The tensors, and why each such head keeps its own init.
+        The tensors, and by head the reason why it keeps its own init.
     """
-    present, filled, left = adapter_tensors(model), dict(tensors), dict[str, str]()
+    current, filled, left = adapter_tensors(model), dict(tensors), dict[str, str]()
     for name in _head_names(model):
-        head = {keys[key]: tensor for key, tensor in present.items() if key.startswith(f"{full_name(name, COPY)}.")}
+        head = {keys[key]: tensor for key, tensor in current.items() if key.startswith(f"{full_name(name, COPY)}.")}
         others = [(tensors[k].shape, t.shape) for k, t in head.items() if k in tensors and tensors[k].shape != t.shape]
         if not head.keys() & tensors.keys():
             left[name] = "the adapter brings none"

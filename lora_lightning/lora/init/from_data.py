@@ -1,4 +1,4 @@
-"""Inits that need data: what the layers see, and what the loss asks of W0, measured on a few batches."""
+"""Inits that need data: the layers' inputs, or the gradient of the loss in W0, measured on a few batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 def refuse_data(init: str, data: Any) -> None:
-    """Raise a LoRAError for an init that lacks its data, and for data that no init reads."""
+    """Raise a LoRAError for an init that lacks its data, and for data that the init does not read."""
     needs = {
         "eva": "an iterable of batches that the model is called with",
         "lora_ga": "an iterable of batches that the model is called with and makes a loss of",
@@ -32,24 +32,24 @@ def refuse_data(init: str, data: Any) -> None:
 
 
 def init_from_data(model: nn.Module, layers: Layers, init: str, data: Any, loss: Loss | None) -> None:
-    """Put the data-driven `init` into freshly adapted layers. The model computes in eval mode meanwhile.
+    """Initialize freshly adapted layers from data, with the model in eval mode.
 
     Raises:
-        LoRAError: the data does not serve: no batch, no loss, a layer that is never called, a wrong shape.
+        LoRAError: the data has no batch, gives no loss or has a wrong shape, or a layer is never called.
     """
     if init == "loftq":
         _init_loftq(layers, data)
         return
     with _eval_mode(model):
-        directions = _main_directions(model, layers, data) if init == "eva" else _gradients(model, layers, data, loss)
+        measured = _main_directions(model, layers, data) if init == "eva" else _gradients(model, layers, data, loss)
     for name, layer in layers:
-        if name not in directions:
+        if name not in measured:
             raise LoRAError(f"init '{init}': the data never reached '{name}': give batches that use it, or exclude it")
         r, A = layer.lora_settings.r, layer.lora_A
         if init == "eva":
-            layer.set_init(*eva(directions[name], layer.lora_B, r))
+            layer.set_init(*eva(measured[name], layer.lora_B, r))
         else:
-            layer.set_init(*lora_ga(directions[name].to(A.dtype), r))
+            layer.set_init(*lora_ga(measured[name].to(A.dtype), r))
 
 
 def _init_loftq(layers: Layers, original: Any) -> None:
@@ -70,13 +70,13 @@ def _init_loftq(layers: Layers, original: Any) -> None:
 def _main_directions(model: nn.Module, layers: Layers, data: Iterable[Any]) -> dict[str, Tensor]:
     """The main directions (q, k) of each layer's inputs, best first, by one SVD per batch and layer.
 
-    4 r directions are carried from batch to batch, so that memory does not grow with the data.
+    At most 4 r directions are kept from batch to batch, so that memory does not grow with the data.
     """
     seen: dict[str, Tensor] = {}
-    mask: list[Tensor | None] = [None]
+    mask: Tensor | None = None
 
-    def note(name: str, layer: AdaptedLayer, x: Tensor) -> None:
-        rows = x.detach().flatten(0, -2) if mask[0] is None or mask[0].shape != x.shape[:-1] else x.detach()[mask[0]]
+    def update(name: str, layer: AdaptedLayer, x: Tensor) -> None:
+        rows = x.detach().flatten(0, -2) if mask is None or mask.shape != x.shape[:-1] else x.detach()[mask]
         rows = rows.to(layer.lora_A.dtype)
         stack = torch.cat([seen[name], rows]) if name in seen else rows
         _, S, Vh = torch.linalg.svd(stack, full_matrices=False)
@@ -85,15 +85,15 @@ def _main_directions(model: nn.Module, layers: Layers, data: Iterable[Any]) -> d
         seen[name] = S[:keep].unsqueeze(1) * Vh[:keep]
 
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name, layer=layer: note(name, layer, args[0]))
+        layer.register_forward_pre_hook(lambda _, args, name=name, layer=layer: update(name, layer, args[0]))
         for name, layer in layers
     ]
     try:
         with torch.no_grad():
             for batch in _batches(model, data):
-                # Padding is no data.
-                given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                mask[0] = given.bool() if isinstance(given, Tensor) else None
+                # Padding does not count.
+                attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                mask = attention_mask.bool() if isinstance(attention_mask, Tensor) else None
                 _call(model, batch)
     finally:
         for hook in hooks:
@@ -102,14 +102,17 @@ def _main_directions(model: nn.Module, layers: Layers, data: Iterable[Any]) -> d
 
 
 def _gradients(model: nn.Module, layers: Layers, data: Iterable[Any], loss: Loss | None) -> dict[str, Tensor]:
-    """The loss's gradient in each W0, (m, k), as `sum g x^T` from the layer's input and output: W0 stays frozen."""
+    """The loss's gradient in each W0, (m, k), as `sum g x^T` from the layer's inputs and output gradients.
+
+    W0 itself needs no gradient.
+    """
     total: dict[str, Tensor] = {}
 
     def watch(name: str, x: Tensor, out: Tensor) -> None:
         def add(g: Tensor) -> None:
             dtype = wide_dtype(g)
-            now = g.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)
-            total[name] = total[name] + now if name in total else now
+            product = g.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)
+            total[name] = total[name] + product if name in total else product
 
         if out.requires_grad:
             out.register_hook(add)  # type: ignore[no-untyped-call]
@@ -121,8 +124,8 @@ def _gradients(model: nn.Module, layers: Layers, data: Iterable[Any], loss: Loss
     try:
         with torch.enable_grad():
             for batch in _batches(model, data):
-                value = loss(model, batch) if loss else _own_loss(_call(model, batch))
-                # B stands in for W0: its gradient passes every layer's output, and nothing is left in any .grad.
+                value = loss(model, batch) if loss else _model_loss(_call(model, batch))
+                # Backward to every B passes every layer's output, and writes no .grad.
                 torch.autograd.grad(value, [layer.lora_B for _, layer in layers], allow_unused=True)
     finally:
         for hook in hooks:
@@ -130,7 +133,7 @@ def _gradients(model: nn.Module, layers: Layers, data: Iterable[Any], loss: Loss
     return total
 
 
-def _own_loss(output: Any) -> Tensor:
+def _model_loss(output: Any) -> Tensor:
     value = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(value, Tensor) or value.dim() != 0:
         raise LoRAError(
@@ -167,7 +170,7 @@ def _to_device(batch: Any, device: torch.device) -> Any:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout, and no batch norm that counts what it sees; each module's mode is put back."""
+    """Within the block the model is in eval mode; afterwards each module has its former mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,7 +1,7 @@
 """Inits of A and B other than B = 0, in plain linear algebra.
 
 Each returns factors (A, B) of a layer with W0 (m, k), rank r and scale s. Where B A is not zero the layer keeps them as
-(A0, B0) and computes `W0 x + s (B A - B0 A0) x`: W0 stays as it was and the first output too. A is (r, k), B is (m, r).
+(A0, B0) and computes `W0 x + s (B A - B0 A0) x`, so that W0 and the first output do not change. A is (r, k), B (m, r).
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ Factors = tuple[Tensor, Tensor]
 DATA_INITS = ("eva", "lora_ga", "loftq")
 """Inits that need more than W0: inputs, gradients, the weights before quantization."""
 
-# LoRA-GA's stability constant, the value in the paper's experiments and in its code (Wang et al. 2024, 2407.05000).
+# LoRA-GA's stability constant, as in the paper's experiments and code (Wang et al. 2024, arXiv 2407.05000).
 LORA_GA_GAMMA = 16.0
 
 
 def is_from_weight(init: str) -> bool:
-    """True for the inits that W0 alone decides."""
+    """Whether the init is computed from W0 alone."""
     return init in _FROM_WEIGHT or FAST_PISSA.fullmatch(init) is not None
 
 
 def is_subtracted(init: str) -> bool:
-    """True where the layer keeps and subtracts its first factors.
+    """Whether the layer keeps and subtracts its first factors.
 
-    eva has B = 0. loftq's first update is the quantization error that it is there to take back.
+    eva does not, since B is 0; nor does loftq, whose first update corrects the quantization error.
     """
     return is_from_weight(init) or init == "lora_ga"
 
 
 def refusal(init: str, r: int, shape: tuple[int, int]) -> str | None:
-    """Why an init cannot be had at this rank on a weight of this shape, None where it can."""
+    """Why an init cannot be computed at this rank for a weight of this shape; None where it can."""
     if init == "orthogonal" and r % 2:
         return f"init 'orthogonal' splits an orthogonal matrix in two halves and needs an even r, got r={r}"
     if init == "lora_ga" and 2 * r > min(shape):
@@ -114,9 +114,9 @@ def lora_ga(gradient: Tensor, r: int) -> Factors:
 
 
 def loftq(quantized: Tensor, original: Tensor, r: int, scale: float) -> Factors:
-    """The best rank-r approximation of what quantization took away: `s B A = (W - W0)_r`.
+    """The best rank-r approximation of the quantization error: `s B A = (W - W0)_r`.
 
-    One step of LoftQ (Li et al. 2023, arXiv 2310.08659) with W0's bytes left alone.
+    This is one step of LoftQ (Li et al. 2023, arXiv 2310.08659), and does not change W0.
     """
     return pissa(original.to(quantized.dtype) - quantized, r, scale)
 

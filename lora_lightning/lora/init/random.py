@@ -1,4 +1,4 @@
-"""A drawn at random and B zero, so that a fresh adapter changes nothing."""
+"""A random and B zero, so that a fresh adapter changes nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def gaussian_(A: Tensor) -> Tensor:
 
 
 def kaiming_(A: Tensor) -> Tensor:
-    """Uniform in +-1/sqrt(in) in place, as loralib and PEFT draw it."""
+    """Uniform in +-1/sqrt(in) in place, as in loralib and PEFT."""
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5))
 
 
@@ -25,9 +25,6 @@ RANDOM_INITS: dict[str, Callable[[Tensor], Tensor]] = {"gaussian": gaussian_, "k
 
 
 def init_random_(A: Tensor, B: Tensor, init: str) -> None:
-    """Draw A and set B to zero, both in place; where `init` is of another kind, A is Gaussian until that comes.
-
-    To be called without gradients.
-    """
+    """Draw A and set B to zero, both in place and without gradients; A is Gaussian where `init` is not random."""
     RANDOM_INITS.get(init, gaussian_)(A)
     B.zero_()

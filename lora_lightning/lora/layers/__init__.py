@@ -9,7 +9,7 @@ from lora_lightning.lora.layers.base import AdaptedLayer
 from lora_lightning.lora.layers.class_swap import Grafted, graft, take_out, ungraft
 from lora_lightning.lora.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_lightning.lora.layers.embedding import LoRAEmbedding
-from lora_lightning.lora.layers.linear import LoRAConv1D, LoRALinear
+from lora_lightning.lora.layers.linear import CONV1D, LoRAConv1D, LoRALinear
 from lora_lightning.lora.layers.parameter import LoRAParameter, ParameterHost
 from lora_lightning.lora.layers.trained.bias import TrainedBias
 from lora_lightning.lora.layers.trained.module_copy import SavedCopy
@@ -23,12 +23,12 @@ KINDS: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
     nn.Conv3d: LoRAConv3d,
     nn.Embedding: LoRAEmbedding,
     nn.MultiheadAttention: LoRAMultiheadAttention,
-    "transformers.pytorch_utils.Conv1D": LoRAConv1D,  # by its name: this part of the code does not import transformers
+    CONV1D: LoRAConv1D,
 }
 
 
 def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
-    """The adapted form of a module's type or of its nearest ancestor, or None where there is no such kind."""
+    """The adapted layer for a module's type or its nearest ancestor; None where there is none."""
     for base in type(module).__mro__:
         kind = KINDS.get(base) or KINDS.get(f"{base.__module__}.{base.__qualname__}")
         if kind is not None:

@@ -1,8 +1,9 @@
-"""torch's own attention: `nn.MultiheadAttention`, whose projections are weights that it reads and no layers it calls.
+"""`nn.MultiheadAttention`, whose projections are weights that it reads, not layers that it calls.
 
-So an adapted projection is a weight that reads as `W0 + s B A`; W0 stays where it is, under its name. Whatever computes
-with it, torch's fused kernels too, sees the update once. `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` have
-kernels that read the weights of layers which they would call: those are held off where such a layer is adapted.
+So an adapted projection is a weight that reads as `W0 + s B A`; W0 stays where it is, under its name. All code that
+computes with the weight, torch's fused kernels too, sees the update once. `nn.TransformerEncoderLayer` and
+`nn.TransformerEncoder` have kernels that read the weights of layers instead of calling them: those kernels are switched
+off where such a layer is adapted.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from lora_lightning.lora.targets.fused_projections import Slices
 PARTS = ("q", "k", "v")
 IN_PROJ = "in_proj_weight"
 OutProj = NonDynamicallyQuantizableLinear
-"""The class of `out_proj`, which nothing else has."""
+"""The class of `out_proj`, and of no other layer."""
 
 
 class ReadWeight(AdaptedLayer):
-    """An adapted layer whose weights are read by others as `W0 + s B A`, computed for each reading."""
+    """An adapted layer whose weights other code reads as `W0 + s B A`, computed at each read."""
 
     has_input = False
 
@@ -37,10 +38,10 @@ class ReadWeight(AdaptedLayer):
         return tuple(cls.adapted_parameters(module, settings))
 
     def lora_read(self, name: str) -> Tensor:
-        stored = self._parameters[name]
-        assert stored is not None
-        is_there = self.lora_enabled and "lora_settings" in self.__dict__
-        return self.updated_weights()[name].to(stored.dtype) if is_there else stored
+        weight = self._parameters[name]
+        assert weight is not None
+        is_adapted = self.lora_enabled and "lora_settings" in self.__dict__
+        return self.updated_weights()[name].to(weight.dtype) if is_adapted else weight
 
     def base_weight(self) -> Tensor:
         weight = self._parameters["weight"]
@@ -54,19 +55,20 @@ class LoRAOutProj(ReadWeight, LoRALinear):
     has_lora_bias = False
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        """As `nn.Linear`, for whoever calls it all the same: its weight reads as the adapted one."""
+        """As `nn.Linear`, for code that calls it after all: the weight reads as the adapted one."""
         return nn.Linear.forward(self, input)
 
     def reset_parameters(self) -> None:
-        with self.lora_disabled():  # what resets the module means W0
+        with self.lora_disabled():  # so that the reset writes W0
             super().reset_parameters()
 
 
 class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
     """`nn.MultiheadAttention` with in_proj adapted.
 
-    As one (PEFT's way): A (r, width) is shared by q, k and v, B is (3 width, r). With chosen parts, or with `kdim` or
-    `vdim`: each part has its own, A being (r, the parts' inputs side by side) and B (the parts' rows, r).
+    Adapted as one weight, as PEFT does: q, k and v share A (r, width), and B is (3 width, r). With chosen parts, or
+    with `kdim` or `vdim`, each part has its own factors: A is (r, the parts' inputs side by side) and B (the parts'
+    rows, r).
     """
 
     kind = "MultiheadAttention"
@@ -74,12 +76,12 @@ class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
 
     @classmethod
     def output_rows(cls, module: nn.Module) -> int:
-        """Outputs of the in-projection, for the layout of its parts."""
+        """Outputs of the in-projection."""
         return 3 * int(_as_attention(module).embed_dim)
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        width, taken = _as_attention(module).embed_dim, _own_parts(module, settings)
+        width, taken = _as_attention(module).embed_dim, _separate_parts(module, settings)
         if taken is None:
             return (settings.r, width), (3 * width, settings.r)
         inputs = sum(_input_widths(module)[part] for part in taken)
@@ -87,25 +89,26 @@ class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
 
     @classmethod
     def largest_rank(cls, module: nn.Module, settings: LayerSettings) -> int:
-        taken = _own_parts(module, settings) or PARTS
+        taken = _separate_parts(module, settings) or PARTS
         return min(int(_as_attention(module).embed_dim), *(_input_widths(module)[part] for part in taken))
 
     @classmethod
     def adapted_parameters(cls, module: nn.Module, settings: LayerSettings) -> dict[str, nn.Parameter]:
-        parts = _own_parts(module, settings) or PARTS
+        parts = _separate_parts(module, settings) or PARTS
         names = [IN_PROJ] if _has_one_weight(module) else [f"{part}_proj_weight" for part in parts]
         return {name: module._parameters[name] for name in names}  # type: ignore[misc]
 
     def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A (r, in) and B (width, r) of each adapted part."""
-        taken = _own_parts(self, self.lora_settings)
+        taken = _separate_parts(self, self.lora_settings)
         if taken is None:
             return dict(zip(PARTS, ((self.lora_A, B) for B in self.lora_B.chunk(3)), strict=True))
-        a_parts = torch.split(self.lora_A, [_input_widths(self)[part] for part in taken], dim=1)
-        return dict(zip(taken, zip(a_parts, torch.split(self.lora_B, self.embed_dim), strict=True), strict=True))
+        inputs = torch.split(self.lora_A, [_input_widths(self)[part] for part in taken], dim=1)
+        return dict(zip(taken, zip(inputs, torch.split(self.lora_B, self.embed_dim), strict=True), strict=True))
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return super().factor_pairs() if _own_parts(self, self.lora_settings) is None else list(self._pairs().values())
+        is_shared = _separate_parts(self, self.lora_settings) is None
+        return super().factor_pairs() if is_shared else list(self._pairs().values())
 
     def updates(self) -> Iterator[tuple[str, tuple[slice, ...], Tensor, Tensor]]:
         dtype, scale = self._lora_dtype(), self.lora_settings.scale
@@ -118,12 +121,12 @@ class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
             yield name, (), weight.to(dtype), deltas[name]
 
     def delta_weight(self, part: slice = WHOLE) -> Tensor:
-        """Of q, k and v, one above the other, where the weight is one."""
+        """The updates of q, k and v, one above the other; only where they are one weight."""
         ((_, _, _, delta),) = self.updates()
         return delta
 
     def reset_parameters(self) -> None:
-        """Called for modules from the meta device; torch names its own differently here."""
+        """Lightning and torch call this on modules from the meta device; torch's method has another name here."""
         with self.lora_disabled():
             self._reset_parameters()
         self.reset_lora_parameters()
@@ -132,7 +135,7 @@ class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
         return self.lora_settings.r * (len(self._pairs()) if self._slices() else 1)
 
     def _slices(self) -> Slices | None:
-        """The layout, where the parts of one weight are adapted apart. PEFT has no form for three weights."""
+        """The layout where parts of one weight have separate factors. PEFT has no form for three weights."""
         return self.lora_settings.slices if _has_one_weight(self) else None
 
     def to_peft(self) -> dict[str, Tensor]:
@@ -155,8 +158,8 @@ def _has_one_weight(module: nn.Module) -> bool:
     return module._parameters.get(IN_PROJ) is not None
 
 
-def _own_parts(module: nn.Module, settings: LayerSettings) -> tuple[str, ...] | None:
-    """The parts with an A of their own; None where all of them share one."""
+def _separate_parts(module: nn.Module, settings: LayerSettings) -> tuple[str, ...] | None:
+    """The parts that each have an A; None where q, k and v share one."""
     if settings.slices is not None:
         return settings.slices.taken
     return None if _has_one_weight(module) else PARTS
@@ -173,32 +176,35 @@ def _as_attention(module: nn.Module) -> nn.MultiheadAttention:
 
 
 def _switched_attribute(name: str, value: int) -> property:
-    """An attribute that reads as `value` while adapters are on, and as the module's own when they are off."""
+    """An attribute that reads as `value` while the adapter is on, and as the module's value while it is off."""
 
     def read(module: Any) -> Any:
         return value if module.lora_enabled else module.__dict__[name]
 
-    return property(read, lambda module, new: module.__dict__.update({name: new}))
+    return property(read, lambda module, stored: module.__dict__.update({name: stored}))
 
 
 class EncoderLayerHost(Grafted, nn.TransformerEncoderLayer):
-    """`nn.TransformerEncoderLayer` that calls what it holds: by torch's own rule its kernel takes no activation 0."""
+    """`nn.TransformerEncoderLayer` that calls its layers: torch's fused kernel needs an activation other than 0."""
 
     activation_relu_or_gelu = _switched_attribute("activation_relu_or_gelu", 0)  # type: ignore[assignment]
 
 
 class EncoderHost(Grafted, nn.TransformerEncoder):
-    """`nn.TransformerEncoder` that packs no padded batch into nested tensors, which only its layers' kernels take."""
+    """`nn.TransformerEncoder` without nested tensors for padded batches, which only its layers' kernels can read."""
 
     use_nested_tensor = _switched_attribute("use_nested_tensor", False)  # type: ignore[assignment]
 
 
 def hold_kernels_off(modules: list[nn.Module], adapted: list[nn.Module]) -> None:
-    """Let torch's encoders call the adapted or saved modules that they hold, but for attention, whose weights read."""
+    """Make torch's encoders call the adapted or saved modules inside them.
+
+    An adapted attention needs no call: its weights read as the updated ones.
+    """
     called = {m for m in adapted if not isinstance(m, nn.MultiheadAttention | OutProj)}
     for module in modules:
         for kind, host in ((nn.TransformerEncoderLayer, EncoderLayerHost), (nn.TransformerEncoder, EncoderHost)):
-            # One with a forward all its own takes none of torch's kernels.
+            # A subclass whose forward replaces torch's does not reach its kernels.
             is_torchs = isinstance(module, kind) and own_forward_calls_super(type(module), kind)
             if is_torchs and called.intersection(module.modules()) - {module}:
                 graft(module, host)

@@ -1,4 +1,4 @@
-"""What every adapted layer has: factors A and B, their options, their place in the module and in PEFT's files."""
+"""The base class of adapted layers: factors A and B, their options, their place in the module and in PEFT's files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lora_lightning.lora.layers.functional import wide_dtype
 
 WHOLE = slice(None)
 BLOCK = 2**20
-"""Numbers of a weight's part: 4 MB of float32, a handful of which stand in memory at a time."""
+"""Elements of one part of a weight: 4 MB in float32, of which a few are in memory at a time."""
 
 
 class AdaptedLayer(Grafted):
     """Base of the adapted layers: factors A and B beside a frozen weight.
 
-    A is drawn in float32, or in W0's dtype where that is wider, on W0's device; so a bfloat16 base trains float32
-    adapters. Parts that are not asked for, such as DoRA's magnitude, are None.
+    A and B are float32, or of W0's dtype where that is wider, on W0's device; so a bfloat16 base trains float32
+    adapters. Tensors of options that are off, such as DoRA's magnitude, are None.
     """
 
     kind: ClassVar[str]
@@ -39,11 +39,11 @@ class AdaptedLayer(Grafted):
     output_dim: ClassVar[int] = -1
     """The dimension of the output that holds the channels, counted from the end."""
     part_dim: ClassVar[int | None] = None
-    """The dimension along which the update can be computed in parts; None where it comes whole."""
+    """The dimension along which the update can be computed in parts; None where it is computed whole."""
     has_lora_bias: ClassVar[bool] = False
     """True where B may have a bias."""
     has_input: ClassVar[bool] = True
-    """False where the adapted weight is read by others, so that A never sees an input that dropout could be on."""
+    """False where other code reads the adapted weight, so that A has no input to which dropout could apply."""
     has_inits: ClassVar[bool] = False
     """True where A and B are the factors of one matrix in W0's shape, as `init/from_weight.py` needs."""
 
@@ -64,10 +64,10 @@ class AdaptedLayer(Grafted):
     lora_magnitude_vector: nn.Parameter | None
     """DoRA's magnitudes m."""
     lora_A0: Tensor | None
-    """Where A started, for the inits other than B = 0: `h = W0 x + s (B A - B0 A0) x`. Never trained."""
+    """A at the start, for the inits other than B = 0: `h = W0 x + s (B A - B0 A0) x`. Never trained."""
     lora_B0: Tensor | None
 
-    # What a kind of layer says about a module that it could adapt.
+    # What a kind of layer needs of a base module.
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -76,17 +76,17 @@ class AdaptedLayer(Grafted):
 
     @classmethod
     def largest_rank(cls, module: nn.Module, settings: LayerSettings) -> int:
-        """The rank of W0 at most; a larger r would be spent on nothing."""
+        """The largest rank that W0 can have; a larger r would add nothing."""
         raise NotImplementedError
 
     @classmethod
     def output_rows(cls, module: nn.Module) -> int | None:
-        """Rows of a weight that may hold several projections, for `slices`; None where it cannot."""
+        """Rows of the weight, where it may hold several projections as `slices` needs; None where it cannot."""
         return None
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: LayerSettings) -> str | None:
-        """Why this very module cannot be adapted so, and what to do; None where it can."""
+        """Why this module cannot be adapted with these settings, and what to do; None where it can."""
         if settings.dropout and not cls.has_input:
             return (
                 "others read its weight and its input is not known, so LoRA's dropout cannot be honoured: set dropout"
@@ -103,7 +103,7 @@ class AdaptedLayer(Grafted):
 
     @classmethod
     def read_names(cls, module: nn.Module, settings: LayerSettings) -> tuple[str, ...]:
-        """The weights that others read instead of calling the module, and that read as `W0 + s B A`."""
+        """Names of the weights that other code reads as `W0 + s B A` instead of calling the module."""
         return ()
 
     # Make and start.
@@ -120,7 +120,7 @@ class AdaptedLayer(Grafted):
         return module
 
     def add_factors(self, settings: LayerSettings) -> None:
-        """Allocate A, B and what the settings ask for."""
+        """Allocate A, B and the tensors of the options."""
         shape_a, shape_b = self.factor_shapes(self.lora_owner, settings)
         frozen = next(iter(self.adapted_parameters(self.lora_owner, settings).values()))
         is_subtracted = from_weight.is_subtracted(settings.init)
@@ -128,7 +128,7 @@ class AdaptedLayer(Grafted):
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=wide_dtype(frozen), device=frozen.device)
 
-        # Into the stores that nn.Module keeps: over hundreds of layers its attribute checks are what takes the time.
+        # Directly into nn.Module's dictionaries: over hundreds of layers its attribute checks take most of the time.
         self._parameters.update(
             lora_A=nn.Parameter(empty(*shape_a)),
             lora_B=nn.Parameter(empty(*shape_b)),
@@ -139,7 +139,7 @@ class AdaptedLayer(Grafted):
             lora_A0=empty(*shape_a) if is_subtracted else None, lora_B0=empty(*shape_b) if is_subtracted else None
         )
         self.__dict__["lora_settings"] = settings
-        # A module of its own, so that the adapter's mode is set apart from the base's.
+        # A module, so that the adapter's mode can differ from the base's.
         if settings.dropout:
             self._modules["lora_dropout"] = nn.Dropout(settings.dropout).train(self.training)
         else:
@@ -147,10 +147,10 @@ class AdaptedLayer(Grafted):
 
     @torch.no_grad()
     def reset_lora_parameters(self, *, from_w0: bool = True) -> None:
-        """Start A, B and the rest anew: also what a model filled from the meta device needs.
+        """Initialize A, B and the rest, also of a model that was filled from the meta device.
 
-        An init that needs data is a drawn A and a B of zero here, and `set_init` puts it in; so is an init that W0
-        decides where `from_w0` is False, since an adapter will be loaded.
+        For an init that needs data, A is random and B zero until `set_init` is called; likewise for an init from W0
+        where `from_w0` is False, since an adapter will be loaded.
         """
         settings = self.lora_settings
         A: Tensor = self.lora_A
@@ -168,7 +168,7 @@ class AdaptedLayer(Grafted):
 
     @torch.no_grad()
     def set_init(self, A: Tensor, B: Tensor) -> None:
-        """Start at these factors, and keep them to subtract where that is the init's way."""
+        """Start at these factors, and keep them as A0 and B0 where the init subtracts them."""
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
         if self.lora_A0 is not None and self.lora_B0 is not None:
@@ -181,73 +181,73 @@ class AdaptedLayer(Grafted):
 
     def reset_parameters(self) -> None:
         """Lightning and torch call this on modules that come from the meta device."""
-        of_base = getattr(super(), "reset_parameters", None)  # not every kind of base has one
-        if of_base is not None:
-            of_base()
+        reset_base = getattr(super(), "reset_parameters", None)  # not every base class has it
+        if reset_base is not None:
+            reset_base()
         if "lora_A" in self._parameters:
             self.reset_lora_parameters()
 
     def rescale_update(self, strength: float, done: set[int]) -> None:
-        """Give the layer the alpha and the scale s of `strength` times its own.
+        """Multiply the layer's alpha and scale s by `strength`.
 
         With DoRA's factor f = m / ||W0 + s B A||, `W0 + c (W' - W0)` is `(1 + c (f - 1)) W0 + c f s B A`: DoRA again,
         with c s for s, `f / (1 + c (f - 1))` times each row of B, and the m that makes its factor `1 + c (f - 1)`.
 
         Raises:
-            LoRAError: a channel of DoRA's would have nothing left of W0, which no magnitude can say.
+            LoRAError: a DoRA channel would have no share of W0 left, which no magnitude can express.
         """
         s, magnitude = self.lora_settings, self.lora_magnitude_vector
         factor = None if magnitude is None else self.dora_factor()
         alpha = strength * s.alpha
-        # By the formula, not by a product: a scale that rounds otherwise would be taken for rslora's in a file.
+        # By the formula: a product may round differently, and a file would then be read as rslora's.
         scale = alpha / s.r if s.scale == s.alpha / s.r else alpha / math.sqrt(s.r)
         self.__dict__["lora_settings"] = replace(s, alpha=alpha, scale=scale)
         if factor is not None and magnitude is not None:
-            of_base = 1 + strength * (factor - 1)
-            if not bool(of_base.all()):
+            base_factor = 1 + strength * (factor - 1)
+            if not bool(base_factor.all()):
                 raise LoRAError(f"a DoRA layer has a channel without W0 at a strength of {strength:g}: take another")
             for B in (self.lora_B, self.lora_B0):
                 if B is not None:
-                    B.copy_(self.scale_channels(B, (factor / of_base).to(B.dtype)))
-            magnitude.copy_(of_base * self.updated_norms())
+                    B.copy_(self.scale_channels(B, (factor / base_factor).to(B.dtype)))
+            magnitude.copy_(base_factor * self.updated_norms())
         super().rescale_update(strength, done)
 
     def scale_channels(self, B: Tensor, factor: Tensor) -> Tensor:
         """B with the row of each output channel times its factor (channels,)."""
         return B * factor.view(-1, *[1] * (B.dim() - 1))
 
-    # Where it stands.
+    # Its place in the model.
 
     def lora_name(self, path: str) -> str:
-        """What is adapted, by its name in the backbone, for the layer at `path`."""
+        """The name in the backbone of what the layer at `path` adapts."""
         return path
 
     @property
     def lora_owner(self) -> nn.Module:
-        """The module that holds the adapted part of W0."""
+        """The module whose weight is adapted."""
         return self
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Each A with the B that it is multiplied by, as matrices and views: one pair, or one for each part."""
+        """Each A with the B that multiplies it, as matrices that are views: one pair, or one for each part."""
         return [(self.lora_A, self.lora_B)]
 
     # Forward: `h = lora_finish(W0 x + b + lora_update(x))`.
 
     def lora_input(self, x: Tensor) -> Tensor:
-        """What A sees: x, with LoRA's own dropout in training."""
+        """The input of A: x, with LoRA's dropout in training."""
         return x if self.lora_dropout is None else self.lora_dropout(x)
 
     def lora_finish(self, out: Tensor) -> Tensor:
-        """The layer's output from the sum of the base's and the update: with B's bias, or rescaled by DoRA."""
+        """The layer's output from the base's output plus the update: B's bias is added, or DoRA rescales the sum."""
         if self.lora_B_bias is not None:
             out = out + self._along_output(self.lora_B_bias * self.lora_settings.scale).to(out.dtype)
         if self.lora_magnitude_vector is None:
             return out
-        bias: Tensor | None = getattr(self, "bias", None)  # the trained one where there is one
+        bias: Tensor | None = getattr(self, "bias", None)  # the trained copy where there is one
         return rescale(out, self._along_output(self.dora_factor()), None if bias is None else self._along_output(bias))
 
     def _along_output(self, channels: Tensor) -> Tensor:
-        """Numbers of the channels, in a shape that broadcasts against the output."""
+        """A number per channel, in a shape that broadcasts against the output."""
         return channels.view(-1, *[1] * (-1 - self.output_dim))
 
     def dora_factor(self) -> Tensor:
@@ -260,7 +260,7 @@ class AdaptedLayer(Grafted):
     def updated_norms(self) -> Tensor:
         """`||W0 + s B A||` per channel of `dora_dim`, without a gradient."""
         assert self.dora_dim is not None
-        # Not in autocast's half precision, whose rounding would make the factor of a fresh adapter other than 1.
+        # Autocast's half precision would round the factor of a fresh adapter to other than 1.
         with _no_autocast(self.lora_A):
             weight, dtype = self.base_weight(), self._lora_dtype()
             parts = ((weight[place].to(dtype) + self.delta_weight(part)) for place, part in self._parts(weight))
@@ -269,11 +269,11 @@ class AdaptedLayer(Grafted):
     # Merge.
 
     def base_weight(self) -> Tensor:
-        """W0 as numbers, in its own dtype; dequantized where the base is quantized."""
+        """W0 in its dtype; dequantized where the base is quantized."""
         return plain_weight(self)
 
     def base_matrix(self) -> Tensor:
-        """W0 as (out, in), whatever way it lies in the module."""
+        """W0 as (out, in), also where the module holds its transpose."""
         return self.base_weight()
 
     def delta_weight(self, part: slice = WHOLE) -> Tensor:
@@ -281,9 +281,9 @@ class AdaptedLayer(Grafted):
         raise NotImplementedError
 
     def updates(self) -> Iterator[tuple[str, tuple[slice, ...], Tensor, Tensor]]:
-        """What a merge adds: a weight's name, a place in it, W0 there and the update, both in the wide dtype.
+        """What a merge adds, as (a weight's name, the index of a part, W0 there, the update), both in the wide dtype.
 
-        A large weight comes part after part, so that one part's update is in memory at a time.
+        A large weight is yielded in parts, so that one part's update is in memory at a time.
         """
         ((name, parameter),) = self.adapted_parameters(self.lora_owner, self.lora_settings).items()
         weight = parameter if scheme(self.lora_owner) is None else self.base_weight()
@@ -292,27 +292,25 @@ class AdaptedLayer(Grafted):
             delta = self.delta_weight(part)
             before = weight[place].to(delta.dtype)
             if factor is not None and self.dora_dim is not None:
-                own_factor = factor[part] if self.part_dim == self.dora_dim else factor
-                delta = dora_update(before, delta, own_factor, self.dora_dim)
+                part_factor = factor[part] if self.part_dim == self.dora_dim else factor
+                delta = dora_update(before, delta, part_factor, self.dora_dim)
             yield name, place, before, delta
 
     def updated_weights(self) -> dict[str, Tensor]:
-        """`W0 + s B A` by the weights' names, in float32 or wider, for code that reads them."""
+        """`W0 + s B A` by the weights' names, in float32 or wider."""
         parts: dict[str, list[Tensor]] = {}
-        with _no_autocast(self.lora_A):  # the dtype of a weight must not change
+        with _no_autocast(self.lora_A):  # which would change the weight's dtype
             for name, _, before, delta in self.updates():
                 parts.setdefault(name, []).append(before + delta)
-        return {
-            n: tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=self.part_dim or 0)
-            for n, tensors in parts.items()
-        }
+        dim = self.part_dim or 0
+        return {name: pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim) for name, pieces in parts.items()}
 
     def update_bias(self) -> Tensor | None:
         """What a merge adds to the bias, in float32 or wider; None without `lora_bias`."""
         return None if self.lora_B_bias is None else self.lora_B_bias * self.lora_settings.scale
 
     def _parts(self, weight: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
-        """Places of parts in the weight, and the parts along `part_dim`."""
+        """The index of each part in the weight, and its slice along `part_dim`."""
         if self.part_dim is None or weight.numel() <= BLOCK:
             yield (), WHOLE
             return
@@ -326,11 +324,11 @@ class AdaptedLayer(Grafted):
         """The dtype in which updates are added to W0."""
         return wide_dtype(*self.adapted_parameters(self.lora_owner, self.lora_settings).values(), self.lora_A)
 
-    # PEFT's directories: what a layer is called there, and its tensors in PEFT's layout.
+    # The layer's keys and tensors in PEFT's layout.
 
     @staticmethod
     def peft_keys(name: str) -> dict[str, str]:
-        """PEFT's key for each tensor that we may have at the module `name`."""
+        """PEFT's key for each tensor that a layer at the module `name` may have."""
         return {
             "lora_A": f"{name}.lora_A.weight",
             "lora_B": f"{name}.lora_B.weight",
@@ -351,7 +349,7 @@ class AdaptedLayer(Grafted):
         """The inverse of `to_peft`.
 
         Raises:
-            AdapterError: PEFT's tensors say something that this kind of layer cannot do.
+            AdapterError: no tensors of this kind of layer give the same update.
         """
         return dict(tensors)
 

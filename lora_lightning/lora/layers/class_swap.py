@@ -1,11 +1,10 @@
-"""How an adapter gets into a module: the module stays the object that it is and changes its class.
+"""How an adapter gets into a module: the module stays the same object and changes its class.
 
-`graft(module, LoRALinear)` gives the module a class derived from `LoRALinear` and from its own class. So
-its keys, hooks, mode, ties and every reference to it survive, `isinstance` keeps telling the truth, nothing
-is copied, and `ungraft` is exact.
+`graft(module, LoRALinear)` gives the module a class derived from `LoRALinear` and from its own class. So its keys,
+hooks, mode, ties and every reference to it survive, `isinstance` stays true, nothing is copied, and `ungraft` is exact.
 
-Where a subclass's forward works on what `super().forward` gives, as Gemma's embedding scales it, the adapter goes
-below the subclass: what the subclass does, it does to `W0 x + s B A x`.
+Where a subclass's forward changes the result of `super().forward`, as Gemma's embedding scales it, the adapter goes
+below the subclass in the MRO, so that the subclass changes `W0 x + s B A x`.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from torch import Tensor, nn
 class Grafted(nn.Module):
     """A module whose class was extended in place. Derived classes add parameters and override `forward`.
 
-    A derived class has the whole life of what it adds: `attach` puts it into a module, `lora_tensors` are its tensors,
-    `reset_lora_parameters` starts them anew, `rescale_update` gives them another strength, `fold` makes them the
-    module's own where a merge needs that, and `take_out` below removes whatever was added.
+    A derived class holds the whole life cycle of what it adds: `attach` puts it into a module, `lora_tensors` are its
+    tensors, `reset_lora_parameters` initializes them, `rescale_update` gives them another strength, `fold` writes them
+    into the module's weights for a merge, and `take_out` below removes whatever was added.
     """
 
     lora_enabled: bool = True
     """False while the adapter is switched off, see `disabled`."""
 
     grafted_from: ClassVar[tuple[type[Grafted], type[nn.Module], tuple[str, ...]]]
-    """The class that was added, the module's own, and the parameters that are read through `lora_read`."""
+    """The added class, the module's class before, and the parameters that are read through `lora_read`."""
 
     lora_names: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters and buffers that the class may add to the module: the adapter's tensors."""
 
     lora_all_names: ClassVar[tuple[str, ...]] = ()
-    """Those of every class that was grafted, once each."""
+    """`lora_names` of this class and its bases, once each."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -43,24 +42,24 @@ class Grafted(nn.Module):
         cls.lora_all_names = tuple(dict.fromkeys(names))
 
     def lora_tensors(self) -> dict[str, Tensor]:
-        """The adapter's tensors that this module holds, by name, from every class that was grafted onto it."""
-        tensors = ((name, self._parameters.get(name, self._buffers.get(name))) for name in self.lora_all_names)
-        return {name: tensor for name, tensor in tensors if tensor is not None}
+        """The adapter's tensors in this module, by name, from every class that was grafted onto it."""
+        named = ((name, self._parameters.get(name, self._buffers.get(name))) for name in self.lora_all_names)
+        return {name: tensor for name, tensor in named if tensor is not None}
 
     def reset_lora_parameters(self) -> None:
-        """Start the adapter's tensors anew, from what the module's own tensors are now."""
+        """Initialize the adapter's tensors, from the module's present weights where the init needs them."""
 
     def rescale_update(self, strength: float, done: set[int]) -> None:
-        """Make each trained W, in place, `W0 + strength (W - W0)`; `strength.scaled` calls it and puts all back.
+        """Make each trained W, in place, `W0 + strength (W - W0)`; `strength.scaled` calls this and undoes it.
 
         Args:
-            strength: c, at least 0.
-            done: ids of the tensors that are scaled already, which several modules may share.
+            strength: at least 0.
+            done: ids of the tensors that are scaled already, since several modules may share one.
         """
 
     @contextmanager
     def lora_disabled(self) -> Iterator[None]:
-        """Within the block this module is as it was before the adapter."""
+        """Within the block this module computes as before the adapter."""
         enabled, self.lora_enabled = self.lora_enabled, False
         try:
             yield
@@ -68,22 +67,22 @@ class Grafted(nn.Module):
             self.lora_enabled = enabled
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle and deepcopy by the classes that the made one stands for: it has no import path itself."""
+        """Pickle and deepcopy by the classes from which `graft` made this one, which has no import path."""
         return _blank, _chain(type(self)), self.__getstate__()  # type: ignore[no-untyped-call]
 
     def lora_read(self, name: str) -> Tensor:
-        """The value of a parameter that was named at grafting, wherever the module's code reads it."""
+        """The value that code reads for a parameter that was named at grafting."""
         raise NotImplementedError
 
 
 def _chain(cls: type[nn.Module]) -> tuple[type[nn.Module], list[tuple[type[Grafted], tuple[str, ...]]]]:
-    """The module's own class, and what was grafted onto it, innermost first."""
+    """The module's original class, and what was grafted onto it, innermost first."""
     if "grafted_from" not in vars(cls):
         return cls, []
     assert issubclass(cls, Grafted)
     added, base, read = cls.grafted_from
-    plain_class, grafts = _chain(base)
-    return plain_class, [*grafts, (added, read)]
+    original, grafts = _chain(base)
+    return original, [*grafts, (added, read)]
 
 
 def own_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -102,7 +101,7 @@ _MADE: dict[tuple[type[Grafted], type[nn.Module], tuple[str, ...]], type[nn.Modu
 
 
 def _grafted_class(added: type[Grafted], base: type[nn.Module], read: tuple[str, ...]) -> type[nn.Module]:
-    """One class for each combination, so that equal kinds of layer stay of equal type."""
+    """The class for this combination, made once, so that layers of one kind have one type."""
     key = (added, base, read)
     if key not in _MADE:
         names: dict[str, Any] = {"__module__": added.__module__, "grafted_from": key}
@@ -114,25 +113,25 @@ def _grafted_class(added: type[Grafted], base: type[nn.Module], read: tuple[str,
 
 
 def is_shard(tensor: Tensor | None) -> bool:
-    """Whether FSDP2 holds this process's part of it, with which nothing is computed.
+    """Whether FSDP2 has sharded the tensor, so that nothing is computed with it.
 
-    It asks a module for its shards by name, and would take what reads in a shard's place for a new W0. By the class's
-    name, since importing torch's class takes longer than this package.
+    FSDP2 reads its shards from the module by name, and would take a computed value for a new W0. The class is compared
+    by name, since importing it takes longer than importing this package.
     """
     return type(tensor).__name__ == "DTensor"
 
 
 def _reader(name: str) -> property:
     def read(module: Any) -> Tensor:
-        stored = module._parameters.get(name)
-        value: Tensor = stored if is_shard(stored) else module.lora_read(name)
+        parameter = module._parameters.get(name)
+        value: Tensor = parameter if is_shard(parameter) else module.lora_read(name)
         return value
 
     return property(read)
 
 
 def _goes_below(added: type[Grafted], base: type[nn.Module]) -> bool:
-    """Whether `base` is a subclass, with a forward of its own, of the torch class that `added` adapts."""
+    """Whether `base` is a subclass of the torch class that `added` adapts, with a forward that calls `super()`."""
     torch_class: type[nn.Module] = next(
         c for c in added.__mro__ if issubclass(c, nn.Module) and not issubclass(c, Grafted)
     )
@@ -142,7 +141,7 @@ def _goes_below(added: type[Grafted], base: type[nn.Module]) -> bool:
 
 
 def own_forward_calls_super(base: type[nn.Module], torch_class: type[nn.Module]) -> bool:
-    """Whether every forward between `base` and `torch_class` uses `super()`, which leaves a trace in its closure."""
+    """Whether every forward between `base` and `torch_class` uses `super()`, which has `__class__` in its closure."""
     between = base.__mro__[: base.__mro__.index(torch_class)]
     forwards = [vars(cls)["forward"] for cls in between if "forward" in vars(cls)]
     return all("__class__" in getattr(forward, "__code__", _blank.__code__).co_freevars for forward in forwards)
@@ -154,7 +153,7 @@ def graft(module: nn.Module, added: type[Grafted], read: tuple[str, ...] = ()) -
 
 
 def ungraft(module: nn.Module, added: type[Grafted]) -> None:
-    """Take the class `added`, the one put in last of its kind, out of the module's class, in place."""
+    """Take the class `added`, the last one grafted of its kind, out of the module's class, in place."""
     cls, grafts = _chain(type(module))
     last = max(i for i, (kind, _) in enumerate(grafts) if issubclass(kind, added))
     for kind, read in grafts[:last] + grafts[last + 1 :]:
@@ -162,15 +161,15 @@ def ungraft(module: nn.Module, added: type[Grafted]) -> None:
     module.__class__ = cls  # type: ignore[assignment]
 
 
-def interpolate_(trained: Tensor, frozen: Tensor, strength: float, done: set[int]) -> None:
-    """Make a tensor that trains in full `W0 + strength (W - W0)`, once; at 0 it is W0 to the bit.
+def interpolate_(trained: Tensor, base: Tensor, strength: float, done: set[int]) -> None:
+    """Make a tensor that trains in full `W0 + strength (W - W0)`, once; at 0 it equals W0, bit for bit.
 
-    Whole numbers, such as a norm's count of batches, have nothing in between: they stay, and are W0's at 0.
+    Whole numbers, such as a norm's count of batches, cannot be interpolated: they stay, except that at 0 they are W0's.
     """
     if id(trained) in done:
         return
     done.add(id(trained))
-    wide = frozen.to(trained.dtype)
+    wide = base.to(trained.dtype)
     if strength == 0:
         trained.copy_(wide)
     elif trained.is_floating_point():
@@ -178,7 +177,7 @@ def interpolate_(trained: Tensor, frozen: Tensor, strength: float, done: set[int
 
 
 def take_out(module: nn.Module) -> None:
-    """Give the module its own class back, and forget what was grafted: all that a graft adds is named `lora_...`."""
+    """Restore the module's original class, and delete all that grafting added, whose names begin with `lora_`."""
     for store in (module._parameters, module._buffers, module._modules, module.__dict__):
         for name in [name for name in store if name.startswith("lora_")]:
             del store[name]

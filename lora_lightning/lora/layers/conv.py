@@ -21,8 +21,8 @@ CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class _Conv(AdaptedLayer):
     """`h = W0 * x + b + s B * (A * x)`: A is (r, in / groups, kernel...), B is (out, r / groups, 1...).
 
-    A slides over x as W0 does, B is pointwise, and both keep to W0's groups, so that the update is a weight of
-    W0's shape. With DoRA, each output channel has a factor as in `dora.py`.
+    A has the stride, padding and dilation of W0, B is pointwise, and both have W0's groups, so that the update is a
+    weight of W0's shape. With DoRA, each output channel has a factor as in `dora.py`.
     """
 
     dora_dim = 0
@@ -65,7 +65,7 @@ class _Conv(AdaptedLayer):
         return out
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """One for each group of channels: A (r / groups, in / groups times kernel), B (out / groups, r / groups)."""
+        """A pair for each group of channels: A (r / groups, in / groups times kernel), B (out / groups, r / groups)."""
         factors = (torch.unflatten(factor.flatten(1), 0, (_groups(self), -1)) for factor in (self.lora_A, self.lora_B))
         return list(zip(*factors, strict=True))
 
@@ -73,7 +73,7 @@ class _Conv(AdaptedLayer):
         return conv_delta(self.lora_A, self.lora_B, self.lora_settings.scale, self._lora_dtype())
 
     def to_peft(self) -> dict[str, Tensor]:
-        """PEFT's A sees all channels, (r, in, kernel...): ours has zeros at the channels of other groups."""
+        """PEFT's A (r, in, kernel...) sees all channels; here it is zero at the channels of other groups."""
         tensors = super().to_peft()
         if self.lora_magnitude_vector is not None:
             tensors["lora_magnitude_vector"] = self.lora_magnitude_vector.view(1, -1, *self.lora_B.shape[2:])
@@ -86,8 +86,8 @@ class _Conv(AdaptedLayer):
         if groups == 1 or A.dim() != self.lora_A.dim() or A.shape[1] % groups:
             return dict(tensors)
         wide = torch.unflatten(torch.unflatten(A, 1, (groups, -1)), 0, (groups, -1))
-        group = torch.arange(groups)
-        narrow = wide[group, :, group]
+        index = torch.arange(groups)
+        narrow = wide[index, :, index]
         if torch.count_nonzero(narrow) != torch.count_nonzero(A):
             raise AdapterError(
                 f"lora_A of a convolution with {groups} groups reaches across groups, as PEFT trains it: no weight"

@@ -1,8 +1,7 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353): a trained magnitude beside LoRA's direction.
 
-`W' = m (W0 + s B A) / ||W0 + s B A||`, the norm taken per output channel and held constant in backward (the paper's
-section 4.3, and PEFT's way). m starts at that same norm, computed by the same operations, so a fresh factor is 1
-exactly.
+`W' = m (W0 + s B A) / ||W0 + s B A||`, the norm taken per output channel and constant in backward (the paper's section
+4.3, as in PEFT). m starts at that same norm, computed by the same operations, so that a fresh factor is exactly 1.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ def channel_norms(parts: Iterable[Tensor], dim: int, part_dim: int | None) -> Te
     """Euclidean norms of a weight's channels over all dimensions but `dim`; returns (channels,).
 
     Args:
-        parts: the weight in parts along `part_dim`, one after the other, so that no copy of its size stands in memory;
-            or the whole of it, with `part_dim` None.
+        parts: the weight in parts along `part_dim`, so that no copy of its size is in memory; or the whole weight, with
+            `part_dim` None.
     """
     norms = [torch.linalg.vector_norm(part.movedim(dim, 0).flatten(1), dim=1) for part in parts]
     if len(norms) == 1 or part_dim == dim:
@@ -28,7 +27,7 @@ def channel_norms(parts: Iterable[Tensor], dim: int, part_dim: int | None) -> Te
 
 
 def dora_factor(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """`m / ||W0 + s B A||`; 1 for a channel of zeros, which has no direction yet."""
+    """`m / ||W0 + s B A||`; 1 for a channel of zeros, which has no direction."""
     has_direction = norms > 0
     return torch.where(has_direction, magnitude / torch.where(has_direction, norms, 1.0), 1.0)
 

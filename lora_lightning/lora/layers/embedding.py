@@ -1,4 +1,4 @@
-"""`nn.Embedding` and its subclasses, such as Gemma's that scale what they look up."""
+"""`nn.Embedding` and its subclasses, such as Gemma's, which scales its output."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lora_lightning.lora.layers.functional import clip_norms, embedding_update, 
 class LoRAEmbedding(AdaptedLayer, nn.Embedding):
     """`h = W0[x] + s B A[:, x]`: A is (r, number of rows), B is (width, r).
 
-    Here A starts at zero and B is drawn, as in loralib and PEFT: a row that is never looked up, and the padding row,
-    whose gradient is zero, keep W0's value. `max_norm` bounds the norm of the adapted row; W0 is not rewritten.
+    A starts at zero and B is random, as in loralib and PEFT: a row that is never looked up, and the padding row, whose
+    gradient is zero, keep W0's value. `max_norm` bounds the norm of the adapted row; W0 is not rewritten.
     """
 
     kind = "Embedding"
@@ -65,11 +65,11 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
         )
         if self.lora_dropout is None:
             return update
-        # A's input is a one in one place: dropout of its entries keeps or drops the whole update.
+        # A's input is one-hot: dropping its entry drops the whole update.
         return update * self.lora_input(torch.ones_like(ids, dtype=dtype)).unsqueeze(-1)
 
     def _forward_with_max_norm(self, ids: Tensor) -> Tensor:
-        """As `nn.Embedding`, the norm is cut without a gradient through the cut; unlike there, W0 stays."""
+        """Clip norms as `nn.Embedding` does, without a gradient through the clipping; but W0 does not change."""
         assert self.max_norm is not None
         rows = self.weight[ids]
         if not self.lora_enabled:
@@ -78,11 +78,11 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
         return clip_norms(rows + update, self.max_norm, self.norm_type) + (update - update.detach())
 
     def draw_factors(self) -> None:
-        """A and B change places: A is zero, B is drawn."""
+        """Set A to zero and draw B."""
         init_random_(self.lora_B.t(), self.lora_A, self.lora_settings.init)
 
     def delta_weight(self, part: slice = WHOLE) -> Tensor:
-        """Parts are of the rows."""
+        """Parts are along the rows."""
         return lora_delta(self.lora_A[:, part], self.lora_B, self.lora_settings.scale, self._lora_dtype()).mT
 
     @staticmethod

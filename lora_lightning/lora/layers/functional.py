@@ -37,20 +37,20 @@ def lora_delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor
 
 
 def subtracted_factors(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
-    """`B A - B0 A0` as one product of rank 2r: `[B, B - B0] [A - A0; A0]`, exactly 0 at the start.
+    """`B A - B0 A0` as one product of rank 2r: `[B, B - B0] [A - A0; A0]`, which is exactly 0 at the start.
 
     Returns (2r, k) and (m, 2r).
     """
     return torch.cat([A - A0, A0]), torch.cat([B, B - B0], dim=1)
 
 
-# Parts of a fused projection: A is (p r, k), the taken parts' one after the other; B is (their rows, r).
+# Parts of a fused projection: with p chosen parts, A is (p r, k) and B (the parts' rows, r), in the parts' order.
 
 
 def block_rows(B: Tensor, slices: Slices) -> Tensor:
-    """B of chosen parts (their rows, r) as the B of the whole layer (m, p r), which goes with the same A.
+    """B of the chosen parts (their rows, r) as a B (m, p r) of the whole layer, for the same A.
 
-    Each part has r columns of its own, zero elsewhere: `block_rows(B) A` is the update, with nothing lost.
+    Each part has r columns, which are zero outside of its rows: `block_rows(B) A` is exactly the update.
     """
     r, count = B.shape[1], len(slices.taken)
     parts = iter(enumerate(torch.split(B, slices.taken_rows)))
@@ -95,13 +95,13 @@ def conv_delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor
 
 
 def without_groups(weight: Tensor, groups: int) -> Tensor:
-    """A kernel (out, in / groups, kernel...) as one that sees all channels, with zeros at those of other groups."""
+    """A kernel (out, in / groups, kernel...) as (out, in, kernel...), with zeros at the channels of other groups."""
     if groups == 1:
         return weight
     out, channels, *kernel = weight.shape
     wide = weight.new_zeros(groups, out // groups, groups, channels, *kernel)
-    group = torch.arange(groups, device=weight.device)
-    wide[group, :, group] = torch.unflatten(weight, 0, (groups, -1))
+    index = torch.arange(groups, device=weight.device)
+    wide[index, :, index] = torch.unflatten(weight, 0, (groups, -1))
     return wide.flatten(2, 3).flatten(0, 1)
 
 

@@ -1,17 +1,17 @@
 """`h = x W0^T + b + s (x A^T) B^T` as one autograd function: `functional.lora_update` in fewer passes over memory.
 
-- The update is added into the base's own output, and its share of dX into the base's, without a tensor of that width.
-- Backward keeps x as it came in, and z = s x A^T. A and B are cast to the dtype of the product, never x to theirs;
-  under autocast x is cast inside, so that layers on one input keep one x.
-- z and its gradient, which are of rank's size, lie in the order in which the thin products around them are quick:
-  column after column in float32 and float64, row after row in half precision.
-- Dropout comes from random bytes: eight bits decide about an element, so p is rounded to a multiple of 1/256 and the
-  scale corrected to it. A seed is kept and the mask is drawn again in backward, some rows at a time.
-- Where rows are many, `W' = W0 + s B A` is folded first, in float32 or float64, and one product with it takes the place
-  of three. In backward B stands beside W' in one matrix, whose product with dh is dX and dz.
+- The update is added in place to the base's output, and its part of dX to the base's, without a tensor of that width.
+- Backward saves the uncast x, and z = s x A^T. A and B are cast to the dtype of the product, never x to theirs; under
+  autocast x is cast inside, so that layers with one input save one x.
+- z and its gradient have the memory order in which the thin products around them are fast: column-major in float32 and
+  float64, row-major in half precision.
+- Dropout uses one random byte per element, so p is rounded to a multiple of 1/256 and the scale is corrected for it.
+  Only a seed is saved: backward generates the mask again, some rows at a time.
+- With many rows, `W' = W0 + s B A` is folded first, in float32 or float64, and one product with it replaces three. In
+  backward, [W', B] is one matrix, whose product with dh is [dX, dz].
 
-With B = 0 the output is the backbone's own, bit for bit. Second derivatives take the eager form, and so do callers for
-whom `can_fuse` is false.
+With B = 0 the output equals the backbone's, bit for bit. Second derivatives are computed in eager form, as is
+everything for which `can_fuse` is false.
 
 Shapes: n rows, k inputs, m outputs, rank r; x (..., k), W0 (m, k) or its transpose, A (r, k), B (m, r), z (n, r).
 """
@@ -31,18 +31,18 @@ from lora_lightning.lora.layers.functional import lora_update
 from lora_lightning.lora.layers.tracing import is_ordinary, is_traced
 
 BLOCK = 2**17
-"""Elements of x that dropout works on at once on a CPU, so that they stay in its cache."""
+"""Elements of x that dropout processes at once on a CPU, so that they stay in its cache."""
 
 FEW_ROWS = 128
-"""Below, on a CPU, a function of our own costs more than it saves: three layers of width 384 with 16 rows take 2.5
-times the frozen step, and 1.8 by torch's operations; of width 768 with 2048 rows 1.24 and 1.38 (one Xeon core)."""
+"""With fewer rows, on a CPU, the function costs more than it saves: three layers of width 384 with 16 rows take 2.5
+times the frozen step, eager 1.8; of width 768 with 2048 rows 1.24, eager 1.38 (one Xeon core)."""
 
 _eager = ContextVar("eager", default=False)
 
 
 @contextmanager
 def eager_arithmetic() -> Iterator[None]:
-    """Within the block every layer computes by torch's own operations, for comparison."""
+    """Within the block every layer computes in eager form, for comparison."""
     before = _eager.set(True)
     try:
         yield
@@ -51,11 +51,11 @@ def eager_arithmetic() -> Iterator[None]:
 
 
 def can_fuse(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are ordinary tensors that torch would multiply, of enough rows, and no transform is on."""
+    """Whether the fused form can replace the eager one: ordinary tensors, enough rows, and no active transform."""
     return (
         not (torch.compiler.is_compiling() or _eager.get())
-        # Without public names in torch: vmap and jvp, which this function has no rules for, and modes that see each
-        # operation, among them selective checkpointing, which would keep what is written into afterwards.
+        # torch has no public names for these: vmap and jvp, for which this function has no rules, and dispatch modes,
+        # such as selective checkpointing, which would save a tensor that is written into afterwards.
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and (is_traced() or not torch._C._len_torch_dispatch_stack())
@@ -71,7 +71,7 @@ def can_fuse(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
 
 
 def drops_by_bytes(p: float) -> bool:
-    """Whether a byte can decide with a probability near p."""
+    """Whether p, rounded to a multiple of 1/256, is neither 0 nor 1, or is exactly 0."""
     return p == 0 or 0 < round(256 * p) < 256
 
 
@@ -90,7 +90,7 @@ def fused_linear(
 
     Args:
         transposed: `weight` is (k, m), as in transformers' Conv1D.
-        dropout: the probability, one for which `drops_by_bytes`; the seed comes from torch's own generator.
+        dropout: a probability for which `drops_by_bytes` is true; the seed comes from torch's default generator.
     """
     out: Tensor = FusedLinear.apply(x, weight, bias, A, B, scale, transposed, round(256 * dropout))  # type: ignore[no-untyped-call]
     return out
@@ -143,8 +143,8 @@ class FusedLinear(torch.autograd.Function):
                 return dX, None, dbias, dA, dB, None, None, None
             rows, a, b = x.to(ctx.dtype).reshape(-1, x.shape[-1]), A.to(ctx.dtype) * ctx.scale, B.to(ctx.dtype)
             if ctx.folds and needs_x:
-                both = torch.mm(g, _folded_beside(weight, A, b, ctx.scale, ctx.transposed))
-                dX, dz = both[:, : x.shape[-1]], both[:, x.shape[-1] :]
+                products = torch.mm(g, _folded_beside(weight, A, b, ctx.scale, ctx.transposed))
+                dX, dz = products[:, : x.shape[-1]], products[:, x.shape[-1] :]
             else:
                 dz = _thin_product(g, b.t())
                 if needs_x:
@@ -163,45 +163,45 @@ class FusedLinear(torch.autograd.Function):
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
-    """That of x, or autocast's."""
+    """The dtype of the product: x's, or autocast's."""
     device = x.device.type
     is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return torch.get_autocast_dtype(device) if is_cast else x.dtype
 
 
 def _pays_to_fold(n: int, weight: Tensor, *others: Tensor) -> bool:
-    """Whether two thin products with n rows move more than folding does; exact enough in wide dtypes alone."""
+    """Whether two thin products with n rows cost more than folding, which is exact enough in wide dtypes only."""
     m, k = weight.shape
     wide = weight.dtype in (torch.float32, torch.float64) and all(t.dtype == weight.dtype for t in others)
     return wide and n * (m + k) >= 3 * m * k and weight.is_contiguous() and _product_dtype(others[0]) == weight.dtype
 
 
 def _folded_beside(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tensor:
-    """`[W0 + s B A, B]` (m, k + r), in memory as W0 lies, which is what torch's own product reads."""
+    """`[W0 + s B A, B]` (m, k + r), in W0's memory order."""
     (m, r), k = B.shape, A.shape[1]
-    both = B.new_empty(k + r, m).t() if transposed else B.new_empty(m, k + r)
-    torch.addmm(weight.t() if transposed else weight, B, A, alpha=scale, out=both[:, :k])
-    both[:, k:] = B
-    return both
+    joined = B.new_empty(k + r, m).t() if transposed else B.new_empty(m, k + r)
+    torch.addmm(weight.t() if transposed else weight, B, A, alpha=scale, out=joined[:, :k])
+    joined[:, k:] = B
+    return joined
 
 
 def _base_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """What the base layer gives, by the operations by which it computes it."""
+    """The base layer's output, by the base layer's operations."""
     if transposed:
         rows = x.reshape(-1, x.shape[-1])
         out = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
         out = out.view(*x.shape[:-1], weight.shape[1])
     else:
         out = F.linear(x, weight, bias).contiguous()
-    # The same memory, but no view in torch's books: a view that a function returns may not be written into.
-    view: Tensor = torch.empty(0, dtype=out.dtype, device=out.device).set_(out)  # type: ignore[call-overload]
-    return view
+    # The same memory, but not marked as a view: a view that an autograd function returns may not be written into.
+    plain: Tensor = torch.empty(0, dtype=out.dtype, device=out.device).set_(out)  # type: ignore[call-overload]
+    return plain
 
 
 def _masks(rows: Tensor, dropped: int, seed: int) -> Iterator[tuple[slice, Tensor]]:
-    """For some rows of x (n, k) at a time: 1 where an element stays and 0 where it is dropped, in x's dtype.
+    """Dropout's mask in x's dtype, for some rows of x (n, k) at a time: 1 where an element stays, else 0.
 
-    Each mask lies where the one before lay. On a GPU all rows come at once.
+    All masks share one buffer. On a GPU the first mask covers all rows.
     """
     n, k = rows.shape
     count = max(1, n if rows.device.type != "cpu" else min(n, BLOCK // max(1, k)))
@@ -215,7 +215,7 @@ def _masks(rows: Tensor, dropped: int, seed: int) -> Iterator[tuple[slice, Tenso
 
 
 def _thin_product(rows: Tensor, a: Tensor) -> Tensor:
-    """`rows a^T` (n, r), in the order of memory that the module's docstring names."""
+    """`rows a^T` (n, r), in the memory order of z."""
     return torch.mm(rows, a.t()) if a.dtype.itemsize == 2 else torch.mm(a, rows.t()).t()
 
 
@@ -228,7 +228,7 @@ def _dropped_product(rows: Tensor, a: Tensor, dropped: int, seed: int) -> Tensor
 
 
 def _add_dropped_(dX: Tensor | None, rows: Tensor, dz: Tensor, a: Tensor, dropped: int, seed: int) -> Tensor:
-    """Add `mask (dz a)` to dX; returns `dz^T (mask x)`, added up in float32 or wider."""
+    """Add `mask (dz a)` to dX; returns `dz^T (mask x)`, accumulated in float32 or wider."""
     dA = torch.zeros(a.shape, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
     for part, mask in _masks(rows, dropped, seed):
         if dX is not None:
@@ -242,7 +242,7 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     """The gradients of x, A and B by operations that can be differentiated again, for `create_graph=True`."""
     with torch.enable_grad():
-        # Views, so that an input which was computed from another does not pass its gradient on here.
+        # Views, so that gradients do not flow from one input into another that it was computed from.
         x_, A_, B_ = inputs = [t.view_as(t) for t in (x, A, B)]
         seen = cast = x_.to(ctx.dtype)
         if ctx.dropped:

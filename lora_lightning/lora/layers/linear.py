@@ -1,4 +1,4 @@
-"""`nn.Linear` and its subclasses, and transformers' `Conv1D`, which is a linear layer that holds its transpose."""
+"""`nn.Linear` and its subclasses, and transformers' `Conv1D`, a linear layer with a transposed weight."""
 
 from __future__ import annotations
 
@@ -17,26 +17,24 @@ from lora_lightning.lora.layers.fused_linear import can_fuse, drops_by_bytes, fu
 from lora_lightning.lora.layers.trained.bias import TrainedBias
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
-"""By its name: this part of the code does not import transformers."""
+"""Compared by name: `lora/` does not import transformers."""
 
 
 @functools.cache
 def _has_torchs_forward(cls: type) -> bool:
-    """Whether the base layer's forward is torch's or transformers' own, on a weight that no property stands for."""
-    plain_class = own_class(cls)
-    is_known = (
-        plain_class.forward is nn.Linear.forward or f"{plain_class.__module__}.{plain_class.__qualname__}" == CONV1D
-    )
-    bases = [base for base in cls.__mro__ if base is not TrainedBias]  # whose copy is asked for by name
+    """Whether the base layer's forward is torch's or transformers', and `weight` and `bias` are no properties."""
+    original = own_class(cls)
+    is_known = original.forward is nn.Linear.forward or f"{original.__module__}.{original.__qualname__}" == CONV1D
+    bases = [base for base in cls.__mro__ if base is not TrainedBias]  # `forward` reads its property
     return is_known and not any(name in vars(base) for base in bases for name in ("weight", "bias"))
 
 
 class _Projection(AdaptedLayer):
-    """`h = x W0^T + b + s (x A^T) B^T`: A is (r, in), B is (out, r). A subclass's own forward is kept.
+    """`h = x W0^T + b + s (x A^T) B^T`: A is (r, in), B is (out, r). A subclass's forward still runs.
 
     With chosen parts of a fused weight, A is (parts r, in) and B (the parts' rows, r), see `slices`. With DoRA,
-    `h = f (x W0^T + s (x A^T) B^T) + b` with the factors f of `dora.py`; dropout is on the adapter's input alone there
-    too, where PEFT also drops from the part of W0 x that f changes.
+    `h = f (x W0^T + s (x A^T) B^T) + b` with the factors f of `dora.py`. Dropout applies to the adapter's input only;
+    with DoRA, PEFT also drops from the part of W0 x that f changes.
     """
 
     linear_like = True
@@ -46,12 +44,12 @@ class _Projection(AdaptedLayer):
 
     @classmethod
     def _shape(cls, module: nn.Module) -> tuple[int, int]:
-        """(out, in), whatever way the weight lies."""
+        """(out, in), also where the weight is transposed."""
         raise NotImplementedError
 
     @classmethod
     def output_rows(cls, module: nn.Module) -> int:
-        """Outputs of the layer, for the layout of its parts."""
+        """Outputs of the layer."""
         return cls._shape(module)[0]
 
     @classmethod
@@ -68,7 +66,7 @@ class _Projection(AdaptedLayer):
         return min(in_features, *(settings.slices.taken_rows if settings.slices else [out_features]))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in) to (..., out). The input comes first, or by whatever name the base layer gives it."""
+        """(..., in) to (..., out). The input is the first argument, positional or by name."""
         if not self.lora_enabled:
             base: Tensor = super().forward(*args, **kwargs)
             return base
@@ -78,15 +76,15 @@ class _Projection(AdaptedLayer):
         p = self.lora_dropout.p if self.lora_dropout is not None and self.lora_dropout.training else 0.0
         weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
         A, B = self.lora_factors()
-        bias: Tensor | None = self.bias  # type: ignore[assignment]  # the trained one where there is one
+        bias: Tensor | None = self.bias  # type: ignore[assignment]  # the trained copy where there is one
         scale, transposed = self.lora_settings.scale, self.weight_is_transposed
         return self.lora_finish(fused_linear(x, weight, bias, A, B, scale, transposed=transposed, dropout=p))
 
     def _fuses(self, x: Any) -> bool:
-        """Whether the base layer's product is torch's own, with a frozen W0; else the eager form is taken."""
+        """Whether the fused form is used: the base layer's product must be torch's, with a frozen W0."""
         parameters: dict[str, Any] = self._parameters
         weight = parameters.get("weight")
-        # Some wrappers, such as DataParallel, hang plain tensors where the parameters were.
+        # Some wrappers, such as DataParallel, put plain tensors in the place of parameters.
         if weight is None or weight.requires_grad or not parameters.keys() >= {"bias", "lora_A", "lora_B"}:
             return False
         return (
@@ -100,7 +98,7 @@ class _Projection(AdaptedLayer):
         return lora_update(self.lora_input(x), *self.lora_factors(), self.lora_settings.scale)
 
     def lora_factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r) whose product is the update: r is larger with chosen parts or a subtracted start."""
+        """A (r, in) and B (out, r) whose product is the update: r is larger with chosen parts or a subtracted init."""
         A, B = self.lora_A, self._all_rows(self.lora_B)
         if self.lora_A0 is None or self.lora_B0 is None:
             return A, B
@@ -129,7 +127,7 @@ class _Projection(AdaptedLayer):
         return self.base_weight().mT if self.weight_is_transposed else self.base_weight()
 
     def peft_rank(self) -> int:
-        """PEFT knows no parts: chosen parts are one adapter of the rank of all together."""
+        """PEFT has no parts: there chosen parts are one adapter, whose rank is the sum of theirs."""
         return self.lora_A.shape[0]
 
     def to_peft(self) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """A bare `nn.Parameter`: a matrix, or a stack of them such as a mixture's experts.
 
-Code that reads the parameter gets `W0 + s B A`, computed anew for each forward; W0 stays where it is, under its name.
-So whatever product the model takes, grouped ones too, sees the adapted weight.
+Code that reads the parameter gets `W0 + s B A`, computed in each forward; W0 stays where it is, under its name. So any
+product that the model computes with it, grouped ones too, uses the adapted weight.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lora_lightning.lora.layers.class_swap import Grafted, graft, ungraft
 from lora_lightning.lora.layers.functional import lora_delta, stack_factors
 
 CHILD = "lora_of_"
-"""A parameter's adapter is a child of its module, under this and the parameter's name."""
+"""A parameter's adapter is a child of its module, under this prefix and the parameter's name."""
 
 
 class ParameterHost(Grafted):
     """A module some of whose parameters are adapted."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, in which each adapted parameter is computed once, however often it is read."""
+        """The module's forward, in which each adapted parameter is computed once, however often it is read."""
         self.__dict__["lora_values"] = {}
         try:
             return super().forward(*args, **kwargs)
@@ -61,7 +61,7 @@ class LoRAParameter(AdaptedLayer):
         self._owner = (owner,)  # in a tuple, so that it does not become a child of its child
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """This one is a plain module with a class of its own."""
+        """Pickle as any module: this class is defined here, not made by `graft`."""
         return object.__reduce_ex__(self, protocol)  # type: ignore[return-value]
 
     def lora_name(self, path: str) -> str:
@@ -107,7 +107,7 @@ class LoRAParameter(AdaptedLayer):
         return list(zip(*stack_factors(self.lora_A, self.lora_B, count), strict=True))
 
     def delta_weight(self, part: slice = WHOLE) -> Tensor:
-        """Parts are of the matrix's rows or the stack's entries."""
+        """Parts are along the matrix's rows or the stack's entries."""
         name, scale, dtype = self.lora_settings.parameter, self.lora_settings.scale, self._lora_dtype()
         parameter = self.adapted_parameters(self.lora_owner, self.lora_settings)[name]
         if parameter.dim() == 2:
@@ -122,7 +122,7 @@ class LoRAParameter(AdaptedLayer):
 
 
 def _regraft(module: nn.Module) -> None:
-    """Make the module's class read exactly the parameters that have an adapter."""
+    """Make the module's class read exactly its adapted parameters by `lora_read`."""
     if isinstance(module, ParameterHost):
         ungraft(module, ParameterHost)
     names = tuple(name.removeprefix(CHILD) for name, m in module._modules.items() if isinstance(m, LoRAParameter))
@@ -131,7 +131,7 @@ def _regraft(module: nn.Module) -> None:
 
 
 def _layout(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """Entries of the stack, outputs and inputs of each."""
+    """(entries of the stack, outputs, inputs); a matrix is one entry."""
     parameter = module._parameters[name]
     assert parameter is not None
     if parameter.dim() == 2:

@@ -1,8 +1,8 @@
-"""A trace: a model's step run on stand-ins for its tensors, which have shapes, dtypes and a device and no numbers.
+"""A trace: a model's step run on fake tensors, which have shapes, dtypes and a device but no values.
 
-Within it the layers take the arithmetic that they would take with real tensors, so that what a step keeps and computes
-can be counted without memory for W0. What is asked of numbers to choose between two ways, a stand-in cannot answer; so
-in a trace the way is taken that such a check is there to confirm.
+In a trace the layers choose the arithmetic that they would choose for real tensors, so that a step's memory and
+operations can be counted without memory for W0. A check that needs values cannot be made; a trace takes the branch that
+such a check normally confirms.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 class _Trace(threading.local):
     kind: type[Tensor] | None = None
-    """The class of the stand-ins, while a trace runs."""
+    """The class of the fake tensors, while a trace runs."""
 
 
 _trace = _Trace()
@@ -25,7 +25,7 @@ _trace = _Trace()
 
 @contextmanager
 def tracing(kind: type[Tensor]) -> Iterator[None]:
-    """Within the block, tensors of this class stand for ordinary ones."""
+    """Within the block, tensors of this class count as ordinary ones."""
     before, _trace.kind = _trace.kind, kind
     try:
         yield
@@ -39,7 +39,7 @@ def is_traced() -> bool:
 
 
 def is_ordinary(tensor: Any) -> bool:
-    """Whether this is a tensor of torch's own class, in its data too, or stands for one."""
+    """Whether the tensor and its data are of torch's plain classes, or of the trace's class."""
     return isinstance(tensor, Tensor) and _is_torchs(type(tensor)) and _is_torchs(type(tensor.data))
 
 

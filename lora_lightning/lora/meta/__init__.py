@@ -1,4 +1,4 @@
-"""Models larger than memory: built on the meta device, filled from files, merged on disk.
+"""Models larger than memory: build them on the meta device, fill them from files, merge on disk.
 
 Imports `lora.inject` and `lora.formats`.
 """

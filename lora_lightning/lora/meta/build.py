@@ -1,4 +1,4 @@
-"""Any module with its parameters on the meta device, to be filled from a safetensors file later."""
+"""Build any module with its parameters on the meta device, to be filled from a safetensors file later."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from lora_lightning.lora.meta.key_mapping import WeightFiles, keep_files, names_
 
 
 def builds_bare() -> bool:
-    """Whether torch's default device is `meta`, so that a model is wanted for its shapes alone."""
+    """Whether torch's default device is `meta`, so that models are built without weights."""
     return torch.get_default_device().type == "meta"
 
 
 def on_meta(make: Callable[[], nn.Module], weights: str | Path) -> nn.Module:
-    """The module that `make` builds, in eval mode, with no memory for its parameters.
+    """The module that `make` builds, in eval mode, without memory for its parameters.
 
-    Each parameter goes to the meta device as it is registered, so that at most one is in memory at a time. Buffers stay
-    real, also those that no file holds; the file's values of the others are put in at once.
+    Each parameter goes to the meta device when it is registered, so that at most one is in memory at a time. Buffers
+    stay real, and those in the files are loaded at once.
 
     Args:
         make: a class or a function without arguments.
-        weights: a safetensors file, or a folder of them in the hub's layout, with the module's own names.
+        weights: a safetensors file, or a folder of them in the hub's layout, with the module's names.
 
     Raises:
-        LoRAError: no such file; it lacks a parameter, or has one of another shape or one that the module has not.
+        LoRAError: no such file; or the files lack a parameter, have one of another shape, or have an unknown key.
     """
     with _parameters_on_meta():
         model = make()
@@ -59,7 +59,7 @@ def _files(path: Path) -> list[Path]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Within the block, modules keep no parameter's numbers."""
+    """Within the block, modules register parameters on the meta device."""
     register = nn.Module.register_parameter
     bare: Any = WeakIdKeyDictionary()  # so that a parameter registered twice stays one
 

@@ -13,7 +13,7 @@ from lora_lightning.lora.errors import LoRAError, did_you_mean, first_few
 from lora_lightning.lora.formats.tensor_files import DTYPES, Stored, read_bytes, read_header
 
 BLOCK = 2**24
-"""Bytes that are read at once where not all of a tensor is wanted together."""
+"""Bytes that are read at once where a tensor is read in blocks."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -22,11 +22,11 @@ class Checkpoint:
     """The tensors of a directory: `model.safetensors`, or `model.safetensors.index.json` and its shards.
 
     Args:
-        names: the files to read instead, where they have other names.
+        names: the files' names, where they are not the hub's.
 
     Raises:
-        LoRAError: there are none, a shard is missing or torn, the index names tensors that no shard has, or two shards
-            hold a tensor of one name.
+        LoRAError: there are no files, a shard is missing or torn, the index names tensors that no shard has, or two
+            shards hold tensors of the same name.
     """
 
     def __init__(self, directory: Path, names: Sequence[str] = ()) -> None:
@@ -50,7 +50,7 @@ class Checkpoint:
             )
 
     def _refuse_twice(self, file: str, pieces: Mapping[str, Stored]) -> None:
-        """Which of two tensors of one name is meant cannot be told: transformers takes the last, an index names one."""
+        """Raise a LoRAError for two tensors of one name: transformers takes the last, but the index names one file."""
         for key in pieces:
             if key in self.stored:
                 named = f"; {INDEX} names {self.index['weight_map'].get(key, 'neither')}" if self.index else ""
@@ -60,28 +60,28 @@ class Checkpoint:
                 )
 
     def read_bytes(self, key: str, start: int = 0, size: int | None = None) -> Tensor:
-        """The tensor's bytes as they lie, (bytes,), or `size` of them from the one with the number `start`."""
+        """The tensor's bytes, (bytes,), or `size` of them from the offset `start` on."""
         at = self.stored[key]
         size = at.size - start if size is None else size
         return read_bytes(self.directory / at.file, key, at.start + start, size)
 
     def read(self, key: str) -> Tensor:
-        """The tensor itself.
+        """The whole tensor.
 
         Raises:
-            LoRAError: it is of a dtype that torch cannot compute with.
+            LoRAError: torch cannot compute with its dtype.
         """
         return self.read_bytes(key).view(self.dtype_of(key)).reshape(self.stored[key].shape)
 
     def read_rows(self, key: str, start: int, stop: int) -> Tensor:
-        """The same for some rows, (stop - start, ...), of a tensor that has at least one dimension."""
+        """Rows of a tensor that has at least one dimension, (stop - start, ...)."""
         at, dtype = self.stored[key], self.dtype_of(key)
         row = at.size // max(1, at.shape[0])
         part = self.read_bytes(key, start * row, (stop - start) * row)
         return part.view(dtype).reshape(stop - start, *at.shape[1:])
 
     def blocks(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """The same rows one after the other, some `BLOCK` bytes of the file at a time."""
+        """The same rows, in blocks of about `BLOCK` bytes."""
         at = self.stored[key]
         stop, step = at.shape[0] if stop is None else stop, max(1, BLOCK * at.shape[0] // max(1, at.size))
         for first in range(start, stop, step):

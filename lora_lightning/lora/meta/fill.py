@@ -1,8 +1,8 @@
-"""W0 of a model on the meta device, filled from its files: tensor by tensor, in each process its own part alone.
+"""Fill W0 of a model on the meta device from its files, tensor by tensor; each process reads its part only.
 
-A tensor is read in blocks of rows and cast on the way, into memory that is made for what this process holds: all of it,
-or, where `fully_shard` or tensor parallelism has made a DTensor of the parameter, the shard. So beside what the model
-takes in the end there are two blocks, or, for tensors that files hold in pieces, such as a layer's experts, one tensor.
+A tensor is read in blocks of rows and cast, into memory for what this process holds: the whole tensor, or its shard
+where `fully_shard` or tensor parallelism has made a DTensor of the parameter. Beside the filled model, memory is needed
+for two blocks, or for one tensor that the files hold in pieces, such as a layer's experts.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ class Empty:
 
     tensor: Tensor
     names: list[str] = field(default_factory=list)
-    """Under which the model has it: several where it is tied."""
+    """Its names in the model: several where it is tied."""
     places: list[tuple[dict[str, Any], str]] = field(default_factory=list)
-    """The stores of the modules that hold it, and its names there."""
+    """The dictionaries of the modules that hold it, and its keys there."""
 
 
 @torch.no_grad()
 def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int:
-    """Fill what `model` holds on the meta device; ties stay, and nothing else of the model is touched.
+    """Fill the tensors of `model` that are on the meta device; ties stay, and other tensors do not change.
 
-    For a model that `huggingface(..., on_meta=True)` or `on_meta` built, before or after it was sharded. Returns how
-    many tensors were filled: 0 where none was left to fill.
+    For a model that `huggingface(..., on_meta=True)` or `on_meta` built, before or after it was sharded. Returns the
+    number of filled tensors, 0 where none is on the meta device.
 
     Args:
-        device: where whole tensors are made; a shard is made where its mesh is.
+        device: of whole tensors; a shard is on its mesh's device.
 
     Raises:
-        LoRAError: it is not known where the weights lie, or they lack a tensor; the model is then as it was.
+        LoRAError: the model does not know its weight files, or they lack a tensor; the model is then unchanged.
     """
     empty = _empty_tensors(model)
     if not empty:
@@ -53,38 +53,38 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
             " by lora_lightning.huggingface(..., on_meta=True) or lora_lightning.on_meta"
         )
     base = files.base(model)
-    sources = {name: one for one in empty if (name := _source(base, one)) is not None}
-    if without := [one.names[0] for one in empty if not any(one is source for source in sources.values())]:
+    sources = {name: slot for slot in empty if (name := _source(base, slot)) is not None}
+    if without := [slot.names[0] for slot in empty if not any(slot is known for known in sources.values())]:
         raise LoRAError(
             f"{files.checkpoint.directory} has no values for {len(without)} tensors of {type(model).__name__} that are"
             f" on the meta device: {first_few(without)}"
         )
     groups = _by_group(base, sources)
     made = [filled for group, wanted in groups for filled in _read(base, group, wanted, device)]
-    for one, value in made:
-        _put(one, value)
+    for slot, value in made:
+        _put(slot, value)
     model.__dict__.pop(ATTRIBUTE, None)
     return len(made)
 
 
 def _empty_tensors(model: nn.Module) -> list[Empty]:
-    empties: dict[int, Empty] = {}
+    by_id: dict[int, Empty] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if tensor is not None and tensor.is_meta:
-                    one = empties.setdefault(id(tensor), Empty(tensor))
-                    one.names.append(f"{path}.{name}".removeprefix("."))
-                    one.places.append((store, name))
-    return list(empties.values())
+                    slot = by_id.setdefault(id(tensor), Empty(tensor))
+                    slot.names.append(f"{path}.{name}".removeprefix("."))
+                    slot.places.append((store, name))
+    return list(by_id.values())
 
 
-def _source(base: Base, one: Empty) -> str | None:
-    return next((name for name in one.names if name in base.of_name), None)
+def _source(base: Base, slot: Empty) -> str | None:
+    return next((name for name in slot.names if name in base.of_name), None)
 
 
 def _by_group(base: Base, sources: dict[str, Empty]) -> Iterator[tuple[Group, dict[str, Empty]]]:
-    """The groups that are needed, in the order in which they lie in the files."""
+    """The needed groups, in the order of the files."""
     groups = {id(base.of_name[name]): base.of_name[name] for name in sources}
     stored = base.checkpoint.stored
     for group in sorted(groups.values(), key=lambda g: (stored[g.stored[0]].file, stored[g.stored[0]].start)):
@@ -97,32 +97,32 @@ def _read(
     """This process's part of each tensor of a group."""
     checkpoint = base.checkpoint
     if group.is_alone:
-        ((name, one),) = wanted.items()
-        part, offset = _part(one.tensor, device)
-        _check_shape(name, checkpoint.stored[group.stored[0]].shape, one)
+        ((name, slot),) = wanted.items()
+        part, offset = _part(slot.tensor, device)
+        _check_shape(name, checkpoint.stored[group.stored[0]].shape, slot)
         _read_rows(checkpoint, group.stored[0], part, offset)
-        yield one, part
+        yield slot, part
         return
     dtype = next(iter(wanted.values())).tensor.dtype
     whole = group.load({key: checkpoint.read(key).to(dtype) for key in group.stored})
-    for name, one in wanted.items():
+    for name, slot in wanted.items():
         value = whole.pop(name)
-        _check_shape(name, value.shape, one)
-        part, offset = _part(one.tensor, device)
+        _check_shape(name, value.shape, slot)
+        part, offset = _part(slot.tensor, device)
         place = tuple(slice(start, start + size) for start, size in zip(offset, part.shape, strict=True))
-        yield one, part.copy_(value[place])
+        yield slot, part.copy_(value[place])
 
 
-def _check_shape(name: str, got: tuple[int, ...], one: Empty) -> None:
-    if tuple(got) != tuple(one.tensor.shape):
+def _check_shape(name: str, got: tuple[int, ...], slot: Empty) -> None:
+    if tuple(got) != tuple(slot.tensor.shape):
         raise LoRAError(
-            f"'{name}' has shape {tuple(got)} in the files and {tuple(one.tensor.shape)} in the model: they belong to"
+            f"'{name}' has shape {tuple(got)} in the files and {tuple(slot.tensor.shape)} in the model: they belong to"
             " another architecture, or to another config"
         )
 
 
 def _part(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, tuple[int, ...]]:
-    """Memory for what this process holds of a tensor, and where that begins in the whole."""
+    """Memory for this process's part of a tensor, and the part's offset in the whole."""
     if type(tensor) in (Tensor, nn.Parameter):
         part = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         return part, (0,) * tensor.dim()
@@ -136,7 +136,7 @@ def _part(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, tuple[int
 
 
 def _read_rows(checkpoint: Checkpoint, key: str, into: Tensor, offset: tuple[int, ...]) -> None:
-    """Read the part of a tensor that begins at `offset` and has the shape of `into`, block by block."""
+    """Read the part of a tensor at `offset` into `into`, block by block."""
     if not into.dim():
         into.copy_(checkpoint.read(key))
         return
@@ -147,9 +147,9 @@ def _read_rows(checkpoint: Checkpoint, key: str, into: Tensor, offset: tuple[int
         done += len(rows)
 
 
-def _put(one: Empty, value: Tensor) -> None:
+def _put(slot: Empty, value: Tensor) -> None:
     """Put the real tensor into each of its places."""
-    tensor = one.tensor
+    tensor = slot.tensor
     if type(tensor) not in (Tensor, nn.Parameter):
         from torch.distributed.tensor import DTensor
 
@@ -160,5 +160,5 @@ def _put(one: Empty, value: Tensor) -> None:
         )
     if isinstance(tensor, nn.Parameter):
         value = nn.Parameter(value, requires_grad=tensor.requires_grad)
-    for store, name in one.places:
+    for store, name in slot.places:
         store[name] = value

@@ -1,7 +1,6 @@
-"""An adapter on a model that has no weights: everything of the adapter is real, everything of W0 on the meta device.
+"""An adapter on a model without weights: the adapter's tensors are real, and W0 is on the meta device.
 
-So a model larger than memory is known by its modules, and each of its tensors is put in only for the moment in which
-it is needed.
+So for a model larger than memory, each tensor of W0 is loaded only while it is needed.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from lora_lightning.lora.meta.key_mapping import files_of
 from lora_lightning.lora.report import InjectionReport
 
 OF_W0 = ("lora_A0", "lora_B0")
-"""The factors that no file holds: they follow from W0."""
+"""The factors that are in no file, since they are computed from W0."""
 
 
 @contextmanager
 def hold_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block, `model` holds these tensors under these names, in place of those on the meta device."""
+    """Within the block, `model` has these tensors under these names, in place of those on the meta device."""
     places = {name: place_of(model, name) for name in tensors}
     before = {name: store[key] for name, (store, key) in places.items()}
     try:
@@ -51,36 +50,33 @@ def hold_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[No
 
 
 def place_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """The store that holds a tensor of the model, and its key there."""
-    path, _, attribute = name.rpartition(".")
+    """The dictionary of the module that holds a tensor of the model, and its key there."""
+    path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
-    return module._parameters if attribute in module._parameters else module._buffers, attribute
+    return module._parameters if key in module._parameters else module._buffers, key
 
 
 def adapted_names(path: str, layer: AdaptedLayer) -> dict[str, str]:
-    """The names in the model of the tensors of W0 that a layer at `path` adapts, by their names in their module."""
+    """The names in the model of the weights that the layer at `path` adapts, by their keys in the module."""
     owner = path if layer.lora_owner is layer else layer.lora_name(path).rpartition(".")[0]
-    return {
-        attribute: full_name(owner, attribute)
-        for attribute in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-    }
+    return {key: full_name(owner, key) for key in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)}
 
 
 @torch.no_grad()
 def start_from_present(layer: AdaptedLayer) -> None:
-    """Compute the factors (A0, B0) that W0 alone decides, from the W0 that is present; what was loaded stays."""
+    """Compute (A0, B0) of an init from W0, whose values are present; the loaded tensors do not change."""
     if not is_from_weight(layer.lora_settings.init):
         return
     loaded = {name: tensor.clone() for name, tensor in layer.lora_tensors().items() if name not in OF_W0}
     layer.reset_lora_parameters()
-    tensors = layer.lora_tensors()
+    current = layer.lora_tensors()
     for name, tensor in loaded.items():
-        tensors[name].copy_(tensor)
+        current[name].copy_(tensor)
 
 
 @torch.no_grad()
 def make_adapter_real(model: nn.Module) -> None:
-    """Give the adapter's tensors on the meta device memory of their own; what is tied among them stays tied."""
+    """Allocate memory for the adapter's tensors that are on the meta device; tied ones stay tied."""
     real: dict[int, Tensor] = {}
     for key, tensor in adapter_tensors(model).items():
         if not tensor.is_meta:
@@ -94,12 +90,12 @@ def make_adapter_real(model: nn.Module) -> None:
 
 
 def inject_anywhere(model: nn.Module, config: LoRAConfig, *, run_init: bool = True) -> InjectionReport:
-    """`inject`, also into a model whose weights are on the meta device and lie in files that it knows.
+    """`inject`, also into a model on the meta device that knows its weight files.
 
-    The adapter is real and complete at once: A is drawn from torch's generator in the same order, and what follows from
-    W0, as DoRA's magnitudes, PiSSA's factors and the copies of `modules_to_save` do, is computed from the tensors of W0
-    that it takes, read for the moment. W0 itself stays away; `fill_from_files` brings it. Within `torch.device("meta")`
-    nothing has numbers, and an init that is computed from W0 is left out.
+    The adapter is complete at once: A is drawn from torch's generator in the same order, and what is computed from W0,
+    such as DoRA's magnitudes, PiSSA's factors and the copies of `modules_to_save`, is computed from tensors of W0 that
+    are read for the moment. W0 stays on the meta device until `fill_from_files`. Within `torch.device("meta")` there
+    are no values, and an init from W0 is not run.
     """
     files = files_of(model)
     if files is None:
@@ -124,7 +120,7 @@ def inject_anywhere(model: nn.Module, config: LoRAConfig, *, run_init: bool = Tr
 
 
 def _names_to_start(model: nn.Module, path: str, module: Grafted) -> list[str]:
-    """The tensors of W0 on the meta device from which the adapter's tensors in a module start."""
+    """Names of the tensors of W0 on the meta device from which the adapter's tensors in a module are initialized."""
     names: list[str] = []
     if isinstance(module, AdaptedLayer):
         follows = module.lora_magnitude_vector is not None or is_from_weight(module.lora_settings.init)
@@ -134,7 +130,7 @@ def _names_to_start(model: nn.Module, path: str, module: Grafted) -> list[str]:
     if isinstance(module, TokenRows):
         names.append(full_name(path, "weight"))
     if isinstance(module, SavedCopy):
-        names += [full_name(path, attribute) for attribute in module.lora_copy.state_dict()]
+        names += [full_name(path, key) for key in module.lora_copy.state_dict()]
     return [name for name in names if (place := place_of(model, name))[0][place[1]].is_meta]
 
 

@@ -1,4 +1,4 @@
-"""W0 by its names in the model, from files that may hold it under other names or in pieces."""
+"""Read W0 by its names in the model from files that may hold it under other names or in pieces."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from lora_lightning.lora.meta.checkpoint import Checkpoint
 Tensors = dict[str, Tensor]
 
 ATTRIBUTE = "weight_files"
-"""Under this name the model keeps them until it is filled."""
+"""The attribute of a model that holds its `WeightFiles` until it is filled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tensors of the files that make up tensors of the model: one and one, or experts' matrices and their stack."""
+    """Tensors of the files that make up tensors of the model: one for one, or experts' matrices for their stack."""
 
     stored: tuple[str, ...]
     """Keys in the files."""
     names: tuple[str, ...]
     """Names in the model."""
     load: Callable[[Tensors], Tensors]
-    """From the files' tensors to the model's, moving values only. It may empty what it is given."""
+    """From the files' tensors to the model's, without arithmetic. It may empty its argument."""
     store: Callable[[Tensors], Tensors]
-    """The inverse."""
+    """The inverse of `load`."""
     is_alone: bool = False
-    """Whether the files hold the one tensor as the model does, so that any part of it can be read by itself."""
+    """Whether the files hold one tensor as the model does, so that parts of it can be read."""
 
 
 GroupsOf = Callable[..., list[Group]]
-"""A function of (model, checkpoint), by its import path so that a model can be pickled."""
+"""A function of (model, checkpoint) with an import path, so that a model can be pickled."""
 
 
 def single_group(key: str, name: str) -> Group:
-    """A tensor that the files hold as the model does."""
+    """The group of a tensor that the files hold as the model does."""
     return Group(
         stored=(key,),
         names=(name,),
@@ -54,26 +54,26 @@ def single_group(key: str, name: str) -> Group:
 
 def names_by_tensor(model: nn.Module) -> list[list[str]]:
     """The names of each tensor in the model's state dict: several where it is tied."""
-    names: dict[int, list[str]] = {}
+    by_id: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
-            names.setdefault(id(tensor), []).append(name)
-    return list(names.values())
+            by_id.setdefault(id(tensor), []).append(name)
+    return list(by_id.values())
 
 
 class Base:
-    """W0, read on demand; what a module needs at once is kept until `forget`."""
+    """W0, read on demand; the last group is in memory until `forget`."""
 
     def __init__(self, checkpoint: Checkpoint, groups: list[Group], plain: nn.Module) -> None:
         self.checkpoint = checkpoint
         self.of_name = {name: group for group in groups for name in group.names}
         self.of_key = {key: group for group in groups for key in group.stored}
         self.ties = {name: names for names in names_by_tensor(plain) for name in names}
-        """By name, all names of the same tensor in the model before a merge."""
+        """By name, all names of the same tensor in the plain model."""
         self._kept: dict[int, Tensors] = {}
 
     def source(self, name: str) -> str | None:
-        """The name under which the files have this tensor: its own, or one that it is tied to."""
+        """The name under which the files have this tensor: the name itself, or one that it is tied to."""
         return next((n for n in (name, *self.ties.get(name, [])) if n in self.of_name), None)
 
     def __call__(self, name: str) -> Tensor | None:
@@ -93,28 +93,28 @@ class Base:
         return id(group) in self._kept
 
     def forget(self) -> None:
-        """Let go of what was read last."""
+        """Free the last group."""
         self._kept.clear()
 
-    def part_unequal(self, model: nn.Module) -> None:
-        """Untie what the files hold twice with different values, as loading does."""
+    def untie_unequal(self, model: nn.Module) -> None:
+        """Untie parameters that the files hold twice with different values, as loading does."""
         names = {module: name for name, module in model.named_modules()}
         for places in shared_parameters(model).values():
-            there = [(m, attribute, f"{names[m]}.{attribute}".removeprefix(".")) for m, attribute in places]
+            there = [(m, key, f"{names[m]}.{key}".removeprefix(".")) for m, key in places]
             there = [place for place in there if place[2] in self.of_name]
-            for module, attribute, name in there[1:]:
+            for module, key, name in there[1:]:
                 first, other = self(there[0][2]), self(name)
                 if first is not None and other is not None and not torch.equal(first, other):
-                    parameter = module._parameters[attribute]
+                    parameter = module._parameters[key]
                     assert parameter is not None
-                    module._parameters[attribute] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+                    module._parameters[key] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
         self.forget()
 
     def refuse_other_shapes(self, state: Mapping[str, Tensor], brought: Collection[str]) -> None:
-        """Raise where a file's tensor has another shape than the model's; those that are `brought` whole may.
+        """Raise a LoRAError where a file's tensor has another shape than the model's.
 
-        Raises:
-            LoRAError: with the first of them.
+        Args:
+            brought: names of tensors that the adapter holds whole, which may differ.
         """
         for name, group in self.of_name.items():
             if len(group.stored) > 1 or len(group.names) > 1 or name in brought:
@@ -128,17 +128,17 @@ class Base:
 
 
 def by_name(model: nn.Module, checkpoint: Checkpoint) -> list[Group]:
-    """The files' tensors have the model's own names."""
+    """The groups of files whose tensors have the model's names."""
     state = model.state_dict()
     return [single_group(key, key) for key in checkpoint.stored if key in state]
 
 
 class WeightFiles:
-    """Safetensors files beside each other, and how their tensors make up a model's.
+    """Safetensors files of one folder, and how their tensors make up a model's.
 
     Args:
-        files: of one folder.
-        groups_of: what says which tensors of the files make up which of the model's.
+        files: the files' paths.
+        groups_of: decides which tensors of the files make up which of the model's.
 
     Raises:
         LoRAError: a file is missing, torn or no safetensors file.
@@ -159,7 +159,7 @@ class WeightFiles:
         return Base(self.checkpoint, self.groups_of(model, self.checkpoint), model)
 
     def reader(self, model: nn.Module) -> Callable[[str], Tensor | None]:
-        """What gives W0's tensor of a name, in the dtype that it has in the model; None where the files have none."""
+        """A function of a name that reads W0's tensor in its dtype in the model; None where the files have none."""
         base, state = self.base(model), model.state_dict()
 
         def read(name: str) -> Tensor | None:
@@ -171,18 +171,18 @@ class WeightFiles:
 
 
 def keep_files(model: nn.Module, files: WeightFiles) -> None:
-    """Note where the model's weights lie."""
+    """Record where the model's weights are."""
     model.__dict__[ATTRIBUTE] = files
 
 
 def files_of(model: nn.Module) -> WeightFiles | None:
-    """Where the model's weights lie; None for a model that has them, or that came from elsewhere."""
+    """The model's weight files; None for a model that is filled or was not built on the meta device."""
     files = model.__dict__.get(ATTRIBUTE)
     return files if isinstance(files, WeightFiles) else None
 
 
 class BaseCheck:
-    """Compares W0, as it is read, with the digests that an adapter carries."""
+    """Compares W0, while it is read, with the digests in an adapter's record."""
 
     def __init__(
         self, expected: Mapping[str, str], base: Base, buffers: Collection[str], *, allow_other_base: bool = False
@@ -194,23 +194,21 @@ class BaseCheck:
         self.dtype: torch.dtype | None = None
 
     def see(self, group: Group) -> None:
-        """Note whether the tensors of a group are those that the adapter was made on."""
+        """Compare a group's tensors with the digests of the base that the adapter was made on."""
         if all(name in self.seen for name in group.names):
             return
         for name, tensor in self.base.load(group).items():
             tied = [n for n in self.base.ties.get(name, [name]) if n == name or n not in self.base.of_name]
-            asked = [n for n in tied if n in self.expected]
+            recorded = [n for n in tied if n in self.expected]
             self.seen |= dict.fromkeys([name, *tied], True)
-            if asked and not self._has_digest(tensor, {self.expected[n] for n in asked}):
-                self.different += asked
+            if recorded and not self._has_digest(tensor, {self.expected[n] for n in recorded}):
+                self.different += recorded
 
     def refuse(self, *, whole: bool) -> None:
-        """Raise where something differed; once the `whole` was seen, also where something is not there at all.
+        """Raise an AdapterError with the names that differ so far; where another base is allowed, warn at the end.
 
-        Where another base is allowed it warns instead, once the whole was seen.
-
-        Raises:
-            AdapterError: with the names that differ.
+        Args:
+            whole: all of W0 was seen, so that tensors that were not seen are missing.
         """
         different = list(self.different)
         if whole:
@@ -228,7 +226,7 @@ class BaseCheck:
             warn_of_other_base(message)
 
     def _has_digest(self, tensor: Tensor, digests: set[str]) -> bool:
-        """Whether the tensor, in its own dtype or as the adapter's base was loaded in another, has these digests."""
+        """Whether the tensor has these digests, in its dtype or in another in which the base may have been loaded."""
         dtypes = [tensor.dtype]
         if tensor.is_floating_point():
             dtypes += [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -1,6 +1,6 @@
-"""Merge a model that is larger than memory: from its files to new ones, tensor after tensor.
+"""Merge a model that is larger than memory: from its files to new ones, tensor by tensor.
 
-Of W0 at most one module's tensors are in memory. What the adapter does not change is copied to the bit.
+At most one module's tensors of W0 are in memory. Tensors that the adapter does not change are copied bit for bit.
 """
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ from lora_lightning.lora.meta.key_mapping import Base, BaseCheck, Group, names_b
 
 @dataclass(frozen=True, kw_only=True)
 class StreamReport:
-    """What a merge from files to files did."""
+    """The result of a merge from files to files."""
 
     kept: dict[str, float]
     """By module, the share of the update that rounding kept, as in `MergeReport`."""
     untied: list[str]
-    """Modules whose weight was shared with another module and is now their own."""
+    """Modules that shared a weight with another module and no longer do."""
     new: list[str]
     """Keys that the base's files did not have: a head, or an untied matrix."""
     copied: int
-    """Tensors that are the base's to the bit."""
+    """The number of tensors that equal the base's, bit for bit."""
     changed: int
-    """Tensors that hold an update, or that the adapter brought whole."""
+    """The number of tensors with an update, or that the adapter holds whole."""
     size: int
     """Bytes of all tensors."""
     base_checked: bool
-    """False where the adapter has no fingerprint of its base, or this is another one, which was allowed."""
+    """False where the adapter has no fingerprint of its base, or another base was allowed."""
     files: dict[str, list[str]] = field(default_factory=dict)
     """The keys of each file."""
 
 
 class StreamedMerge:
-    """One merge, planned from headers alone; `write` is what reads and writes tensors.
+    """One merge, planned from the files' headers; only `write` reads and writes tensors.
 
     Args:
-        make: gives the plain model on the meta device, anew each time.
+        make: makes a new plain model on the meta device.
         groups: how the files' tensors make up the model's.
-        dtype: of the floating-point tensors that are written; None keeps each tensor's own.
+        dtype: of the written floating-point tensors; None keeps each tensor's.
         alphas: as in `load_adapter`.
 
     Raises:
         AdapterError: the adapter does not fit the model.
-        MergeError: it cannot be folded in.
+        MergeError: the adapter cannot be folded into W0.
         LoRAError: a tensor of the files has another shape than the model's, or is missing.
     """
 
@@ -81,8 +81,8 @@ class StreamedMerge:
         self.checkpoint, self.dtype = checkpoint, dtype
         self.plain, model = make(), make()
         self.base = Base(checkpoint, groups, self.plain)
-        for one in (self.plain, model):
-            self.base.part_unequal(one)
+        for either in (self.plain, model):
+            self.base.untie_unequal(either)
         options: dict[str, Any] = {"allow_other_base": allow_other_base, "alphas": alphas}
         load_files(model, adapter, read=self.base, make_real=make_adapter_real, **options)
         self.check = self._base_check(adapter.record, allow_other_base=allow_other_base)
@@ -91,7 +91,7 @@ class StreamedMerge:
         self._plan()
 
     def _base_check(self, record: Record | None, *, allow_other_base: bool) -> BaseCheck | None:
-        """What compares the base with the adapter's record of it; None, with a notice, where that cannot be done."""
+        """The check of the base against the adapter's record; None, with a warning, where there is no record."""
         if record is None:
             check_base(None, self.plain, allow_other_base=allow_other_base)
             return None
@@ -99,10 +99,10 @@ class StreamedMerge:
         return BaseCheck(record.base.tensors, self.base, buffers, allow_other_base=allow_other_base)
 
     def _plan(self) -> None:
-        """Which key goes where, and which tensors change."""
+        """Decide the keys of each file, and which tensors change."""
         state = self.plain.state_dict(keep_vars=True)
         self.changed: dict[str, str] = {}
-        """Name to the name of the maker that computes it: its own, or that of one that it is tied to."""
+        """By name, the key in `changes.makers` that computes it: the name itself, or one that it is tied to."""
         self.new: list[str] = []
         missing: list[str] = []
         for names in names_by_tensor(self.plain):
@@ -127,10 +127,11 @@ class StreamedMerge:
         groups = {id(group): group for group in self.base.of_name.values()}.values()
         written = [name for group in groups if self._is_changed(group) for name in group.names] + self.new
         self.wanted = [name for name in written if name in self.changed]
-        """Changed names, each of which is asked for once."""
+        """The changed names that are written, each once."""
         self.made: dict[str, Tensor] = {}
         self.waiting: dict[str, Tensor] = {}
-        """Made together with another tensor and not written yet: by name in the model, and by key in the files."""
+        """Tensors that were computed with another one and not written yet: by name in the model (`made`), and by key
+        in the files (`waiting`)."""
 
     @property
     def size(self) -> int:
@@ -141,7 +142,7 @@ class StreamedMerge:
         """Write every file into `folder`.
 
         Raises:
-            AdapterError: the adapter was made on another base; the files in `folder` are then of no use.
+            AdapterError: the adapter was made on another base; the files in `folder` are then useless.
         """
         for file, entries in self.files.items():
             write_file(folder / file, entries, self.checkpoint.metadata[file], self._bytes(entries), progress)
@@ -191,7 +192,7 @@ class StreamedMerge:
             del data
 
     def _tensor(self, key: str) -> Tensor:
-        """What is written for a key; as bytes where it is copied."""
+        """The tensor to write for a key; as bytes where it is copied."""
         group = self.base.of_key.get(key)
         if group is not None and self.check is not None:
             self.check.see(group)
@@ -208,16 +209,16 @@ class StreamedMerge:
         return self.waiting.pop(key)
 
     def _value(self, name: str) -> Tensor:
-        """The merged tensor of a name in the model, in the dtype that its maker gives."""
+        """The merged tensor with this name in the model, in the dtype in which it was computed."""
         maker = self.changed.get(name)
         if maker is None:
             W0 = self.base(name)
             assert W0 is not None, name
             return W0
         if name not in self.made:
-            done = self.changes.makers[maker]()
+            merged = self.changes.makers[maker]()
             self.base.forget()
-            self.made |= {wanted: done[source] for wanted in self.wanted if (source := self.changed[wanted]) in done}
+            self.made |= {n: merged[source] for n in self.wanted if (source := self.changed[n]) in merged}
         return self.made.pop(name)
 
 
@@ -226,7 +227,7 @@ class Changes:
 
     Args:
         model: on the meta device, with a real adapter.
-        dtype: that the results are rounded to, once; None for each tensor's own.
+        dtype: of the results, to which they are rounded once; None for each tensor's.
 
     Raises:
         MergeError: the adapter is not finite, or W0 has no place for it.
@@ -236,11 +237,11 @@ class Changes:
         refuse(model)
         self.model, self.read, self.dtype = model, read, dtype
         self.kept: dict[str, float] = {}
-        """By module, the share of the update that rounding kept; filled as they are computed."""
+        """By module, the share of the update that rounding kept; filled while tensors are computed."""
         self.makers: dict[str, Callable[[], dict[str, Tensor]]] = {}
-        """By a tensor's name in the model, what computes it, and those that are computed with it."""
+        """By a tensor's name in the model, the function that computes it and those that belong together with it."""
         self.parts: dict[str, Hashable] = {}
-        """Of those that become tensors of their own: equal values are one tensor."""
+        """For each tensor that a merge replaces, the identity of the new one: names with equal values stay tied."""
         for path, module in grafted_modules(model):
             if isinstance(module, SavedCopy):
                 self._add_copy(path, module)
@@ -248,15 +249,15 @@ class Changes:
                 self._add(path, module)
 
     def _add_copy(self, path: str, module: SavedCopy) -> None:
-        for attribute, tensor in module.lora_copy.state_dict(keep_vars=True).items():
-            name = full_name(path, attribute)
+        for key, tensor in module.lora_copy.state_dict(keep_vars=True).items():
+            name = full_name(path, key)
             self.makers[name] = lambda n=name, t=tensor: {n: t.detach()}  # type: ignore[misc]
             self.parts[name] = id(tensor)
 
     def _add(self, path: str, module: Grafted) -> None:
         parts: dict[str, Hashable] = {}
         if isinstance(module, AdaptedLayer):
-            parts |= {name: (id(module), attribute) for attribute, name in adapted_names(path, module).items()}
+            parts |= {name: (id(module), key) for key, name in adapted_names(path, module).items()}
             parts |= {full_name(path, "bias"): id(module)} if module.lora_B_bias is not None else {}
         if isinstance(module, TrainedBias):
             parts[full_name(path, "bias")] = id(module.lora_trained_bias)
@@ -266,7 +267,7 @@ class Changes:
 
     @torch.no_grad()
     def _fold(self, path: str, module: Grafted, names: list[str]) -> dict[str, Tensor]:
-        """What a merge makes of a module's tensors of these names, with its W0 put in for the moment."""
+        """The merged tensors with these names of one module, whose W0 is loaded for the moment."""
         weights = adapted_names(path, module).values() if isinstance(module, AdaptedLayer) else ()
         W0 = {name: self._must_read(name, wide=name not in weights) for name in names}
         with hold_tensors(self.model, W0):
@@ -280,7 +281,7 @@ class Changes:
             return {name: store[key].detach() for name, (store, key) in places.items()}
 
     def _must_read(self, name: str, *, wide: bool) -> Tensor:
-        """W0's tensor; `wide`: in the wider of its dtype and that of the results, so that it is rounded once."""
+        """W0's tensor; with `wide` in the wider of its dtype and the results', so that it is rounded once."""
         tensor = self.read(name)
         if tensor is None:
             raise MergeError(f"the files have no '{name}', which the adapter changes")
@@ -288,18 +289,18 @@ class Changes:
 
 
 def apply_ties(plain: nn.Module, parts: Mapping[str, Hashable]) -> list[str]:
-    """Give a plain model on the meta device the ties that the merged one has, and its config; returns what it untied.
+    """Give a plain model on the meta device the merged model's ties and config; returns the modules that it untied.
 
-    `parts` as in `Changes`: as in `merge`, what is adapted or brought whole no longer shares its tensor.
+    As in `merge`, a tensor that is adapted or replaced is no longer shared; `parts` as in `Changes`.
     """
     ties = shared_parameters(plain)
     fresh: dict[Hashable, nn.Parameter] = {}
     for name, part in parts.items():
-        module, _, attribute = name.rpartition(".")
+        module, _, key = name.rpartition(".")
         place = plain.get_submodule(module)._parameters
-        before = place.get(attribute)
+        before = place.get(key)
         if before is not None:  # else a buffer, which is not tied
-            place[attribute] = fresh.setdefault(part, nn.Parameter(torch.empty_like(before), requires_grad=False))
+            place[key] = fresh.setdefault(part, nn.Parameter(torch.empty_like(before), requires_grad=False))
     untied = untied_since(plain, ties)
     if untied:
         untie_config(plain)

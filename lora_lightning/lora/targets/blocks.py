@@ -11,14 +11,14 @@ from lora_lightning.lora.layers.trained.module_copy import COPY
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 NUMBERED = re.compile(r"(.*\D)\d+")
-"""What a module calls its children where they are a list in all but name: `layer1`, `layer2`."""
+"""Numbered names of children that form a list, such as `layer1`, `layer2`."""
 
 
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """By their names, the modules that stand in a list or a sequence beside others of their class, or alone.
+    """The repeated blocks by name: members of a list or sequence that has others of their class, or no other member.
 
-    A block has children with parameters: a list of plain layers has none. Where blocks hold lists of blocks, as a
-    mixture's layers hold experts, the outer ones count; stages, each of another width, are looked into.
+    A block has children with parameters, so plain layers are none. Of nested blocks, such as a mixture's layers with
+    experts, the outer ones count; stages of different widths are searched for blocks inside.
     """
     by_path: dict[str, nn.Module] = {}
     _search(model, "", by_path)
@@ -33,12 +33,12 @@ def _search(module: nn.Module, path: str, by_path: dict[str, nn.Module]) -> None
         inner, before = f"{path}.{name}".removeprefix("."), len(by_path)
         if name not in blocks or not _is_repeated(child, blocks):
             _search(child, inner, by_path)
-        if name in blocks and len(by_path) == before:  # a stage without blocks of its own is one
+        if name in blocks and len(by_path) == before:  # a stage without blocks inside is a block
             by_path[inner] = child
 
 
 def _candidates(parent: nn.Module) -> dict[str, nn.Module]:
-    """Its children that may be blocks: of the class of another one in the list, or the list's only one."""
+    """Children that may be blocks: those that share their class with another, or a list's only member."""
     children = {n: m for n, m in parent._modules.items() if m is not None and n != COPY}
     composed = {n: m for n, m in children.items() if _is_composed(m)}
     if isinstance(parent, CONTAINERS):
@@ -56,13 +56,13 @@ def _is_composed(module: nn.Module) -> bool:
 
 
 def _is_repeated(block: nn.Module, others: dict[str, nn.Module]) -> bool:
-    """Whether most of the block's tensors have the shape that they have in another one."""
+    """Whether most of the block's tensors have the same shape in another block of its class."""
     cls, shapes = own_class(type(block)), _shapes(block)
     for other in others.values():
         if other is not block and own_class(type(other)) is cls:
-            theirs = _shapes(other)
-            alike = sum(theirs.get(name) == shape for name, shape in shapes.items())
-            if 2 * alike > min(len(shapes), len(theirs)):
+            other_shapes = _shapes(other)
+            alike = sum(other_shapes.get(name) == shape for name, shape in shapes.items())
+            if 2 * alike > min(len(shapes), len(other_shapes)):
                 return True
     return False
 

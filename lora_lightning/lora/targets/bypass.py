@@ -1,7 +1,7 @@
 """Layers whose parent reads their weight instead of calling them: an adapter on such a layer would be ignored.
 
-The table holds what is known of transformers, timm and torchvision. In training the guard at the first backward finds
-whatever else the forward goes past, for such an adapter gets no gradient.
+The table lists those of transformers, timm and torchvision. Others are found in training by the guard at the first
+backward, since a bypassed adapter gets no gradient.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import nn
 from lora_lightning.lora.layers import kind_of
 from lora_lightning.lora.layers.attention import OutProj
 
-# Package, the end of the parent's full class name (a regular expression), its children. Read off the forwards of
-# transformers 5.24, timm 1.0.31 and torchvision 0.28. State space models hand weights to a fused kernel on a GPU, and
-# to another function while they generate; attentions hand theirs to F.linear or to F.multi_head_attention_forward;
-# learned queries and relative positions are tables that are taken whole.
+# Package, the end of the parent's full class name (a regular expression), its children; from the forwards of
+# transformers 5.24, timm 1.0.31 and torchvision 0.28. State space models pass weights to a fused kernel on a GPU, and
+# to another function while they generate; attentions pass theirs to F.linear or to F.multi_head_attention_forward;
+# learned queries and relative positions are tables that are read whole.
 BYPASSES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("transformers", r"(Falcon)?MambaMixer", ("conv1d", "x_proj", "dt_proj", "out_proj")),
     ("transformers", r"(Bamba|FalconH1|Mamba2|NemotronHMamba2|Zamba2Mamba)Mixer", ("conv1d", "out_proj")),
@@ -49,38 +49,38 @@ BYPASSES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 def _children_read(parent: type[nn.Module]) -> frozenset[str]:
     """Names of the children whose weight the class reads."""
-    names: set[str] = set()
+    read: set[str] = set()
     for cls in parent.__mro__:
         for package, pattern, children in BYPASSES:
             if re.fullmatch(rf"{package}\.(?:.+\.)?(?:{pattern})", f"{cls.__module__}.{cls.__qualname__}"):
-                names.update(children)
-    return frozenset(names)
+                read.update(children)
+    return frozenset(read)
 
 
 def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
     """Modules whose parent reads their weight, each with the reason not to adapt it."""
     bypassed: dict[nn.Module, str] = {}
     for module in names:
-        always = {"out_proj"} if _reads_out_proj(module) else set()
-        for child in always | _children_read(type(module)):
-            read = module._modules.get(child)
-            if read is not None and kind_of(read) is not None:
+        out_proj = {"out_proj"} if _reads_out_proj(module) else set()
+        for name in out_proj | _children_read(type(module)):
+            child = module._modules.get(name)
+            if child is not None and kind_of(child) is not None:
                 reason = f"{type(module).__name__} reads its weight and may never call it, so an adapter there would be"
                 bypassed.setdefault(
-                    read, f"{reason} ignored: name '{child}.weight' in target_parameters, or leave it out"
+                    child, f"{reason} ignored: name '{name}.weight' in target_parameters, or leave it out"
                 )
     return bypassed
 
 
 def _reads_out_proj(module: nn.Module) -> bool:
-    """Whether this is torch's attention with another layer than its own in the place of `out_proj`."""
+    """Whether this is torch's attention with another class of layer as its `out_proj`."""
     if not isinstance(module, nn.MultiheadAttention) or type(module).forward is not nn.MultiheadAttention.forward:
         return False
     return not isinstance(module.out_proj, OutProj)
 
 
 def parametrized_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
-    """Modules under a parametrization such as weight norm: an update folded into their weight would be lost."""
+    """Modules with a parametrization such as weight norm, and the reason not to adapt them."""
     reason = "its weight is computed from other parameters (a parametrization), so no update can be folded into it"
     weights = {m: "in_proj_weight" if isinstance(m, nn.MultiheadAttention) else "weight" for m in names if kind_of(m)}
     return {m: reason for m, weight in weights.items() if weight not in m._parameters}

@@ -2,7 +2,7 @@
 
 A fused layer stacks several projections into one weight: GPT-2's `c_attn` holds query, key and value in thirds,
 GPT-NeoX's `query_key_value` does so head by head, Phi-3's `gate_up_proj` holds two halves. An adapter on chosen parts
-has an own A (r, in) and B (rows of the part, r) for each, as in the paper, where the parts are separate matrices.
+has an A (r, in) and a B (rows of the part, r) for each, as in the paper, where the parts are separate matrices.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import nn
 from lora_lightning.lora.errors import ConfigError, TargetError, did_you_mean
 
 SliceSpec = list[str] | dict[str, Any]
-"""What a user writes: the parts to adapt where the layout is known, or `{of, take}` with `sizes` and `heads`."""
+"""The user's form: the parts to adapt where the layout is known, or `{of, take}` with `sizes` and `heads`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slices:
-    """The layout of a fused weight's rows, and the parts taken.
+    """The layout of a fused weight's rows, and the adapted parts.
 
-    Rows are `heads` blocks one after the other, each block the parts one after the other.
+    The rows are `heads` consecutive blocks, each of which has the rows of every part in order.
     """
 
     names: tuple[str, ...]
@@ -44,7 +44,7 @@ class Slices:
         return [self.heads * size for name, size in zip(self.names, self.sizes, strict=True) if name in self.taken]
 
     def to_spec(self) -> dict[str, Any]:
-        """As a user would write it in full: it needs no known layout."""
+        """The full form, which needs no known layout."""
         return {
             "of": list(self.names),
             "sizes": list(self.sizes),
@@ -77,10 +77,10 @@ def refuse_spec(pattern: str, spec: Any) -> None:
 
 
 def resolve_slices(name: str, module: nn.Module, parent: nn.Module | None, rows: int, spec: SliceSpec) -> Slices:
-    """The layout of one module.
+    """The layout and the adapted parts of one module.
 
     Raises:
-        TargetError: the layout is not known and not given, a part is not there, or the sizes do not add up.
+        TargetError: the layout is neither known nor given, a part does not exist, or the sizes do not add up.
     """
     if isinstance(spec, dict):
         names, heads = tuple(spec["of"]), int(spec.get("heads", 1))
@@ -102,7 +102,7 @@ Layout = tuple[tuple[str, ...], tuple[int, ...], int]
 
 
 def _known_layout(name: str, module: nn.Module, parent: nn.Module | None, rows: int) -> Layout:
-    """Names, sizes and heads of the layouts that are known by the class of the layer that holds the module."""
+    """Names, sizes and heads of the parts, known by the class of the module's parent."""
     if isinstance(module, nn.MultiheadAttention):
         return ("q", "k", "v"), (module.embed_dim,) * 3, 1
     last = name.rpartition(".")[2]
@@ -121,7 +121,7 @@ def _qkv_thirds(parent: Any, rows: int) -> Layout:
 
 
 def _gpt2(parent: Any, rows: int) -> Layout:
-    """Cross-attention has its query in `q_attn`, and key and value in `c_attn`."""
+    """In cross-attention the query is in `q_attn`, and key and value are in `c_attn`."""
     return (("k", "v"), (rows // 2,) * 2, 1) if parent.is_cross_attention else _qkv_thirds(parent, rows)
 
 
@@ -140,7 +140,7 @@ def _halves(parent: Any, rows: int) -> Layout:
     return ("gate", "up"), (rows // 2,) * 2, 1
 
 
-# Read off the forward of each class, in transformers 5.24 and timm 1.0.31.
+# From the forward of each class, in transformers 5.24 and timm 1.0.31.
 LAYOUTS: dict[tuple[str, str], Callable[[Any, int], Layout]] = {
     ("transformers:GPT2Attention", "c_attn"): _gpt2,
     ("transformers:GPTNeoXAttention", "query_key_value"): _by_head,

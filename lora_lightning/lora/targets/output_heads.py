@@ -8,25 +8,25 @@ from torch import nn
 
 from lora_lightning.lora.frozen.tensors import named_modules
 
-# What heads are called in transformers, timm and torchvision, at the top level of a model.
+# Names of heads in transformers, timm and torchvision, at the top level of a model.
 HEAD_NAMES = frozenset(
     {"lm_head", "embed_out", "cls", "classifier", "score", "qa_outputs", "head", "heads", "head_dist", "fc"}
     | {"out_head", "output_head", "classification_head", "seq_classif"}
 )
 
-# Where `PreTrainedModel` is defined: a part of a transformers model, such as one block, is no such model.
+# The module that defines `PreTrainedModel`, of which a part of a model, such as one block, is no instance.
 HF_MODEL = "transformers.modeling_utils"
 
 
 def output_head(model: nn.Module) -> tuple[str, ...]:
-    """Full names of the modules that make the model's output; empty where it has no head.
+    """Full names of the modules that compute the model's output; empty where it has no head.
 
-    A transformers or timm model is asked. Otherwise it is the top-level module with a name from
-    `HEAD_NAMES` that holds the last linear layer, else that layer itself unless it belongs to a repeated block.
+    A transformers or timm model names its head. Otherwise it is the top-level module with a name from `HEAD_NAMES`
+    that contains the last linear layer, else that layer itself unless it belongs to a repeated block.
     """
-    asked = _declared_head(model)
-    if asked is not None:
-        return tuple(name for name, module in named_modules(model) if any(module is head for head in asked))
+    declared = _declared_head(model)
+    if declared is not None:
+        return tuple(name for name, module in named_modules(model) if any(module is head for head in declared))
     named = tuple(name for name, _ in model.named_children() if name in HEAD_NAMES)
     if is_a(model, HF_MODEL):
         return named
@@ -37,7 +37,7 @@ def output_head(model: nn.Module) -> tuple[str, ...]:
 
 
 def _declared_head(model: nn.Module) -> list[nn.Module] | None:
-    """What the model itself says, through the getters that transformers and timm define."""
+    """The heads that the getters of transformers and timm return; None where the model has no such getter or head."""
     if is_a(model, HF_MODEL):
         embeddings = model.get_output_embeddings()  # type: ignore[operator]
         return None if embeddings is None else [embeddings]
@@ -49,18 +49,18 @@ def _declared_head(model: nn.Module) -> list[nn.Module] | None:
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
-    """The embedding of tokens, where the model itself can be asked."""
+    """The embedding of tokens that a transformers model names; None of any other model."""
     if not is_a(model, HF_MODEL):
         return None
     try:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except NotImplementedError:  # some transformers models have none, and say so in this way
+    except NotImplementedError:  # raised by transformers models that have none
         return None
     return embedding if isinstance(embedding, nn.Module) else None
 
 
 def is_a(model: nn.Module, package: str) -> bool:
-    """By the defining package's name: this part of the code imports neither."""
+    """Whether the model's class or an ancestor is defined in `package`, which is not imported."""
     return any(cls.__module__.startswith(package) for cls in type(model).__mro__)
 
 

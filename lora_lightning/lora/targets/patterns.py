@@ -1,4 +1,4 @@
-"""How an entry of a config selects names: lists, regular expressions, the longest pattern, and near misses."""
+"""How an entry of a config selects names: lists, regular expressions, the longest pattern; and near misses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_lightning.lora.errors import TargetError, did_you_mean, near_misses
 from lora_lightning.lora.targets.fused_projections import SliceSpec
 
 SEVERAL = re.compile(r"[\w.]+(?: *, *[\w.]+)+")
-"""Names with commas between, as other tools take them."""
+"""Names separated by commas, as other tools accept them."""
 
 Value = TypeVar("Value", int, float, SliceSpec)
 
@@ -23,7 +23,7 @@ def matches(pattern: str | list[str], name: str) -> str | None:
 
 
 def matches_any(pattern: str | list[str], names: list[str]) -> list[str]:
-    """The entries that select something by any of its names."""
+    """The entries that match any of a module's names."""
     entries = [pattern] if isinstance(pattern, str) else [[entry] for entry in pattern]
     hits = (next((hit for name in names if name and (hit := matches(entry, name))), None) for entry in entries)
     return [hit for hit in hits if hit is not None]
@@ -33,8 +33,8 @@ def regex_refusal(pattern: str, *, is_end: bool = True) -> str | None:
     """Why `pattern` cannot be used as a regular expression, None where it can.
 
     Args:
-        is_end: it selects by dotted ends too, so that it must also compile inside the group that PEFT and we put
-            around it, which `a)|(b` and flags for the whole, such as `(?i)a`, do not.
+        is_end: the pattern also selects by dotted ends, so that it must compile inside the group that PEFT and this
+            package put around it; `a)|(b` and global flags such as `(?i)a` do not.
     """
     try:
         re.compile(pattern)
@@ -56,7 +56,7 @@ def block_number(name: str) -> int | None:
 
 
 def has_match(patterns: Iterable[str], names: list[str]) -> bool:
-    """Whether one of the patterns matches one of the names, see `_hits`."""
+    """Whether one of the patterns matches one of the names, see `_matches_end`."""
     return any(_matches_end(pattern, names) for pattern in patterns)
 
 
@@ -66,7 +66,7 @@ def _matches_end(pattern: str, names: list[str]) -> bool:
 
 
 def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], default: Value) -> Value:
-    """The value of the longest pattern that matches: no order of keys can change it."""
+    """The value of the longest pattern that matches, whatever the order of keys."""
     if not patterns:
         return default
     matching = [p for p in patterns if _matches_end(p, names)]
@@ -90,7 +90,7 @@ def refuse_unused(field_name: str, patterns: Iterable[str], selected: list[list[
 
 
 def no_match(field_name: str, entry: str, names: list[str], *, is_regex: bool = False, what: str = "module") -> str:
-    """The message for an entry that selects nothing: what is nearest, or what there is."""
+    """The error message for an entry that selects nothing, with near misses or some of the known names."""
     ends = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
     depth = entry.count(".") + 1
     alike = {".".join(name.split(".")[-depth:]) for name in names} if depth > 1 and not is_regex else set()

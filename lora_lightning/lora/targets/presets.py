@@ -1,7 +1,7 @@
-"""Named choices of target modules for the common transformers architectures: `query-value`, `attention`, `mlp`.
+"""Presets of target modules for the common transformers architectures: `query-value`, `attention`, `mlp`.
 
-`query-value` is what the paper adapts and what PEFT's own mapping holds; each is a regular expression on the dotted end
-of a module's full name, chosen by the model's `config.model_type`.
+`query-value` is what the paper adapts, and PEFT by default. A preset is a regular expression on the dotted end of a
+module's full name, chosen by the model's `config.model_type`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PRESETS = ("query-value", "attention", "mlp")
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a family names its projections; None where it has none that stands alone as a linear layer."""
+    """A family's patterns for its projections; None where they are no separate linear layers."""
 
     query_value: str | None
     query_value_of: str | None = None
@@ -94,10 +94,10 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def preset_pattern(model: nn.Module, target_modules: str | list[str]) -> str | None:
-    """The regular expression on full names that a preset means on this model; None where it is no preset.
+    """A preset's regular expression on full names for this model; None where `target_modules` is no preset.
 
     Raises:
-        TargetError: the architecture is not known here, or has no such layers.
+        TargetError: the architecture is unknown, or has no such layers.
     """
     if not isinstance(target_modules, str) or target_modules not in PRESETS:
         return None
@@ -121,7 +121,7 @@ def preset_pattern(model: nn.Module, target_modules: str | list[str]) -> str | N
 
 
 def preset_parts(model: nn.Module, target_modules: str | list[str]) -> list[str]:
-    """The parts of each selected layer that a preset means: query and value of a fused one; empty for whole layers."""
+    """The parts of each selected layer that a preset adapts: query and value of a fused one; empty for whole layers."""
     if target_modules != "query-value":
         return []
     layout = LAYOUTS[_model_type(model, "query-value")]

@@ -1,4 +1,4 @@
-"""Which modules a config selects, and why each one matched. Nothing is changed here."""
+"""Which modules a config selects, and why each one matched. This does not change the model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Target:
     """One module, or one bare parameter of it, to adapt."""
 
     names: list[str]
-    """Every name that it has, the model's first one first."""
+    """Every name of the module or parameter, the model's first one first."""
     module: nn.Module
     why: str
     """The entry of the config that selected it."""
@@ -52,7 +52,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """The one name that reports and errors give."""
+        """The name for reports and errors."""
         return self.names[0]
 
     @property
@@ -70,7 +70,7 @@ class Target:
 
 @dataclass
 class Selection:
-    """What a config means on one model."""
+    """What a config selects in one model."""
 
     targets: list[Target] = field(default_factory=list)
     saved: list[tuple[str, nn.Module]] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Selection:
     biases: list[nn.Module] = field(default_factory=list)
     """Modules whose parameter `bias` trains, in the model's order; those in `saved` train theirs anyway."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Modules and stacks of matrices that `all-linear` would have taken but for the reason given."""
+    """Modules and stacks of matrices that `all-linear` leaves out, with the reason."""
 
     @property
     def inside_saved(self) -> dict[nn.Module, str]:
@@ -90,8 +90,8 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     """Resolve `config` on `model`.
 
     Args:
-        any_rank: for an adapter that is there already: r has no upper limit, `lora_bias` needs no bias to be merged
-            into, and `bias` may find none.
+        any_rank: r has no upper limit, `lora_bias` needs no bias to merge into, and `bias` may select none: for an
+            adapter that was trained elsewhere.
 
     Raises:
         TargetError: an entry that matches nothing (near misses named), a module of a kind that has no adapted
@@ -121,7 +121,7 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
         refuse_unused(field_name, getattr(config, field_name), [target.names for target in targets])
     for target in targets:
         if not target.kind.has_input and (any_rank or target.why == ALL_LINEAR):
-            # The dropout of all layers is not meant for it; the report shows 0.
+            # It has no input to drop from; the report shows 0.
             target.settings = replace(target.settings, dropout=0.0)
         _refuse_unfit(target)
     selection.targets = targets
@@ -132,11 +132,11 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     return selection
 
 
-# What each field of the config names.
+# What each field of the config selects.
 
 
 def _modules_to_save(names: Names, config: LoRAConfig, bypassed: dict[nn.Module, str]) -> list[tuple[str, nn.Module]]:
-    """The outermost modules of `modules_to_save`: one inside another is in its copy already."""
+    """The outermost modules of `modules_to_save`: the copy of a module contains the modules inside it."""
     chosen: dict[str, nn.Module] = {}
     for entry in config.modules_to_save or []:
         exact = [m for m, group in names.items() if entry in group]
@@ -151,7 +151,7 @@ def _modules_to_save(names: Names, config: LoRAConfig, bypassed: dict[nn.Module,
     for name, module in outermost:
         if module in bypassed:
             raise TargetError(f"modules_to_save: cannot train '{name}': {bypassed[module]}")
-        if quantized := [inner_name for inner_name, inner in module.named_modules() if scheme(inner)]:
+        if quantized := [path for path, inner in module.named_modules() if scheme(inner)]:
             inside = f"{name}.{quantized[0]}".removesuffix(".")
             raise TargetError(
                 f"modules_to_save: '{inside}' is quantized, and a copy of it cannot train: leave it out of the"
@@ -180,7 +180,7 @@ def _target_modules(
     for entry in [excluded] if isinstance(excluded, str) else excluded:
         if not any(matches([entry] if isinstance(excluded, list) else entry, name) for name in everything):
             raise TargetError(no_match("exclude_modules", entry, everything, is_regex=isinstance(excluded, str)))
-    return [f for f in targets if not any(matches(excluded, name) for name in f.names)]
+    return [target for target in targets if not any(matches(excluded, name) for name in target.names)]
 
 
 def _by_name(
@@ -234,16 +234,16 @@ def _all_linear(model: nn.Module, candidates: Names, unfit: dict[nn.Module, str]
 
 
 def _stacks(targets: list[Target], names: Names, config: LoRAConfig, selection: Selection) -> list[str]:
-    """Parameters that hold a matrix for each expert and are not adapted: `all-linear` sees modules alone."""
+    """Parameters with a matrix for each expert that are not adapted: `all-linear` selects modules only."""
     taken, inside_saved = {(target.module, target.parameter) for target in targets}, selection.inside_saved
     layers, stacks = config.layers_to_transform, []
     for module, group in names.items():
         if kind_of(module) is not None or module in inside_saved or type(module).__module__.startswith("torch."):
             continue
-        for attribute, p in module._parameters.items():
-            if p is None or is_lazy(p) or p.dim() != 3 or min(p.shape) < 2 or (module, attribute) in taken:
+        for key, p in module._parameters.items():
+            if p is None or is_lazy(p) or p.dim() != 3 or min(p.shape) < 2 or (module, key) in taken:
                 continue
-            places = [full_name(name, attribute) for name in group]
+            places = [full_name(name, key) for name in group]
             outside = isinstance(layers, list) and block_number(places[0]) not in layers
             if not outside and not any(matches(config.exclude_modules or [], name) for name in (*places, *group)):
                 stacks.append(places[0])
@@ -255,14 +255,14 @@ def _target_parameters(names: Names, config: LoRAConfig, selection: Selection) -
     entries, inside_saved = config.target_parameters or [], selection.inside_saved
     used, known, targets = set[str](), list[str](), list[Target]()
     for module, group in names.items() if entries else ():
-        for attribute in module._parameters if module not in inside_saved else ():
-            places = [full_name(name, attribute) for name in group]
+        for key in module._parameters if module not in inside_saved else ():
+            places = [full_name(name, key) for name in group]
             known += places
             hits = matches_any(entries, places)
             used.update(hits)
             excluded = any(matches(config.exclude_modules or [], name) for name in places)
-            if hits and module._parameters[attribute] is not None and not excluded:
-                targets.append(Target(places, module, hits[0], attribute))
+            if hits and module._parameters[key] is not None and not excluded:
+                targets.append(Target(places, module, hits[0], key))
     for entry in entries:
         if entry not in used:
             raise TargetError(no_match("target_parameters", entry, known, what="parameter"))
@@ -274,12 +274,12 @@ def _in_layers(targets: list[Target], config: LoRAConfig) -> list[Target]:
     if layers is None:
         return targets
     assert isinstance(layers, list)
-    numbers = [block_number(f.names[0]) for f in targets]
-    there = sorted({n for n in numbers if n is not None})
-    if missing := sorted(set(layers) - set(there)):
-        blocks = f"{there[0]} to {there[-1]}" if there else "none: no selected module has a number in its name"
+    numbers = [block_number(target.names[0]) for target in targets]
+    present = sorted({n for n in numbers if n is not None})
+    if missing := sorted(set(layers) - set(present)):
+        blocks = f"{present[0]} to {present[-1]}" if present else "none: no selected module has a number in its name"
         raise TargetError(f"layers_to_transform: no selected module is in block {missing[0]}; blocks there: {blocks}")
-    return [f for f, n in zip(targets, numbers, strict=True) if n in layers]
+    return [target for target, n in zip(targets, numbers, strict=True) if n in layers]
 
 
 def _biases(model: nn.Module, config: LoRAConfig, selection: Selection, *, required: bool) -> list[nn.Module]:
@@ -299,10 +299,10 @@ def _biases(model: nn.Module, config: LoRAConfig, selection: Selection, *, requi
 
 
 def _settings(target: Target, config: LoRAConfig, parts: list[str], modules: dict[str, nn.Module]) -> LayerSettings:
-    """One layer's settings; `parts` are taken of a fused layer where `slices` says nothing.
+    """One layer's settings; `parts` are the adapted parts of a fused layer that `slices` does not name.
 
     Raises:
-        TargetError: two patterns of one length disagree, or the parts are not there.
+        TargetError: two patterns of one length disagree, or the layer has no such parts.
     """
     name, names = target.name, target.names
     r = by_pattern("rank_pattern", config.rank_pattern, names, config.r)
@@ -328,7 +328,7 @@ def _settings(target: Target, config: LoRAConfig, parts: list[str], modules: dic
 
 
 def _without_narrow(targets: list[Target], config: LoRAConfig, selection: Selection) -> list[Target]:
-    """Leave out what `all-linear` found and r is too large for, unless `rank_pattern` names it: that is refused."""
+    """Leave out layers of `all-linear` for which r is too large; those that `rank_pattern` names are refused later."""
     wide = []
     for target in targets:
         named = target.why != ALL_LINEAR or has_match(config.rank_pattern, target.names)
@@ -341,11 +341,11 @@ def _without_narrow(targets: list[Target], config: LoRAConfig, selection: Select
     return wide
 
 
-# What is refused: a layer that cannot take an option, each with what to do.
+# Refusals of layers that cannot take an option.
 
 
 def _refuse_unfit(target: Target) -> None:
-    """Raise a TargetError for a layer that cannot be adapted, or not with the options asked for."""
+    """Raise a TargetError for a layer that cannot be adapted, or not with these options."""
     if reason := _option_refusal(target):
         raise TargetError(reason)
     if any(p is not None and is_lazy(p) for p in target.module._parameters.values()):
@@ -357,7 +357,7 @@ def _refuse_unfit(target: Target) -> None:
 
 
 def _option_refusal(target: Target) -> str | None:
-    """Why the layer cannot take DoRA, `lora_bias` or the init asked for; None where it can."""
+    """Why the layer cannot take DoRA, `lora_bias` or the init of its settings; None where it can."""
     name, module, kind, settings = target.name, target.module, target.kind, target.settings
     init, what = settings.init, "a bare parameter" if target.parameter else f"a {type(module).__name__}"
     needs_w0 = inits.is_from_weight(init) or init in inits.DATA_INITS
@@ -383,7 +383,7 @@ def _option_refusal(target: Target) -> str | None:
 
 
 def _refuse_ranks(targets: list[Target]) -> None:
-    """Raise a TargetError where r is above the smaller side of a weight: all of them in one, with lines to copy."""
+    """Raise one TargetError for all layers with r above the smaller side of the weight, with settings to copy."""
     largest = {target.name: target.largest_rank for target in targets}
     narrow = [t for t in targets if t.settings.r > largest[t.name]]
     if not narrow:
@@ -415,7 +415,7 @@ def _count_rest(count: int) -> str:
 
 
 def _shortest_ends(names: list[str], selected: Iterable[str]) -> dict[str, list[str]]:
-    """The shortest ends of names that select `names` and nothing else of what is selected, with what each selects."""
+    """The shortest dotted ends that select `names` and no other selected name, each with the names it selects."""
     others = set(selected) - set(names)
     ends: dict[str, list[str]] = {}
     for name in names:
@@ -427,7 +427,7 @@ def _shortest_ends(names: list[str], selected: Iterable[str]) -> dict[str, list[
 
 
 def _refuse_rows(selection: Selection, bypassed: dict[nn.Module, str]) -> None:
-    """Rows that the model would read past, or whose embedding or tied head `modules_to_save` trains in full."""
+    """Raise a TargetError for token rows that the forward bypasses, or whose weight `modules_to_save` trains."""
     inside_saved = selection.inside_saved
     for token in selection.tokens:
         if token.module in bypassed:

@@ -1,4 +1,4 @@
-"""Which embeddings have rows that train in full (`trainable_token_indices`). Nothing is changed here."""
+"""Which embeddings have rows that train in full (`trainable_token_indices`). This does not change the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TokenTarget:
     module: nn.Embedding
     token_ids: list[int]
     tied: list[nn.Module]
-    """Output heads, and further embeddings, that share its weight."""
+    """Output heads and other embeddings that share its weight."""
 
 
 def token_targets(
@@ -28,16 +28,16 @@ def token_targets(
     """Resolve `trainable_token_indices`.
 
     Raises:
-        TargetError: no such embedding, row or token, or a weight that is shared with something unknown.
+        TargetError: no such embedding, row or token, or a weight that is shared with another kind of module.
     """
     if not wanted:
         return []
     if isinstance(wanted, dict):
-        embeddings = [(_by_name(entry, names), numbers) for entry, numbers in wanted.items()]
+        requests = [(_by_name(entry, names), numbers) for entry, numbers in wanted.items()]
     else:
-        embeddings = [(_input_embedding(model, names), wanted)]
+        requests = [(_input_embedding(model, names), wanted)]
     targets = []
-    for module, tokens in embeddings:
+    for module, tokens in requests:
         name, numbers = names[module][0], [_number(model, token) for token in tokens]
         if reason := token_refusal(module, numbers):
             raise TargetError(f"trainable_token_indices: '{name}' {reason}")
@@ -47,7 +47,7 @@ def token_targets(
 
 
 def _number(model: nn.Module, token: int | str) -> int:
-    """Of a token that the backbone was given by `add_tokens`, its row."""
+    """The row of a token, which is given by number, or by name if `add_tokens` added it."""
     if isinstance(token, int):
         return token
     added: dict[str, int] = getattr(model, "added_tokens", {})
@@ -69,9 +69,9 @@ def _by_name(entry: str, names: dict[nn.Module, list[str]]) -> nn.Module:
 
 
 def _input_embedding(model: nn.Module, names: dict[nn.Module, list[str]]) -> nn.Module:
-    asked = input_embedding(model)
-    if asked is not None:
-        return asked
+    declared = input_embedding(model)
+    if declared is not None:
+        return declared
     embeddings = [m for m in names if isinstance(m, nn.Embedding)]
     if len(embeddings) == 1:
         return embeddings[0]

@@ -353,7 +353,7 @@ def share_base(first: nn.Module, other: nn.Module) -> None:
         if shared is None or not (place.tensor.is_meta or _same(shared, place.tensor)):
             raise LoRAError(f"the members' backbones differ, first in '{place.name}': all of them need one W0")
         store: dict[str, Any] = place.module._parameters if place.is_parameter else place.module._buffers
-        store[place.own] = shared
+        store[place.key] = shared
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: read with every field checked, and the rules by which PEFT resolves its names."""
+"""Read PEFT's `adapter_config.json` with every field checked, and resolve its names by PEFT's rules."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lora_lightning.lora.targets.patterns import regex_refusal
 
 WEIGHTS, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
-# Fields of PEFT's config that change the arithmetic and have no counterpart here, by what they do: anything but an
-# empty value is refused.
+# Fields of PEFT's config that change the arithmetic and have no counterpart here, with what they do. A value other than
+# null or false is refused.
 WITHOUT_COUNTERPART = {
     "layer_replication": "builds a deeper model of repeated blocks: build it so and load the adapter in PEFT",
     "megatron_config": "is for Megatron's parallel layers",
@@ -28,7 +28,7 @@ WITHOUT_COUNTERPART = {
     "velora_config": "compresses what the backward pass keeps",
 }
 
-# Fields that say nothing about the arithmetic of a trained adapter, or are read elsewhere.
+# Fields that do not change the arithmetic of a trained adapter, or are read elsewhere.
 HARMLESS = {
     *{"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"},
     *{"inference_mode", "megatron_core", "loftq_config", "eva_config", "corda_config"},
@@ -40,11 +40,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """A PEFT config of type LORA.
 
     Raises:
-        AdapterError: it is missing, no JSON, of another method, or has a field that means nothing here.
+        AdapterError: it is missing, no JSON, of another method, or has a field with an invalid value.
     """
     folder = path.parent
     if not folder.exists():
-        near = did_you_mean(folder.name, [one.name for one in folder.parent.glob("*") if one.is_dir()])
+        near = did_you_mean(folder.name, [sibling.name for sibling in folder.parent.glob("*") if sibling.is_dir()])
         raise AdapterError(f"no folder '{folder}'{near}")
     if not path.is_file():
         raise AdapterError(f"no file {path}: an adapter directory holds {CONFIG} and {WEIGHTS}")
@@ -73,22 +73,22 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"'{next(n for n in names if names.count(n) > 1)[:40]}' stands there twice")
-    return mapping
+    return fields
 
 
 def _regex_refusal(value: Any) -> str:
-    """The reason for which one of a field's regular expressions is refused."""
+    """Why one of a field's regular expressions is refused, as the end of an error message."""
     patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
     refused = ((pattern, regex_refusal(pattern)) for pattern in patterns if isinstance(pattern, str))
     return next((f": {shorten(pattern)} {reason}" for pattern, reason in refused if reason), "")
 
 
 def shorten(value: Any) -> str:
-    """A value of a file for one line of an error, cut where it is long or deep."""
+    """A value of a file for an error message, shortened where it is long or deep."""
     return _SHORT.repr(value)
 
 
@@ -129,7 +129,7 @@ PATTERNS: Check = (
     "a map of regular expressions to numbers",
 )
 
-# What is read of PEFT's config, each by a check and by what it expects.
+# The fields that are read, each with its check and the expected value in words.
 CHECKS: dict[str, Check] = {
     "r": (_is_int, "a whole number"),
     **dict.fromkeys(("lora_alpha", "lora_dropout"), (_is_number, "a number")),
@@ -154,7 +154,7 @@ CHECKS: dict[str, Check] = {
 
 
 def peft_adapts(peft: Mapping[str, Any], targets: str | list[str], name: str) -> bool:
-    """PEFT's `check_target_module_exists`: blocks count only for entries that are not a full name."""
+    """Whether PEFT adapts the module, as in its `check_target_module_exists`: full names count in every block."""
     if peft_selects(peft.get("exclude_modules") or [], name) or not peft_selects(targets, name):
         return False
     blocks = peft.get("layers_to_transform")
@@ -162,7 +162,7 @@ def peft_adapts(peft: Mapping[str, Any], targets: str | list[str], name: str) ->
         return True
     patterns = peft.get("layers_pattern") or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # Without a pattern of its own, PEFT wants a name before the blocks' list.
+        # Without `layers_pattern`, PEFT requires a name before the list of blocks.
         head = r"(?:^|.*?\.)" if peft.get("layers_pattern") else r".*?\."
         match = re.match(rf"{head}{pattern}\.(\d+)\.", name)
         if match and match[1]:
@@ -171,7 +171,7 @@ def peft_adapts(peft: Mapping[str, Any], targets: str | list[str], name: str) ->
 
 
 def peft_selects(pattern: str | list[str], name: str) -> bool:
-    """A string is a regular expression on the full name, a list's entries are dotted ends of it."""
+    """Whether PEFT's pattern selects `name`: a string matches the full name, a list's entries its dotted ends."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return not set(pattern).isdisjoint(dotted_ends(name))
@@ -184,12 +184,12 @@ def dotted_ends(name: str) -> list[str]:
 
 
 def matches(patterns: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
-    """The entries of a pattern that match: PEFT's rule is a regular expression on the name or on a dotted end of it."""
+    """The entries whose regular expression matches the name or a dotted end of it, by PEFT's rule."""
     return {key: value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)}
 
 
 def refuse_other_rank(peft: Mapping[str, Any], name: str, peft_name: str, rank: int) -> None:
-    """Raise an AdapterError unless some order of the config's entries gives `name` the rank of its tensors."""
+    """Raise an AdapterError unless one of the config's ranks for `name` is the rank of its tensors."""
     allowed = set(matches(peft.get("rank_pattern"), peft_name).values()) or {peft.get("r", 8)}
     if rank and rank not in allowed:  # a rank of 0 is refused with the config
         listed = " or ".join(str(r) for r in sorted(allowed))
@@ -205,21 +205,19 @@ def find_alphas(
     """The alpha of every adapted module, by name.
 
     In training PEFT takes the first entry that matches a module, in the order in which the user wrote them. Its file
-    holds them in alphabetical order, of which PEFT itself then takes the first. The tensors' shapes tell the rank that
-    was in force; where entries of different alphas match one module, the file does not say which one was.
+    holds them in alphabetical order, and on loading PEFT takes the first of those. The tensors' shapes give the rank
+    that was used; where entries with different alphas match one module, the alpha that was used is unknown.
 
     Args:
-        names: what PEFT looks each module up by.
-        ranks: those of the tensors, to name the likelier entry in the error.
-        chosen: the user's answer where the file does not say.
+        names: PEFT's name of each module.
+        ranks: the tensors' ranks, to name the likelier entry in the error.
+        chosen: the user's alphas where the file is ambiguous.
 
     Raises:
-        AdapterError: entries of different values match one module and `chosen` does not have it, or has one too many.
+        AdapterError: the alpha of a module is ambiguous and `chosen` lacks it; or `chosen` has one that is not.
     """
     hits = {name: matches(peft.get("alpha_pattern"), peft_name) for name, peft_name in names.items()}
-    doubtful = {
-        name: alpha_by_key for name, alpha_by_key in hits.items() if len({float(v) for v in alpha_by_key.values()}) > 1
-    }
+    doubtful = {name: matching for name, matching in hits.items() if len({float(v) for v in matching.values()}) > 1}
     for name in chosen:
         if name not in names:
             raise AdapterError(f"alphas: the adapter has no module '{name}'{did_you_mean(name, names)}")
@@ -238,18 +236,18 @@ def find_alphas(
         )
     default = float(peft.get("lora_alpha", 8))
     return {
-        name: float(chosen[name]) if name in chosen else float(next(iter(alpha_by_key.values()), default))
-        for name, alpha_by_key in hits.items()
+        name: float(chosen[name]) if name in chosen else float(next(iter(matching.values()), default))
+        for name, matching in hits.items()
     }
 
 
 def subtracted_init(peft: Mapping[str, Any]) -> str:
-    """The init whose B0 A0 the file's factors count on, `gaussian` where there is none.
+    """The init whose s B0 A0 PEFT subtracted from W0, `gaussian` where there is none.
 
-    PEFT takes s B0 A0 out of W0 for some inits and writes A and B as they are; pissa and olora follow from W0 alone.
+    PEFT subtracts s B0 A0 from W0 for some inits and writes A and B only; pissa and olora can be computed from W0.
 
     Raises:
-        AdapterError: one that changed the base in a way that cannot be computed again.
+        AdapterError: the init changed the base in a way that cannot be computed again.
     """
     init = peft.get("init_lora_weights", True)
     if init in ("pissa", "olora"):
@@ -266,7 +264,7 @@ def token_ids(peft: Mapping[str, Any], name: str) -> list[int]:
     """The token numbers of an embedding's rows, in the file's order.
 
     Raises:
-        AdapterError: the config does not say.
+        AdapterError: the config does not list them.
     """
     indices = peft.get("trainable_token_indices")
     if isinstance(indices, dict):

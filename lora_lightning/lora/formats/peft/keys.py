@@ -1,4 +1,4 @@
-"""The keys of PEFT's files: what each tensor is called, and which parts of a key are PEFT's own and no module's.
+"""The keys of PEFT's files: the name of each tensor, and the parts of a key that are PEFT's and no module's.
 
 With `m` for `base_model.model.<module>`, r the rank, (out, in) the shape of W0:
 
@@ -11,10 +11,10 @@ With `m` for `base_model.model.<module>`, r the rank, (out, in) the shape of W0:
     m.base_layer.bias          a trained bias of an adapted module; `m.bias` of any other
     m.<any other name>         a tensor of a module that `modules_to_save` lists
 
-PEFT wraps what it adapts in a module whose original is `base_layer`: an attention holds its out_proj's factors at
-`m.base_layer.out_proj`, and of several adapted parameters of one module the last registered has the factors at `m`, the
-one before it at `m.base_layer`, and so on. A stack of E experts has A (r E, in) with the rows of an expert together and
-B (out, r E) with column `rank * E + expert`.
+PEFT wraps an adapted module in one whose child `base_layer` is the original: an attention has its out_proj's factors at
+`m.base_layer.out_proj`. Of several adapted parameters of one module, the last registered one has its factors at `m`,
+the one before it at `m.base_layer`, and so on. A stack of E experts has A (r E, in) with the rows of an expert together
+and B (out, r E) with column `rank * E + expert`.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ A_ENDS = (".lora_A.weight", ".lora_embedding_A")
 OTHER_ENDS = (".lora_B.weight", ".lora_embedding_B", ".lora_B.bias", ".lora_magnitude_vector")
 TOKENS_END = ".token_adapter.trainable_tokens_delta"
 
-# What compiling, sharding and checkpointing put into keys.
+# The parts that compiling, sharding and checkpointing add to keys.
 OTHER_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # A raw state dict of a PEFT model carries the adapter's name: `q_proj.lora_A.default.weight`.
 NAMED = re.compile(r"\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.(?!(?:weight|bias)$)([^.]+)(?:\.\w+)?$")
 
 
 def canonical_keys(tensors: Mapping[str, Tensor], modules: Container[str] = ()) -> dict[str, Tensor]:
-    """The tensors by the keys that PEFT's `save_pretrained` would have given them.
+    """The tensors by the keys that PEFT's `save_pretrained` writes.
 
     Args:
-        modules: names of the model's modules, which tell a model called `base_model` from a model wrapped twice.
+        modules: names of the model's modules, which distinguish a module named `base_model` from a model wrapped twice.
 
     Raises:
         AdapterError: the keys hold several adapters, or two of them become one.
@@ -72,10 +72,10 @@ def _without_adapter(key: str, name: str) -> str:
 
 
 def strip_wrappers(path: str, modules: Container[str]) -> tuple[str, int]:
-    """`path` by the model's names, and how many of PEFT's wrappers it went through.
+    """`path` without PEFT's wrappers, and the number of wrappers.
 
-    A part `base_layer` is a wrapper unless the model has a module of that name there: `layer.base_layers.0` and timm's
-    `base_layer.0` are modules, and `base_layer.0.base_layer` is one of them, wrapped.
+    A part `base_layer` is a wrapper unless the model has a module of that name there: timm's `base_layer.0` is a
+    module, and `base_layer.0.base_layer` is the same module, wrapped.
     """
     plain, depth = "", 0
     for part in path.split("."):
@@ -88,30 +88,30 @@ def strip_wrappers(path: str, modules: Container[str]) -> tuple[str, int]:
 
 
 def is_peft_copy(name: str, modules: Container[str]) -> bool:
-    """Whether a key is one of those under which `bias: all` writes a wrapped module's biases a second time."""
+    """Whether a key is the second copy of a wrapped module's bias, which PEFT writes with `bias: all`."""
     parts = strip_wrappers(name, modules)[0].split(".")
     return any(part in COPIES and ".".join(parts[: at + 1]) not in modules for at, part in enumerate(parts[:-1]) if at)
 
 
 def is_trained_bias(name: str, peft: Mapping[str, Any], modules: Container[str]) -> bool:
-    """Whether a key is of a bias that `bias` trained, and not of a module that is saved in full."""
+    """Whether a key is a bias that the config's `bias` trained, and not part of a module that is saved in full."""
     plain, depth = strip_wrappers(name, modules)
     wanted = {"all": True, "lora_only": depth > 0}.get(str(peft.get("bias")), False)
     return wanted and f".{plain}".endswith(".bias") and saved_module(plain, peft.get("modules_to_save") or []) is None
 
 
 def saved_module(key: str, listed: list[str]) -> str | None:
-    """The outermost module around `key` that PEFT saves in full: its name ends in an entry, even within a word."""
+    """The outermost module around `key` that PEFT saves in full: its name ends in an entry, even in mid-word."""
     parts = key.split(".")
     around = [".".join(parts[:i]) for i in range(1, len(parts))]
     return next((name for name in around if any(name.endswith(entry) for entry in listed)), None)
 
 
 def copy_key(key: str) -> str:
-    """PEFT's key, less the prefix, of a tensor of `modules_to_save`; any other key stays."""
+    """PEFT's key without the prefix for a tensor of `modules_to_save`; any other key unchanged."""
     return f".{key}".replace(".lora_copy.", ".", 1)[1:]
 
 
 def token_key(name: str) -> str:
-    """PEFT's key, less the prefix, of the trained rows of the embedding `name`."""
+    """PEFT's key without the prefix for the trained rows of the embedding `name`."""
     return f"{name}{TOKENS_END}".removeprefix(".")

@@ -1,8 +1,8 @@
-"""An adapter in PEFT's layout: what each adapted layer is called there, with which rank, alpha and tensors.
+"""An adapter in PEFT's layout: the name, rank, alpha and tensors of each adapted layer there.
 
-Where PEFT has no form for ours, the same update is written in a form that it has, of a larger rank and with zeros:
-chosen parts of a fused projection, an attention of which only one projection is adapted, grouped convolutions, and
-inits, whose `s (B A - B0 A0)` is [A; A0] and [B, -B0] of twice the rank.
+Where PEFT has no form for a layer, the same update is written as A and B of a larger rank, with zeros: chosen parts of
+a fused projection, an attention with one adapted projection, grouped convolutions, and subtracted inits, whose
+`s (B A - B0 A0)` is [A; A0] and [B, -B0] of twice the rank.
 """
 
 from __future__ import annotations
@@ -25,44 +25,43 @@ from lora_lightning.lora.layers.parameter import CHILD
 
 @dataclass(frozen=True, kw_only=True)
 class LayerLayout:
-    """One adapted layer as PEFT sees it."""
+    """One adapted layer in PEFT's layout."""
 
     name: str
-    """What is adapted, by its name in the backbone: a module, or a bare parameter."""
+    """The name in the backbone of the adapted module or bare parameter."""
     path: str
     """Where the layer's tensors are in our `state_dict`."""
     peft_name: str
-    """What PEFT's config calls it: an attention's `out_proj` goes by the attention's name."""
+    """The name in PEFT's config, where an attention's `out_proj` has the attention's name."""
     prefix: str
     """Where the layer's tensors are in PEFT's file."""
     layer: AdaptedLayer
     has_init: bool
-    """Whether an init, (A0, B0), is written with it."""
+    """Whether a subtracted init, (A0, B0), is written with it."""
     rank: int
-    """The rank that the file's tensors have."""
+    """The rank of the file's tensors."""
     scale: float
-    """The scale that PEFT gives them. Where it is not the layer's own, B is written larger by the ratio."""
+    """The scale that PEFT applies. Where it is not the layer's, B is written larger by the ratio."""
     one_alpha: float | None = None
-    """The one alpha of all layers, where vLLM's form is written: the file is then what is loaded."""
+    """The alpha of all layers in vLLM's form, in which the layer is also loaded; None in PEFT's form."""
 
     @property
     def keys(self) -> dict[str, str]:
-        """The layer's keys in PEFT's file, by the names of our tensors."""
+        """The layer's keys in PEFT's file, by our tensors' names."""
         present = self.layer.lora_tensors()
-        return {
-            name: key.removeprefix(".") for name, key in self.layer.peft_keys(self.prefix).items() if name in present
-        }
+        keys = self.layer.peft_keys(self.prefix)
+        return {name: key.removeprefix(".") for name, key in keys.items() if name in present}
 
     @property
     def loaded_settings(self) -> tuple[int, float]:
-        """Rank and alpha of the layer that the file's tensors make: an init has become a part of A and B."""
+        """Rank and alpha of the layer that is loaded from the file, where a subtracted init is part of A and B."""
         s = self.layer.lora_settings
         if self.one_alpha is not None:
             return self.rank, self.one_alpha
         return (self.rank, self.alpha(rslora=s.scale != s.alpha / s.r)) if self.has_init else (s.r, s.alpha)
 
     def alpha(self, *, rslora: bool) -> float:
-        """The alpha that PEFT's config needs for the layer's scale: alpha / rank, or alpha / sqrt(rank) with rslora."""
+        """The alpha for PEFT's config: the scale is alpha / rank, or alpha / sqrt(rank) with rslora."""
         if self.one_alpha is not None:
             return self.one_alpha
         s = self.layer.lora_settings
@@ -72,7 +71,7 @@ class LayerLayout:
         return s.alpha * (math.sqrt(grown) if rslora else grown)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The layer's tensors as the file holds them, by PEFT's keys."""
+        """The layer's tensors in the file, by PEFT's keys."""
         tensors = self.layer.to_peft()
         if self.has_init:
             factors = self.layer.lora_tensors()
@@ -104,9 +103,12 @@ def _multiply(tensor: Tensor, factor: float) -> Tensor:
 
 
 def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
-    """Every adapted layer of `model`, in its order; without their inits for a file that has none.
+    """Every adapted layer of `model`, in its order.
 
     PEFT has one rank and one scale for the two projections of an attention: the larger rank, and in_proj's scale.
+
+    Args:
+        inits: False for a file without subtracted inits.
     """
     layers = dict(adapted_layers(model))
     modules = dict(named_modules(model, remove_duplicate=False))
@@ -141,29 +143,29 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
 
 
 def _count_later(layer: LoRAParameter, holder: nn.Module) -> int:
-    """Adapted parameters of the same module that were registered after this one: PEFT wraps it by each of them."""
+    """The number of adapted parameters of the same module that were registered later: each adds a wrapper in PEFT."""
     adapted = [name for name in holder._parameters if CHILD + name in holder._modules]
     return len(adapted) - 1 - adapted.index(layer.lora_settings.parameter)
 
 
 def zero_factors(layouts: list[LayerLayout]) -> dict[str, Tensor]:
-    """Zeros for the projection of an attention that is not adapted: PEFT adapts both or none."""
-    there = {key for one in layouts for key in one.keys.values()}
-    made: dict[str, Tensor] = {}
-    for one in layouts:
-        is_in = isinstance(one.layer, LoRAMultiheadAttention)
-        if isinstance(one.layer, LoRAParameter) or (not is_in and one.name == one.peft_name):
+    """Zeros for an attention's projection that is not adapted: PEFT adapts both projections or none."""
+    present = {key for layout in layouts for key in layout.keys.values()}
+    zeros: dict[str, Tensor] = {}
+    for layout in layouts:
+        is_in = isinstance(layout.layer, LoRAMultiheadAttention)
+        if isinstance(layout.layer, LoRAParameter) or (not is_in and layout.name == layout.peft_name):
             continue
-        keys = AdaptedLayer.peft_keys(full_name(one.peft_name, "base_layer.out_proj" if is_in else ""))
-        if keys["lora_A"] not in there:
-            width = one.layer.get_parameter("out_proj.weight").shape[0] if is_in else one.layer.lora_B.shape[0]
-            made[keys["lora_A"]] = one.layer.lora_A.new_zeros(one.rank, width)
-            made[keys["lora_B"]] = one.layer.lora_A.new_zeros(width if is_in else 3 * width, one.rank)
-    return made
+        keys = AdaptedLayer.peft_keys(full_name(layout.peft_name, "base_layer.out_proj" if is_in else ""))
+        if keys["lora_A"] not in present:
+            width = layout.layer.get_parameter("out_proj.weight").shape[0] if is_in else layout.layer.lora_B.shape[0]
+            zeros[keys["lora_A"]] = layout.layer.lora_A.new_zeros(layout.rank, width)
+            zeros[keys["lora_B"]] = layout.layer.lora_A.new_zeros(width if is_in else 3 * width, layout.rank)
+    return zeros
 
 
 def bias_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
-    """PEFT's key of each trained bias, by ours: inside the wrapper where PEFT wraps the module."""
+    """PEFT's key of each trained bias, by our key: inside the wrapper where PEFT wraps the module."""
     inside = {one.path: f"{one.prefix}.base_layer" for one in layouts}
     for one in layouts:
         if isinstance(one.layer, LoRAParameter):
@@ -178,30 +180,30 @@ def bias_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
 
 
 def to_peft(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, Tensor]:
-    """Everything that a file of this adapter holds, by PEFT's keys."""
-    ours_by_key = adapter_tensors(model)
+    """All tensors for this adapter's file, by PEFT's keys."""
+    trained = adapter_tensors(model)
     tensors = zero_factors(layouts)
-    for one in layouts:
-        tensors |= one.tensors()
+    for layout in layouts:
+        tensors |= layout.tensors()
     tensors |= {token_key(name): embedding.lora_tokens for name, embedding in grafted_modules(model, TokenRows)}
-    tensors |= {theirs: ours_by_key[ours] for ours, theirs in bias_keys(model, layouts).items()}
-    tensors |= {copy_key(key): tensor for key, tensor in ours_by_key.items() if copy_key(key) != key}
+    tensors |= {theirs: trained[ours] for ours, theirs in bias_keys(model, layouts).items()}
+    tensors |= {copy_key(key): tensor for key, tensor in trained.items() if copy_key(key) != key}
     return {PREFIX + key: tensor for key, tensor in tensors.items()}
 
 
 def from_peft(model: nn.Module, file: Mapping[str, Tensor], token_ids: Callable[[str], list[int]]) -> dict[str, Tensor]:
-    """The file's tensors by our names; `token_ids` gives the order of an embedding's rows in the file.
+    """The file's tensors by our names; `token_ids` returns the order of an embedding's rows in the file.
 
     Raises:
-        AdapterError: with the list of all keys that are missing, left over or wrongly shaped.
+        AdapterError: keys are missing, left over or wrongly shaped; the error lists them.
     """
     layouts = layer_layouts(model, inits=False)
     optional = {PREFIX + key for key in zero_factors(layouts)} - set(file)
     refuse_misfits({k: t for k, t in to_peft(model, layouts).items() if k not in optional}, file)
     file = {key.removeprefix(PREFIX): tensor for key, tensor in file.items()}
     ours: dict[str, Tensor] = {}
-    for one in layouts:
-        ours |= one.to_ours(file)
+    for layout in layouts:
+        ours |= layout.to_ours(file)
     for name, _ in grafted_modules(model, TokenRows):
         ids = token_ids(name)
         rising = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
@@ -212,18 +214,18 @@ def from_peft(model: nn.Module, file: Mapping[str, Tensor], token_ids: Callable[
 
 
 def refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise an AdapterError with the list of all keys that are missing, left over, wrongly shaped or of no numbers."""
+    """Raise an AdapterError that lists all keys that are missing, left over, wrongly shaped or of another kind."""
     problems = [f"missing '{key}'" for key in expected if key not in tensors]
     problems += [f"left over '{key}'{did_you_mean(key, expected)}" for key in tensors if key not in expected]
-    both = {key: (tensor, tensors[key]) for key, tensor in expected.items() if key in tensors}
+    pairs = {key: (tensor, tensors[key]) for key, tensor in expected.items() if key in tensors}
     problems += [
         f"'{key}' has shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        for key, (want, got) in both.items()
+        for key, (want, got) in pairs.items()
         if got.shape != want.shape
     ]
     problems += [
         f"'{key}' holds {got.dtype}, expected {want.dtype}"
-        for key, (want, got) in both.items()
+        for key, (want, got) in pairs.items()
         if got.dtype.is_floating_point != want.is_floating_point()
     ]
     if problems:

@@ -1,8 +1,8 @@
-"""The one way in which an adapter gets into a model: read, resolve, inject, fill.
+"""The only way in which an adapter is loaded: read, resolve, inject, fill.
 
-`AdapterFiles.read` reads a directory, `resolve` turns its keys and config into the model's names and our config,
-`inject_and_fill` puts the layers in and the numbers into them. A warm start, a model on the meta device and loralib's
-checkpoints take the same steps.
+`AdapterFiles.read` reads a directory, `resolve` translates its keys and config into the model's names and our config,
+`inject_and_fill` injects the layers and loads their tensors. A warm start, a model on the meta device and loralib's
+checkpoints use the same functions.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def load_adapter(
 ) -> InjectionReport:
     """Inject what a PEFT directory describes into a plain `model` and load its weights.
 
-    An old `adapter_model.bin` is unpickled as tensors and nothing else. Ranks come from the tensors, alphas from PEFT's
-    patterns. An adapter without a fingerprint of W0, as PEFT writes it, is loaded with a notice.
+    Nothing but tensors is unpickled from an old `adapter_model.bin`. Ranks come from the tensors, alphas from PEFT's
+    patterns. An adapter without a fingerprint of W0, as PEFT writes it, is loaded with a warning.
 
     Args:
-        alphas: by full module name, where entries of PEFT's `alpha_pattern` contradict each other about a module: its
-            file does not say which was in force in training, and the error that asks for this names the modules.
+        alphas: by full module name, where several entries of PEFT's `alpha_pattern` match a module: PEFT's file does
+            not say which one was used in training. The error without them names the modules.
 
     Raises:
         AdapterError: a file is missing, torn or was changed since; a key is missing, left over or wrongly shaped;
             a setting has no counterpart here; the model has no module that the adapter names; the adapter was
-            made on another W0 and `allow_other_base` is False. The model is then as before.
+            made on another W0 and `allow_other_base` is False. The model is then unchanged.
         LoRAError: the model is adapted already.
     """
     files = AdapterFiles.read(Path(directory))
@@ -67,11 +67,11 @@ class AdapterFiles:
     tensors: dict[str, Tensor]
     """By their keys in the file."""
     record: Record | None
-    """What we noted beside it; None in a file of PEFT's own."""
+    """The record of `save_adapter`; None for a file that PEFT wrote."""
 
     @classmethod
     def read(cls, directory: Path) -> AdapterFiles:
-        """Read safetensors where there are some, else the old pickle.
+        """Read `adapter_model.safetensors`, or else the old `adapter_model.bin`.
 
         Raises:
             AdapterError: a file is missing or torn, was changed since it was saved, or holds more than tensors, or
@@ -119,14 +119,14 @@ def load_files(
     allow_other_base: bool = False,
     alphas: Mapping[str, float] | None = None,
 ) -> InjectionReport:
-    """Resolve, inject and fill; W0's fingerprint is the caller's to check.
+    """Resolve, inject and fill; the caller checks W0's fingerprint.
 
     Args:
-        read, make_real: for a model on the meta device, what reads W0's tensor of a name, and what gives memory to the
-            adapter once it is injected.
+        read: for a model on the meta device, reads W0's tensor with a name.
+        make_real: for a model on the meta device, allocates memory for the injected adapter.
 
     Raises:
-        AdapterError: as `load_adapter`. The model is then as before.
+        AdapterError: as `load_adapter`. The model is then unchanged.
     """
     peft, tensors = resolve(files.peft, files.tensors, model, read, allow_other_base=allow_other_base)
     contents = find_contents(tensors, peft, model)
@@ -147,23 +147,19 @@ def inject_and_fill(
     tensors: Callable[[], Mapping[str, Tensor]],
     make_real: Callable[[nn.Module], None] | None = None,
 ) -> InjectionReport:
-    """Inject what `config` makes and load what `tensors` makes, by names in the model.
+    """Inject the config that `config` returns and load the tensors that `tensors` returns, by names in the model.
 
-    Factors that an init subtracts are in no file: they are computed from W0, where that is there.
+    Factors that an init subtracts are in no file: they are computed from W0, unless it is on the meta device.
 
     Raises:
-        AdapterError: the two do not fit the model, which is then plain again, with what trained before.
+        AdapterError: config or tensors do not fit the model, which is then plain again and trains what it did before.
     """
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_plain = not any(isinstance(module, Grafted) for module in model.modules())
     try:
-        lora_config = config()
-        report = inject(
-            model,
-            lora_config,
-            run_init=make_real is None and from_weight.is_from_weight(lora_config.init),
-            any_rank=True,
-        )
+        settings = config()
+        run_init = make_real is None and from_weight.is_from_weight(settings.init)
+        report = inject(model, settings, run_init=run_init, any_rank=True)
         if make_real is not None:
             make_real(model)
         load_tensors(model, {**_subtracted_factors(model), **tensors()})
@@ -188,20 +184,19 @@ def _subtracted_factors(model: nn.Module) -> dict[str, Tensor]:
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy the adapter's tensors, by their names, into an adapted model.
 
-    Copies of tied modules are tied here, and PEFT trains them apart: where their values differ, each gets a parameter
-    of its own.
+    Copies of tied modules are tied here, but not in PEFT: where their values differ, they are untied.
 
     Raises:
-        AdapterError: with the list of all keys that are missing, left over or wrongly shaped. Nothing is loaded then.
+        AdapterError: keys are missing, left over or wrongly shaped; the error lists them. Nothing is loaded then.
     """
-    parameters = adapter_tensors(model)
-    refuse_misfits(parameters, tensors)
+    current = adapter_tensors(model)
+    refuse_misfits(current, tensors)
     first: dict[int, str] = {}
-    for key, tensor in list(parameters.items()):
+    for key, tensor in list(current.items()):
         twin = first.setdefault(id(tensor), key)
         if twin != key and not torch.equal(tensors[key], tensors[twin]):
             module, _, name = key.rpartition(".")
-            parameters[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
-            setattr(get_module(model, module), name, parameters[key])
-    for key, tensor in parameters.items():
+            current[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+            setattr(get_module(model, module), name, current[key])
+    for key, tensor in current.items():
         tensor.data.copy_(tensors[key])

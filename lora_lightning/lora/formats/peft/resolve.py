@@ -1,4 +1,4 @@
-"""From a PEFT directory to the model's own names and to the config that injects what the file holds."""
+"""Translate a PEFT directory into the model's names and into the config that injects the file's adapter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from lora_lightning.lora.layers import kind_of
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 
 Read = Callable[[str], Tensor | None]
-"""W0's tensor of a name in the model, None where there is none."""
+"""A function of a name in the model that returns W0's tensor, None where there is none."""
 
 
 def resolve(
@@ -51,7 +51,7 @@ def resolve(
     *,
     allow_other_base: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors as they are meant for `model`: canonical keys, ties resolved, copies of W0 left out.
+    """The config and the tensors for `model`: with canonical keys, ties resolved, and without copies of W0.
 
     Raises:
         AdapterError: the keys are of several adapters; a copy of W0 is not this model's, and `allow_other_base` is
@@ -67,7 +67,7 @@ def resolve(
 def _add_tied_copies(
     peft: Mapping[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> list[str]:
-    """`modules_to_save`, with the tied partners that it leaves out.
+    """`modules_to_save` with the tied modules that it does not list.
 
     With `ensure_weight_tying` PEFT trains one copy for input and output embeddings, lists one of them in its config and
     writes the tensors of both.
@@ -78,10 +78,8 @@ def _add_tied_copies(
     plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     saved = [t for name, t in plain.items() if name.endswith(".weight") and saved_module(name, listed)]
     weights = {name: plain[f"{name}.weight"] for name in modules if f"{name}.weight" in plain}
-    others = {name: weight for name, weight in weights.items() if not saved_module(f"{name}.weight", listed)}
-    twins = [
-        n for n, weight in others.items() if any(weight.shape == t.shape and torch.equal(weight, t) for t in saved)
-    ]
+    others = {name: w for name, w in weights.items() if not saved_module(f"{name}.weight", listed)}
+    twins = [n for n, w in others.items() if any(w.shape == t.shape and torch.equal(w, t) for t in saved)]
     return listed + twins
 
 
@@ -93,37 +91,37 @@ def _drop_base_copies(
     *,
     allow_other_base: bool,
 ) -> dict[str, Tensor]:
-    """The file's tensors less what PEFT writes of W0 itself: embeddings and output layer, where they are adapted, were
-    resized, or `save_embedding_layers` asked for them."""
+    """The file's tensors without copies of W0, which PEFT writes of embeddings and the output layer where they are
+    adapted, were resized, or `save_embedding_layers` is set."""
     state, listed = plain_state(model), peft.get("modules_to_save") or []
     modules = dict(named_modules(model, remove_duplicate=False))
     root = modules[""]
     head = root.get_output_embeddings() if is_a(root, HF_MODEL) else None  # type: ignore[operator]
     tables = {name for name, module in modules.items() if isinstance(module, nn.Embedding) or module is head}
-    kept: dict[str, Tensor] = {}
+    remaining: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         full = key.removeprefix(PREFIX)
         name, wrappers = strip_wrappers(full, modules)
         is_ours = name not in state or saved_module(name, listed) or is_trained_bias(full, peft, modules)
         here = None if is_ours else read(name) if read else state[name]
         if here is None:
-            kept[key] = tensor
+            remaining[key] = tensor
         elif here.shape == tensor.shape and torch.equal(tensor.to(here.dtype), here.cpu()):
             continue
         elif not (name.endswith(".weight") and (wrappers or name.removesuffix(".weight") in tables)):
-            kept[key] = tensor
+            remaining[key] = tensor
         elif not allow_other_base:
             raise AdapterError(
                 f"the adapter holds a weight of '{name.removesuffix('.weight')}' that is not this model's: load the"
                 f" base that it was made on (resized as it was there), or pass allow_other_base=True to keep this"
                 f" model's"
             )
-    return kept
+    return remaining
 
 
 @dataclass
 class Contents:
-    """What an adapter's file is about, by names in the backbone."""
+    """What an adapter's file adapts and trains, by names in the backbone."""
 
     modules: dict[str, int] = field(default_factory=dict)
     """Adapted modules, with PEFT's rank."""
@@ -136,7 +134,7 @@ class Contents:
 
 
 def find_contents(tensors: Mapping[str, Tensor], peft: Mapping[str, Any], model: nn.Module) -> Contents:
-    """Sort the file's keys.
+    """Sort the file's keys into `Contents`.
 
     Raises:
         AdapterError: a key without PEFT's prefix, or for a module that the model does not have.
@@ -167,7 +165,7 @@ def find_contents(tensors: Mapping[str, Tensor], peft: Mapping[str, Any], model:
 def _add_adapted(
     path: str, A: Tensor, peft: Mapping[str, Any], modules: Mapping[str, nn.Module], contents: Contents
 ) -> None:
-    """Note a module or a bare parameter by the path of its A."""
+    """Add the module or bare parameter with an A at `path` to `contents`."""
     plain, depth = strip_wrappers(path, modules)
     rank = A.shape[0] if A.dim() else 0
     holder = modules.get(plain)
@@ -176,9 +174,9 @@ def _add_adapted(
         return
     entries = peft.get("target_parameters") or []
     full = {f"{plain}.{n}".removeprefix("."): n for n in holder._parameters}
-    selected = [name for name in full if peft_selects(entries, name)]
-    if depth < len(selected):
-        name = selected[len(selected) - 1 - depth]
+    adapted = [name for name in full if peft_selects(entries, name)]
+    if depth < len(adapted):
+        name = adapted[len(adapted) - 1 - depth]
         parameter = holder._parameters[full[name]]
         assert parameter is not None
         contents.parameters[name] = rank // (parameter.shape[0] if parameter.dim() == 3 else 1)
@@ -187,7 +185,7 @@ def _add_adapted(
 
 
 def _fitting_hint(unknown: list[str], modules: Collection[str]) -> str:
-    """How the adapter's names would fit: it was made on this model's backbone, or on a model around this one."""
+    """A hint where the adapter was made on a part of this model, on a larger model, or with separate experts."""
     for outer in modules:
         if outer and 2 * sum(f"{outer}.{name}" in modules for name in unknown) >= len(unknown):
             return f"; it was made on the part '{outer}' of this model: load it into model.get_submodule('{outer}')"
@@ -201,7 +199,7 @@ def _fitting_hint(unknown: list[str], modules: Collection[str]) -> str:
 
 
 def _saved_modules(keys: list[str], listed: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Full names of the modules saved in full: those that hold `keys` and that the config lists."""
+    """Full names of the modules saved in full: the config lists them, and the keys are their tensors."""
     holders = {key: saved_module(key, listed) for key in keys}
     if strangers := [key for key, holder in holders.items() if holder is None]:
         raise AdapterError(
@@ -217,7 +215,7 @@ def _saved_modules(keys: list[str], listed: list[str], modules: Mapping[str, nn.
 
 
 def refuse_other_targets(peft: Mapping[str, Any], contents: Contents, model: nn.Module) -> None:
-    """Raise where the config and the file's tensors name different modules, parameters or rows."""
+    """Raise an AdapterError where the config and the file's tensors name different modules, parameters or rows."""
     for entry in peft.get("target_parameters") or []:
         if not any(peft_selects([entry], name) for name in contents.parameters):
             raise AdapterError(f"{CONFIG} lists '{entry}' in target_parameters and {WEIGHTS} has no tensors for it")
@@ -230,7 +228,7 @@ def refuse_other_targets(peft: Mapping[str, Any], contents: Contents, model: nn.
             )
     targets = peft.get("target_modules")
     if not targets or targets == "all-linear":
-        return  # the file's keys are all there is to go by
+        return  # only the file's keys name the modules
     saved = peft.get("modules_to_save") or []
     for name, module in named_modules(model):
         is_selected = peft_adapts(peft, targets, _peft_name(name, model))
@@ -251,14 +249,14 @@ def config_for(
     model: nn.Module,
     alphas_in_doubt: Mapping[str, float],
 ) -> LoRAConfig:
-    """The config that injects what the file holds.
+    """The config that injects the file's adapter.
 
-    Ranks come from the tensors, alphas from PEFT's patterns; what PEFT's layout cannot say (`slices`, an
-    attention of which one projection is adapted, dropouts by layer) from our record, where there is one.
+    Ranks come from the tensors, alphas from PEFT's patterns; what PEFT's layout cannot express (`slices`, an attention
+    with one adapted projection, dropouts by layer) comes from our record, where there is one.
 
     Raises:
-        AdapterError: the config was changed since we wrote it, or does not go with the tensors' ranks, or leaves an
-            alpha in doubt.
+        AdapterError: the config was changed since it was saved, contradicts the tensors' ranks, or leaves an alpha
+            ambiguous.
     """
     r, alpha, rslora = int(peft.get("r", 8)), float(peft.get("lora_alpha", 8)), bool(peft.get("use_rslora"))
     adapted = {**contents.modules, **contents.parameters}
@@ -267,13 +265,13 @@ def config_for(
         refuse_other_rank(peft, name, names[name], rank)
     alphas = find_alphas(peft, names, adapted, alphas_in_doubt)
     if record:
-        # A projection that only fills PEFT's form is not in the record.
+        # The zeros of a projection that is not adapted are not in the record.
         adapted = {name: rank for name, rank in adapted.items() if name in record.settings}
         for name, peft_rank in adapted.items():
-            own_r, own_alpha, written = record.settings[name]
+            our_r, our_alpha, written = record.settings[name]
             if not math.isclose(alphas[name] / (math.sqrt(peft_rank) if rslora else peft_rank), written, rel_tol=1e-9):
                 raise AdapterError(f"{CONFIG} was changed since it was saved: its ranks or alphas")
-            adapted[name], alphas[name] = own_r, own_alpha
+            adapted[name], alphas[name] = our_r, our_alpha
     modules = [name for name in contents.modules if name in adapted]
     dropouts, slices = (record.dropouts, record.slices) if record else ({}, {})
     return LoRAConfig(
@@ -281,7 +279,7 @@ def config_for(
         alpha=alpha,
         dropout=float(peft.get("lora_dropout") or 0.0),
         dropout_pattern={exact_pattern(n): p for n, p in dropouts.items() if n in adapted},
-        # In a group of its own: a module by the name of a preset, such as `attention`, is meant as a name.
+        # In a group, so that a module with the name of a preset, such as `attention`, is not taken for the preset.
         target_modules=f"(?:{'|'.join(re.escape(name) for name in modules)})" if modules else [],
         target_parameters=list(contents.parameters) or None,
         trainable_token_indices={name: [*token_ids(peft, name)] for name in contents.tokens} or None,
@@ -303,7 +301,7 @@ def exact_pattern(name: str) -> str:
 
 
 def _peft_name(name: str, model: nn.Module) -> str:
-    """The name by which PEFT looks up a rank and an alpha."""
+    """The name by which PEFT looks up a module's rank and alpha."""
     parent, _, last = name.rpartition(".")
     is_in_attention = last == "out_proj" and isinstance(get_module(model, parent), nn.MultiheadAttention)
     return parent if is_in_attention else name

@@ -1,4 +1,4 @@
-"""An adapter written as a directory that PEFT opens on the plain backbone, and what PEFT would read otherwise."""
+"""Write an adapter as a directory that PEFT opens on the plain backbone, and warn of what PEFT reads differently."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TASKS: dict[str, tuple[str, ...]] = {
     "CAUSAL_LM": (),
     "FEATURE_EXTRACTION": (),
 }
-"""By PEFT's name of a task, the ends of names of what it adds to `modules_to_save` (0.21.2, peft_model.py)."""
+"""By PEFT's name of a task, the ends of names that PEFT adds to `modules_to_save` (0.21.2, peft_model.py)."""
 
 
 def save_adapter(
@@ -58,25 +58,24 @@ def save_adapter(
 ) -> Path:
     """Write the adapter of `model` as a directory that PEFT opens on the plain backbone. Same adapter, same bytes.
 
-    Ranks, alphas and module names are written out in full, so that nothing depends on the order of patterns.
-    The weights' metadata hold the fingerprint of W0. What PEFT would read otherwise is said in an `AdapterWarning`
-    with the modules' names; `load_adapter` reads all of it. Other files in the directory stay.
+    Ranks, alphas and module names are written in full, so that nothing depends on the order of patterns. The metadata
+    of the weights hold the fingerprint of W0. An `AdapterWarning` names the modules that PEFT would read differently;
+    `load_adapter` reads all of them. Other files in the directory stay.
 
     Args:
-        base_model_name_or_path: what PEFT's `Auto` classes should load as the backbone; a transformers
-            model's own name is taken when left out.
-        task_type: PEFT's name of the task, such as `SEQ_CLS`; left out, with a warning, where PEFT would then look
-            for a trained head that this adapter does not bring.
-        serving: `vllm` writes one rank and one alpha for all modules, which is what vLLM applies: patterns, rslora,
-            slices and subtracted inits are folded into A and B, and what it cannot serve is refused.
+        base_model_name_or_path: the backbone for PEFT's `Auto` classes; by default the name of a transformers model.
+        task_type: PEFT's name of the task, such as `SEQ_CLS`; it is not written, with a warning, where PEFT would then
+            look for a trained head that this adapter does not have.
+        serving: `vllm` writes one rank and one alpha for all modules, as vLLM needs: patterns, rslora, slices and
+            subtracted inits are folded into A and B, and what vLLM cannot serve is refused.
 
     Raises:
-        AdapterError: the model has no adapter, or its values are not finite or on the meta device, or vLLM cannot
-            serve it, or the directory cannot be written, which is then as it was.
+        AdapterError: the model has no adapter; its values are not finite or on the meta device; vLLM cannot serve it;
+            or the directory cannot be written, and is then unchanged.
     """
     refuse_meta(model, "has no values to save")
     layouts = layer_layouts(model)
-    if not all(one.peft_name for one in layouts):
+    if not all(layout.peft_name for layout in layouts):
         raise AdapterError("the model itself is the adapted layer and has no name: wrap it, as in nn.Sequential(layer)")
     if serving not in (None, "vllm"):
         raise AdapterError(f"serving must be 'vllm' or left out, got {serving!r}")
@@ -112,17 +111,17 @@ def adapter_file_bytes(
 def _config(
     model: nn.Module, layouts: list[LayerLayout], base_model_name_or_path: str | None, task_type: str | None
 ) -> dict[str, Any]:
-    """PEFT's config in full."""
-    settings = [one.layer.lora_settings for one in layouts]
-    is_folded = any(one.one_alpha is not None for one in layouts)
+    """PEFT's config, with every rank and alpha."""
+    settings = [layout.layer.lora_settings for layout in layouts]
+    is_folded = any(layout.one_alpha is not None for layout in layouts)
     rslora = not is_folded and any(s.scale != s.alpha / s.r for s in settings)  # at r = 1 the two scales are one
-    parameters = [one.peft_name for one in layouts if isinstance(one.layer, LoRAParameter)]
-    ranks = {one.peft_name: one.rank for one in layouts}
-    alphas = {one.peft_name: one.alpha(rslora=rslora) for one in layouts}
-    own_name = getattr(getattr(get_module(model, ""), "config", None), "_name_or_path", None)
+    parameters = [layout.peft_name for layout in layouts if isinstance(layout.layer, LoRAParameter)]
+    ranks = {layout.peft_name: layout.rank for layout in layouts}
+    alphas = {layout.peft_name: layout.alpha(rslora=rslora) for layout in layouts}
+    config_name = getattr(getattr(get_module(model, ""), "config", None), "_name_or_path", None)
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": base_model_name_or_path or own_name or None,
+        "base_model_name_or_path": base_model_name_or_path or config_name or None,
         "task_type": _task(model, task_type),
         **ranks_and_alphas(ranks, alphas),
         "lora_dropout": common_dropout(layouts),
@@ -133,8 +132,8 @@ def _config(
         "use_rslora": rslora,
         "init_lora_weights": True,
         "bias": _bias(model, layouts),
-        # PEFT refuses it beside bare parameters, and sets it for Conv1D by itself there.
-        "fan_in_fan_out": any(isinstance(one.layer, LoRAConv1D) for one in layouts) and not parameters,
+        # PEFT refuses it with bare parameters, and then sets it for Conv1D by itself.
+        "fan_in_fan_out": any(isinstance(layout.layer, LoRAConv1D) for layout in layouts) and not parameters,
         "use_dora": any(s.use_dora for s in settings),
         "lora_bias": any(s.lora_bias for s in settings),
         "inference_mode": True,
@@ -142,7 +141,7 @@ def _config(
 
 
 def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """Those of the first module as the config's own, and a pattern for each module that has others."""
+    """Rank and alpha of the first module as the config's, and a pattern for each module with others."""
     r, alpha = next(iter(ranks.values()), 8), next(iter(alphas.values()), 16)
     return {
         "r": r,
@@ -160,11 +159,11 @@ def _bias(model: nn.Module, layouts: list[LayerLayout]) -> str:
     biased = {module for _, module in grafted_modules(model, TrainedBias)}
     if not biased:
         return "none"
-    return "lora_only" if biased <= {one.layer.lora_owner for one in layouts} else "all"
+    return "lora_only" if biased <= {layout.layer.lora_owner for layout in layouts} else "all"
 
 
 def _selection(names: list[str], model: nn.Module) -> list[str] | str:
-    """Full names; where one is also the dotted end of another module's name, one anchored regex instead."""
+    """The full names; where one is also the dotted end of another module's name, one regular expression instead."""
     chosen = set(names)
     everything = [name for name, _ in named_modules(model, remove_duplicate=False)]
     if any(other not in chosen and not chosen.isdisjoint(dotted_ends(other)) for other in everything):
@@ -173,19 +172,19 @@ def _selection(names: list[str], model: nn.Module) -> list[str] | str:
 
 
 def common_dropout(layouts: list[LayerLayout]) -> float:
-    """The dropout of most layers, for PEFT's config, which holds one."""
-    counts = Counter(one.layer.lora_settings.dropout for one in layouts)
+    """The most common dropout, for PEFT's config, which holds one."""
+    counts = Counter(layout.layer.lora_settings.dropout for layout in layouts)
     return max(counts, key=lambda dropout: (counts[dropout], dropout)) if counts else 0.0
 
 
 def other_dropouts(layouts: list[LayerLayout]) -> dict[str, float]:
-    """By module, the dropouts that differ from `common_dropout`; they go into the metadata."""
-    common, dropouts = common_dropout(layouts), {one.name: one.layer.lora_settings.dropout for one in layouts}
+    """By module, the dropouts that differ from `common_dropout`, for the metadata."""
+    common, dropouts = common_dropout(layouts), {layout.name: layout.layer.lora_settings.dropout for layout in layouts}
     return {name: dropout for name, dropout in dropouts.items() if dropout != common}
 
 
 def _task(model: nn.Module, task_type: str | None) -> str | None:
-    """The task as it may stand in the file: None where PEFT would look for a head that this adapter does not bring."""
+    """The task for the file; None, with a warning, where PEFT would look for a head that this adapter does not have."""
     if task_type is None:
         return None
     if task_type not in TASKS:
@@ -206,9 +205,9 @@ def _task(model: nn.Module, task_type: str | None) -> str | None:
 
 
 def _warn_of_limits(model: nn.Module, layouts: list[LayerLayout]) -> None:
-    """Give one AdapterWarning for each thing that PEFT reads otherwise than it is meant, with the modules' names.
+    """Issue an AdapterWarning for each limit of PEFT that this adapter meets, with the modules' names.
 
-    Seen with PEFT 0.21.2 and transformers 5.24; the tests would notice when one of these limits goes.
+    The limits are those of PEFT 0.21.2 and transformers 5.24; tests fail when one of them is gone.
     """
     for what, names in _limits(model, layouts):
         if names:
@@ -216,7 +215,7 @@ def _warn_of_limits(model: nn.Module, layouts: list[LayerLayout]) -> None:
 
 
 def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str, list[str]]]:
-    """What PEFT would compute otherwise without an error, and where."""
+    """PEFT's limits, where it computes something else without an error, each with the names of the modules."""
     saved = [name for name, _ in grafted_modules(model, SavedCopy)]
     others = [n for n, _ in named_modules(model) if not any(n == s or n.startswith(f"{s}.") for s in saved)]
     caught = [other for other in others if any(other.endswith(name) for name in saved)]
@@ -242,7 +241,7 @@ def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str,
 
 
 def _inside_hosts(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
-    """What is trained below a module whose own parameters are adapted: PEFT has it under that module's wrapper."""
+    """Trained modules inside a module with adapted parameters: PEFT looks for them under that module's wrapper."""
     hosts = tuple(f"{name}." for name, _ in grafted_modules(model, ParameterHost) if name)
     layers = [one.path.rpartition(".")[0] if isinstance(one.layer, LoRAParameter) else one.path for one in layouts]
     others = [name for kind in (TrainedBias, TokenRows, SavedCopy) for name, _ in grafted_modules(model, kind)]
@@ -250,7 +249,7 @@ def _inside_hosts(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
 
 
 def _names_fused_as_experts(model: nn.Module, owners: Mapping[str, nn.Module]) -> list[str]:
-    """Dense and shared layers of a transformers model with stacked experts, by the names that PEFT fuses there."""
+    """Dense and shared layers with the names that PEFT fuses in a transformers model with stacked experts."""
     if not is_a(get_module(model, ""), HF_MODEL):
         return []
     stacks = {n for _, m in named_modules(model) for n, p in m._parameters.items() if p is not None and p.dim() == 3}

@@ -12,10 +12,10 @@ from lora_lightning.lora.layers.functional import wide_dtype
 
 
 class TrainedBias(Grafted):
-    """Whoever reads `.bias` of this module gets a trained copy; the original keeps its key and never moves.
+    """A module whose `.bias` reads as a trained copy; the original keeps its key and never changes.
 
-    So it serves every kind of module with a bias, and those whose parent reads the bias, such as
-    `nn.MultiheadAttention.out_proj`.
+    This works for every kind of module with a bias, also where the parent reads it, as `nn.MultiheadAttention` reads
+    that of `out_proj`.
     """
 
     lora_names: ClassVar[tuple[str, ...]] = ("lora_trained_bias",)
@@ -23,51 +23,57 @@ class TrainedBias(Grafted):
 
     @property
     def bias(self) -> Tensor | None:
-        """The trained copy in the original's dtype; the original while the adapter is switched off, or as a shard."""
-        frozen = self._parameters["bias"]
-        assert frozen is not None
-        if not self.lora_enabled or is_shard(frozen):
-            return frozen
-        # A view where no cast makes a tensor of its own: bitsandbytes sets `.data` of what it gets here.
-        return self.lora_trained_bias.view_as(self.lora_trained_bias).to(frozen.dtype)
+        """The trained copy in the original's dtype; the original while the adapter is off or the bias is a shard."""
+        original = self._parameters["bias"]
+        assert original is not None
+        if not self.lora_enabled or is_shard(original):
+            return original
+        # Never the parameter itself, but a view or a cast: bitsandbytes sets `.data` of what it reads.
+        return self.lora_trained_bias.view_as(self.lora_trained_bias).to(original.dtype)
 
     @classmethod
     def attach(cls, module: nn.Module, copies: dict[int, nn.Parameter]) -> None:
-        """Copy the module's bias, in float32 or wider, and train the copy. `copies` by the original's id: ties stay."""
+        """Copy the module's bias, in float32 or wider, and train the copy.
+
+        `copies` maps the originals' ids to their copies, so that tied biases have one copy.
+        """
         graft(module, cls)
-        frozen = module._parameters["bias"]
-        assert frozen is not None
-        if id(frozen) not in copies:
-            copies[id(frozen)] = nn.Parameter(frozen.detach().clone().to(wide_dtype(frozen)))
-        module.lora_trained_bias = copies[id(frozen)]
+        original = module._parameters["bias"]
+        assert original is not None
+        if id(original) not in copies:
+            copies[id(original)] = nn.Parameter(original.detach().clone().to(wide_dtype(original)))
+        module.lora_trained_bias = copies[id(original)]
 
     @torch.no_grad()
     def fold(self, folded: dict[int, nn.Parameter]) -> None:
-        """Make the trained values the module's own, in a new parameter. `folded` by the copy's id: ties stay."""
-        frozen = self._parameters["bias"]
-        assert frozen is not None
+        """Replace the original by the trained values, in a new parameter.
+
+        `folded` maps the copies' ids to the new parameters, so that tied biases stay tied.
+        """
+        original = self._parameters["bias"]
+        assert original is not None
         trained = self.lora_trained_bias
         if id(trained) not in folded:
-            value = trained.detach().clone().to(frozen.dtype)
-            folded[id(trained)] = nn.Parameter(value, requires_grad=frozen.requires_grad)
+            value = trained.detach().clone().to(original.dtype)
+            folded[id(trained)] = nn.Parameter(value, requires_grad=original.requires_grad)
         self._parameters["bias"] = folded[id(trained)]
 
     def rescale_update(self, strength: float, done: set[int]) -> None:
-        frozen = self._parameters["bias"]
-        assert frozen is not None
-        interpolate_(self.lora_trained_bias, frozen, strength, done)
+        original = self._parameters["bias"]
+        assert original is not None
+        interpolate_(self.lora_trained_bias, original, strength, done)
         super().rescale_update(strength, done)
 
     def reset_lora_parameters(self) -> None:
-        """Start the copy anew from the original."""
-        frozen = self._parameters["bias"]
-        assert frozen is not None
+        """Start the copy from the original again."""
+        original = self._parameters["bias"]
+        assert original is not None
         with torch.no_grad():
-            self.lora_trained_bias.copy_(frozen)
+            self.lora_trained_bias.copy_(original)
         super().reset_lora_parameters()
 
     def reset_parameters(self) -> None:
-        """What resets the module means its own bias, not the copy."""
+        """Reset the original bias, and start the copy from it."""
         with self.lora_disabled():
             super().reset_parameters()  # type: ignore[misc]
         with torch.no_grad():

@@ -20,17 +20,15 @@ COPY = "lora_copy"
 
 
 def hooks_of(module: nn.Module) -> tuple[Any, ...]:
-    """What is registered to run around a module's own call: torch has no public way to ask."""
+    """The dictionaries of hooks that run around a module's call: torch has no public way to list them."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 class SavedCopy(Grafted):
-    """Runs a trained copy of itself; its own tensors keep their names and never move.
+    """A module that runs a trained copy of itself; the original tensors keep their names and never change.
 
     The copy is float32 or wider, like A and B, and computes in the original's dtype: a bfloat16 model trains a
-    float32 head, whose outputs are those of the merged model to the bit.
-
-    So switching the adapter off gives the original head back, and law 2 holds without exceptions.
+    float32 head, whose outputs equal those of the merged model bit for bit.
     """
 
     lora_copy: nn.Module
@@ -39,7 +37,7 @@ class SavedCopy(Grafted):
     def attach(module: nn.Module, twins: dict[int, Any] | None = None) -> None:
         """Copy the module, its class and values, and train the copy.
 
-        `twins` is deepcopy's memo: with one for all copies, what was tied is tied among the copies.
+        `twins` is deepcopy's memo: sharing it among all copies keeps tied modules tied.
         """
         if isinstance(module, NonDynamicallyQuantizableLinear):  # an attention's out_proj, which is read, not called
             graft(module, SavedProjection, tuple(n for n, p in module._parameters.items() if p is not None))
@@ -47,7 +45,7 @@ class SavedCopy(Grafted):
             graft(module, SavedSequence if isinstance(module, nn.Sequential) else SavedCopy)
         twin = copy.deepcopy(module, twins)
         ungraft(twin, SavedCopy)
-        # Hooks on the module run around its own call, which calls the copy: there they would run twice.
+        # The module's hooks run around its call, which calls the copy: on the copy they would run a second time.
         for hooks in hooks_of(twin):
             hooks.clear()
         for parameter in twin.parameters():
@@ -59,40 +57,40 @@ class SavedCopy(Grafted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_enabled:
             return super().forward(*args, **kwargs)
-        frozen = dict(self.named_parameters(remove_duplicate=False))
+        originals = dict(self.named_parameters(remove_duplicate=False))
         trained = dict(self.lora_copy.named_parameters(remove_duplicate=False))
-        if all(value.dtype == frozen[name].dtype for name, value in trained.items()):
+        if all(value.dtype == originals[name].dtype for name, value in trained.items()):
             return self.lora_copy(*args, **kwargs)
-        # Half-precision steps are too coarse to train in, and its arithmetic is what the model runs on.
-        cast = {name: value.to(frozen[name].dtype) for name, value in trained.items()}
+        # Half precision is too coarse for the optimizer's steps, and is the model's arithmetic.
+        cast = {name: value.to(originals[name].dtype) for name, value in trained.items()}
         return functional_call(self.lora_copy, cast, args, kwargs)
 
     @torch.no_grad()
     def fold(self, folded: dict[int, torch.Tensor]) -> None:
-        """Make the trained values this module's own.
+        """Replace the originals by the trained values.
 
-        The parameters are replaced, not written into: a tensor tied to another module stays as it was there. `folded`
-        holds what other copies have brought, by the id of the trained tensor, so that tied copies stay tied.
+        The parameters are replaced, not written into: a tensor tied to another module does not change there. `folded`
+        holds the new parameters by the id of the trained tensor, so that tied copies stay tied.
         """
-        for (path, frozen), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
-            assert frozen.shape == trained.shape, path
+        for (path, place), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+            assert place.shape == trained.shape, path
             owner = self.get_submodule(path.rpartition(".")[0])
             if id(trained) not in folded:
-                value = trained.detach().clone().to(frozen.dtype)
-                is_parameter = isinstance(frozen, nn.Parameter)
-                folded[id(trained)] = nn.Parameter(value, requires_grad=frozen.requires_grad) if is_parameter else value
+                value = trained.detach().clone().to(place.dtype)
+                is_parameter = isinstance(place, nn.Parameter)
+                folded[id(trained)] = nn.Parameter(value, requires_grad=place.requires_grad) if is_parameter else value
             setattr(owner, path.rpartition(".")[2], folded[id(trained)])
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Start the copy anew from the original."""
-        for (_, frozen), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
-            trained.copy_(frozen)
+        """Start the copy from the original again."""
+        for (_, original), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+            trained.copy_(original)
         super().reset_lora_parameters()
 
     def rescale_update(self, strength: float, done: set[int]) -> None:
-        for (path, frozen), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
-            interpolate_(trained, frozen, strength, done)
+        for (path, original), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+            interpolate_(trained, original, strength, done)
             if path.endswith("running_var") and bool((trained < 0).any()):
                 raise LoRAError(
                     f"at a strength of {strength:g} the variance '{path}' of a module of modules_to_save is below 0:"
@@ -102,7 +100,7 @@ class SavedCopy(Grafted):
 
 
 class SavedSequence(SavedCopy):
-    """The same for `nn.Sequential`, a list of its children: of the trained copy's while that runs, else of its own."""
+    """The same for `nn.Sequential`, which lists the children of the copy while the adapter is on."""
 
     def _children(self) -> list[nn.Module]:
         shown = self.lora_copy if self.lora_enabled and COPY in self._modules else self
@@ -120,16 +118,13 @@ class SavedSequence(SavedCopy):
 
 
 class SavedProjection(SavedCopy):
-    """The same for the `out_proj` of `nn.MultiheadAttention`: whoever reads its weight and bias gets the copy's."""
+    """The same for the `out_proj` of `nn.MultiheadAttention`: its weight and bias read as the copy's."""
 
     def lora_read(self, name: str) -> torch.Tensor:
-        frozen = self._parameters[name]
-        assert frozen is not None
-        return (
-            self.lora_copy.get_parameter(name).to(frozen.dtype)
-            if self.lora_enabled and COPY in self._modules
-            else frozen
-        )
+        original = self._parameters[name]
+        assert original is not None
+        is_copied = self.lora_enabled and COPY in self._modules
+        return self.lora_copy.get_parameter(name).to(original.dtype) if is_copied else original
 
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

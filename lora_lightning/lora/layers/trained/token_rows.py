@@ -1,4 +1,4 @@
-"""Chosen rows of an embedding, trained in full while all others stay: for new or special tokens."""
+"""Chosen rows of an embedding that train in full while the others are frozen: for new or special tokens."""
 
 from __future__ import annotations
 
@@ -13,33 +13,37 @@ from lora_lightning.lora.layers.functional import wide_dtype
 
 
 class TokenRows(Grafted, nn.Embedding):
-    """`h = rows[x]` for the chosen tokens, `W0[x]` for the others. W0 does not move.
+    """`h = rows[x]` for the chosen tokens, `W0[x]` for the others. W0 does not change.
 
-    `lora_tokens` (number of tokens, width) holds the rows themselves, in the order of rising token numbers and in
-    float32 or wider. They start as W0's. A padding row that is chosen by its number trains as well.
+    `lora_tokens` (number of tokens, width) are the rows, by rising token number, in float32 or wider. They start as
+    W0's. A padding row that is chosen by its number trains as well.
     """
 
     lora_names = ("lora_tokens",)
     lora_tokens: nn.Parameter
     lora_token_ids: Tensor
-    """Their numbers. No buffer, since no state dict holds them."""
+    """The numbers of the chosen tokens; no buffer, since they are in no state dict."""
 
     @classmethod
     def attach(cls, module: nn.Module, token_ids: list[int], tied: list[nn.Module]) -> None:
-        """Train these rows of `module`, in place; `tied` are the heads and embeddings that share its weight."""
+        """Train these rows of `module`, in place.
+
+        Args:
+            tied: the heads and embeddings that share the module's weight.
+        """
         graft(module, cls)
         assert isinstance(module, cls)
         shape, dtype = (len(token_ids), module.embedding_dim), wide_dtype(module.weight)
         module.lora_tokens = nn.Parameter(torch.empty(shape, dtype=dtype, device=module.weight.device))
         module.lora_token_ids = torch.tensor(sorted(token_ids), device="cpu")
         module.reset_lora_parameters()
-        for other in tied:
-            graft(other, TokenTwin if isinstance(other, nn.Embedding) else TokenHead)
-            other.__dict__["lora_followed"] = (module,)  # a tuple, so that it is no child of this one
+        for follower in tied:
+            graft(follower, TokenTwin if isinstance(follower, nn.Embedding) else TokenHead)
+            follower.__dict__["lora_followed"] = (module,)  # a tuple, so that it is no child of this one
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Start from W0's rows as they are now; on the meta device there is nothing to copy yet."""
+        """Copy W0's present rows; on the meta device this has no effect."""
         self.lora_tokens.copy_(self.weight[self.token_ids()])
         super().reset_lora_parameters()
 
@@ -61,15 +65,15 @@ class TokenRows(Grafted, nn.Embedding):
         return self.put_in(out, input)
 
     def put_in(self, out: Tensor, ids: Tensor) -> Tensor:
-        """`out` (..., width), as looked up for `ids` (...), with the trained rows at the chosen tokens."""
-        trained_ids = self.token_ids()
-        place = torch.searchsorted(trained_ids, ids).clamp(max=len(trained_ids) - 1)
-        chosen = (trained_ids[place] == ids).unsqueeze(-1)
+        """`out` (..., width), looked up for `ids` (...), with the trained rows at the chosen tokens."""
+        numbers = self.token_ids()
+        place = torch.searchsorted(numbers, ids).clamp(max=len(numbers) - 1)
+        chosen = (numbers[place] == ids).unsqueeze(-1)
         return torch.where(chosen, F.embedding(place, self.lora_tokens).to(out.dtype), out)
 
     def token_ids(self) -> Tensor:
-        """The chosen token numbers on W0's device, where they stay from then on."""
-        if self.weight.is_meta:  # where numbers would be lost
+        """The chosen token numbers, moved to W0's device."""
+        if self.weight.is_meta:  # a copy, since the meta device would lose the numbers
             return self.lora_token_ids.to("meta")
         if self.lora_token_ids.device != self.weight.device:
             self.lora_token_ids = self.lora_token_ids.to(self.weight.device)
@@ -82,13 +86,13 @@ class TokenRows(Grafted, nn.Embedding):
 
 
 class TokenFollower(Grafted):
-    """A module tied to such an embedding, which follows its rows."""
+    """A module that shares the weight of a `TokenRows`, whose trained rows it uses."""
 
     lora_followed: tuple[TokenRows]
 
 
 class TokenHead(TokenFollower, nn.Linear):
-    """An output head: its logits of the chosen tokens follow."""
+    """A tied output head: the logits of the chosen tokens are computed with the trained rows."""
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., width) to (..., number of tokens)."""
@@ -102,7 +106,7 @@ class TokenHead(TokenFollower, nn.Linear):
 
 
 class TokenTwin(TokenFollower, nn.Embedding):
-    """A second embedding of the same weight, such as a decoder's."""
+    """A second embedding with the same weight, such as a decoder's."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Whole numbers (...) to (..., width)."""
