@@ -154,7 +154,7 @@ def compared(name: str, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     """Who won, who would have, and whether those that came to their end are the fits alone, bit for bit."""
     import torch
 
-    from lora_lightning.training.population.halving import Standing, dropped
+    from lora_lightning.training.population.halving import Standing, choose_dropped
 
     ranking = json.loads((folder / "together" / "sweep.json").read_text())
     rungs = json.loads((folder / "together" / "halving.json").read_text())
@@ -180,7 +180,7 @@ def compared(name: str, folder: Path, found: dict[str, Any]) -> dict[str, Any]:
         "winner": winner,
         "value of the best": standings[best].value,
         "value of the winner": standings[winner].value,
-        "behind by more than one standard error": dropped(
+        "behind by more than one standard error": choose_dropped(
             {point: standings[point] for point in (best, winner)}, 1, goal
         ).get(winner),
         "came to their end": len(whole),

@@ -1,7 +1,7 @@
 """LoRA fine-tuning on PyTorch Lightning.
 
-The public names and their modules stand in `__init__.pyi`, for type checkers and for this file. Each loads what it
-needs on first use, so that the parts in plain torch come without Lightning.
+The public names and their modules are in `__init__.pyi`, for type checkers and for this file. Each is imported on first
+use, so that the parts in plain torch do not import Lightning.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GONE = {
     "dinov2_small": "it is in the repository's folder demos: run from a clone and take demos.dinov2.dinov2_small",
     "efficientnet_lite0": "it is in the repository's folder demos: take demos.efficientnet.efficientnet_lite0",
 }
-"""Public names of earlier versions, and what to take in their place; `lora.errors.REMOVED` has those of `lora`."""
+"""Public names of earlier versions, and their replacements; `lora.errors.REMOVED` has those of `lora`."""
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605
 

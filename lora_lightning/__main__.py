@@ -13,17 +13,17 @@ from lora_lightning.training.population.heap import share_heap
 
 
 def main() -> None:
-    """Run the command; whatever goes wrong ends in one line and an exit code, which `outcome` lists."""
-    # OpenMP's barriers spin: with another program on the second core a step takes ten times as long. Read by the
-    # runtime when torch is loaded, so set before that.
+    """Run the command; an error ends in one line and an exit code of `cli.exit_codes`."""
+    # OpenMP's barriers spin: with another program on the second core a step takes ten times as long. The runtime reads
+    # this when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where a DataLoader forks
-    # Where a process is gone, torch's store and gloo would tell of it in forty lines of C++ before our one.
+    # Where a process is gone, torch's store and gloo would print forty lines of C++ before our one.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if "--together" in sys.argv:
-        share_heap()  # before libraries begin threads, each of which would have a heap of its own
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109  (a class of one's own in a file beside the config)
+        share_heap()  # before libraries begin threads, each of which would get a heap
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109  (for a user's class in a file beside the config)
     if "--debug" in sys.argv:
         sys.argv.remove("--debug")
         os.environ[DEBUG] = "1"
@@ -42,10 +42,10 @@ def main() -> None:
 
 
 def run(args: list[str]) -> None:
-    """One command."""
+    """Run one command."""
     if answer_without_command(args):
         return
-    check(args)  # what is no YAML is told before torch is imported
+    check(args)  # YAML errors come before torch is imported
     from lora_lightning.cli.log_filters import silence_others
     from lora_lightning.cli.registry import COMMANDS
 
@@ -61,7 +61,7 @@ def run(args: list[str]) -> None:
 
 
 def _nobody_reads() -> bool:
-    """Whether the screen's pipe is broken, as after `| head`; it is then put away: Python writes to it as it ends."""
+    """Whether stdout's pipe is broken, as after `| head`; it is then replaced, since Python writes to it at its end."""
     try:
         screen = sys.stdout.fileno()
         poll = select.poll()

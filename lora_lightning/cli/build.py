@@ -1,4 +1,4 @@
-"""A run's parts from a config or from a checkpoint, made as a command makes them, and nothing started."""
+"""Builds a run's parts from a config or a checkpoint as a command does, and starts nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.precision import convert
 
 ALONE = ("--trainer.logger=false", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1")
-"""One process, which leaves nothing behind."""
+"""Flags for one process that writes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +26,13 @@ class Run:
     """The parts of a run."""
 
     config: Namespace
-    """Of the command, as it was parsed."""
+    """The command's parsed config."""
     parser: Any
-    """Of the command line: what else the command is to be asked is looked at with it."""
+    """The command's parser, which checks further flags."""
     module: LoRAModule
     data: LightningDataModule | None
     trainer: Trainer | None
-    """None where it was not asked for."""
+    """None where it was not requested."""
 
     def validate(self) -> dict[str, float]:
         """Return the validation set's metrics with the adapter that the module has now; none without data."""
@@ -47,9 +47,9 @@ def build_run(args: Sequence[str], edit: Callable[[Namespace], None] | None = No
 
     Args:
         args: a command and its flags, such as `["fit", "-c", "configs/demo.yaml"]`.
-        edit: changes the command's config, in place, before anything is made of it: `config.data = None` builds without
-            data, and what the data would have told the model is then set by hand.
-        trainer: False makes no Trainer, callbacks and loggers aside.
+        edit: changes the command's config in place before anything is built: `config.data = None` builds without data,
+            and `edit` then sets what the model reads from the data.
+        trainer: False builds no Trainer, callbacks and loggers.
 
     Raises:
         LoRAError: an object of ours refuses its arguments.
@@ -88,9 +88,7 @@ def open_run(checkpoint: Path) -> Run:
     content = run.load_checkpoint(checkpoint)
     built = build_run(["export", "--config", str(config), "--ckpt_path", str(checkpoint), *ALONE])
     assert built.trainer is not None
-    convert(
-        built.module, built.trainer.precision_plugin
-    )  # W0 as the fit had it, of which the checkpoint has the fingerprint
+    convert(built.module, built.trainer.precision_plugin)  # the checkpoint's fingerprint is of W0 in this precision
     built.module.configure_model()
     built.module.on_load_checkpoint(content)
     built.module.load_state_dict(content["state_dict"])

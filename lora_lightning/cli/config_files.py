@@ -1,4 +1,4 @@
-"""Config files before they are parsed: what is wrong in one is said with its file and line."""
+"""Checks config files before they are parsed, with errors that name file and line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GONE = dict.fromkeys(
     ("deepspeed-zero2.yaml", "deepspeed-zero3.yaml", "fsdp1.yaml", "fsdp2-folder.yaml", "fsdp2-tp.yaml"),
     ": it is gone, take configs/strategy/fsdp2.yaml, or ddp.yaml where W0 fits on one device",
 )
-"""Configs of earlier versions, and what to take."""
+"""Configs of earlier versions, and their replacements."""
 NULL = "tag:yaml.org,2002:null"
 
 
@@ -33,7 +33,7 @@ def check(args: Sequence[str]) -> None:
     """Check each config file of a command line.
 
     Raises:
-        LoRAError: one is missing, no UTF-8, no YAML, empty, says a key twice, or is no map of keys.
+        LoRAError: a file is missing, no UTF-8, no YAML, empty, repeats a key, or is no map of keys.
     """
     for value in config_values(args):
         if "\n" not in value and "{" not in value and "://" not in value:
@@ -44,8 +44,8 @@ def check_file(file: Path) -> None:
     """Check one file, as `check` does."""
     if file.is_dir():
         inside = sorted(path.name for path in file.iterdir() if path.suffix in ENDINGS)
-        held = f": it holds {', '.join(inside[:4])}" if inside else " without a YAML file"
-        raise LoRAError(f"--config {file} is a folder{held}; name a file")
+        content = f": it holds {', '.join(inside[:4])}" if inside else " without a YAML file"
+        raise LoRAError(f"--config {file} is a folder{content}; name a file")
     if not file.is_file():
         raise LoRAError(f"no config file {file}{GONE.get(file.name) or _near_files(file)}")
     root = yaml_tree(file)
@@ -63,7 +63,7 @@ def yaml_tree(file: Path) -> yaml.Node | None:
     """Return a file's YAML nodes, which know their lines; None where the file is empty.
 
     Raises:
-        LoRAError: it is no UTF-8 or no YAML, in YAML's own words.
+        LoRAError: it is no UTF-8 or no YAML, with YAML's message.
     """
     content = file.read_bytes()
     try:
@@ -71,7 +71,7 @@ def yaml_tree(file: Path) -> yaml.Node | None:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise LoRAError(f"{file}, line {line}: not UTF-8: save the file as UTF-8 in your editor") from error
-    if file.suffix == ".json":  # which may be indented by tabs, and can have none elsewhere
+    if file.suffix == ".json":  # tabs may only indent it
         text = text.replace("\t", " ")
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
@@ -95,7 +95,7 @@ def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
 
 
 def _refuse_twice(file: Path, node: yaml.MappingNode) -> None:
-    """Refuse a key that stands twice in one map: YAML's readers keep the last and say nothing."""
+    """Refuse a repeated key in one map: YAML's readers silently keep the last."""
     seen: dict[str, int] = {}
     for key, _ in node.value:
         line, name = key.start_mark.line + 1, str(key.value)
@@ -105,9 +105,9 @@ def _refuse_twice(file: Path, node: yaml.MappingNode) -> None:
 
 
 def _refuse_all_empty(file: Path, root: yaml.MappingNode) -> None:
-    """Refuse a file without any value, as where all keys of a section are comments: jsonargparse takes it for a text.
+    """Refuse a file without any value, such as one whose keys are comments: jsonargparse reads it as a text.
 
-    A null that is written is a value: an overlay may take something back by it.
+    An explicit null is a value: an overlay may reset something by it.
     """
     if root.value and all(value.tag == NULL and not value.value for _, value in root.value):
         key, _ = root.value[0]
@@ -116,7 +116,7 @@ def _refuse_all_empty(file: Path, root: yaml.MappingNode) -> None:
 
 
 def _near_files(file: Path) -> str:
-    """Name files of about this name in that folder, or of this name in a folder of about its name or below configs/."""
+    """Name files with a similar name in that folder, or with this name in a similar folder or below configs/."""
     folder = file.parent
     if not folder.is_dir():
         above = folder.parent

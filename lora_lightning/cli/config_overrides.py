@@ -1,7 +1,7 @@
-"""What one part of a command's config says to another, before anything is made of it.
+"""Values that one part of a command's config sets in another before anything is built.
 
-The precision says of W0 how a backbone can load itself: a cast after loading would hold the float32 weights first, and
-what is to be quantized has to be when it is loaded. A checkpoint's run says what its labels are.
+The precision sets how a backbone loads: a cast after loading needs memory for the float32 weights, and quantization
+happens on loading. A checkpoint's run sets the label names.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ NF4 = {
     "bnb_4bit_use_double_quant": True,
     "bnb_4bit_compute_dtype": "bfloat16",
 }
-"""QLoRA's own (arXiv 2305.14314): 4-bit NormalFloat, its constants quantized too."""
+"""QLoRA's settings (arXiv 2305.14314): 4-bit NormalFloat, its constants quantized too."""
 
 HUGGINGFACE = ("lora_lightning.backbones.huggingface", "huggingface")
-"""By name: transformers is not to be loaded for every command."""
+"""By name, so that not every command imports transformers."""
 
 
 @contextmanager
 def precision_for_backbone(command: Any) -> Iterator[None]:
-    """Within the block, a `huggingface` backbone in the command's config has what `trainer.precision` means.
+    """Within the block, a `huggingface` backbone in the command's config has the arguments for `trainer.precision`.
 
-    What the config itself says of dtype or quantization stays. Afterwards the config is as it was: each command works
-    it out anew, and another precision over a run's own config finds nothing of this one.
+    The config's settings of dtype or quantization stay. Afterwards the config is restored, so that a later command may
+    set another precision over a run's config.
 
     Raises:
-        LoRAError: quantization is asked for and bitsandbytes is not installed.
+        LoRAError: quantization is requested and bitsandbytes is not installed.
     """
     precision, backbone = command.get("trainer.precision"), command.get("model.backbone")
     if not _is_huggingface(backbone):
@@ -60,7 +60,7 @@ def precision_for_backbone(command: Any) -> Iterator[None]:
     if precision == "nf4-base":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise LoRAError("precision nf4-base needs bitsandbytes: pip install 'lora_lightning[qlora]'")
-        # What trains in full is not quantized; a list of one's own takes the place of transformers' own, the head.
+        # Modules that train in full are not quantized; this list replaces transformers' default, the head.
         saved = command.get("model.lora.modules_to_save")
         skipped = {"llm_int8_skip_modules": [*saved, "lm_head"]} if saved else {}
         args["model_kwargs"] = {"quantization_config": NF4 | skipped, **(before["model_kwargs"] or {})}
@@ -71,66 +71,65 @@ def precision_for_backbone(command: Any) -> Iterator[None]:
             args[name] = value
 
 
-def rows_by_flag(command: Any, name: str, given: Sequence[str]) -> str | None:
-    """Take all rows of what a command on a trained run is given by `--data.path`, and call the data by a short name.
+def rows_by_flag(command: Any, name: str, words: Sequence[str]) -> str | None:
+    """Let a command on a trained run read all rows of `--data.path`, and return a short name of the data.
 
-    A file or folder that is named so holds what to test or predict; as the training set it would be split, and a part
-    of it taken.
+    Such a file or folder is what to test or predict; as a training set it would be split.
 
     Args:
-        command: the command's config, in which the path becomes that of the split which the command reads.
+        command: the command's config, in which the path becomes that of the split that the command reads.
         name: of the command.
-        given: the command line.
+        words: the command line.
 
     Returns:
-        The name of the file, folder or set less its suffix; None where the run's own data are taken.
+        The name of the file, folder or set without its suffix; None for the run's data.
     """
     flags = ("--data.path", "--data.init_args.path")
-    by_flag = any(arg.partition("=")[0].startswith(flags) for arg in given)
+    by_flag = any(arg.partition("=")[0].startswith(flags) for arg in words)
     split = {"predict": "predict", "test": "test", "validate": "validation"}.get(name)
     path = command.get("data.init_args.path")
     if not by_flag or split is None or path is None:
         return None
     if isinstance(path, str) and _is_one_set(Path(resolve(path))):
         command.data.init_args.path = {split: path}
-    location = str(path if isinstance(path, str) else path.get(name, path.get(split, "data")))
-    return Path(location.rstrip("/").rpartition("/")[2]).name.partition(".")[0] or "data"
+    source = str(path if isinstance(path, str) else path.get(name, path.get(split, "data")))
+    return Path(source.rstrip("/").rpartition("/")[2]).name.partition(".")[0] or "data"
 
 
 def _is_one_set(path: Path) -> bool:
-    """Return whether the path is a file, or a folder in which nothing is called as a split is."""
+    """Return whether the path is a file, or a folder without an entry that is named like a split."""
     if not path.is_dir():
         return path.is_file()
-    named = any(split_name(one.name.partition(".")[0]) for one in path.iterdir())
-    return not named and not (path / "dataset_dict.json").is_file()
+    has_splits = any(split_name(entry.name.partition(".")[0]) for entry in path.iterdir())
+    return not has_splits and not (path / "dataset_dict.json").is_file()
 
 
 def labels_of_run(command: Any) -> None:
-    """Set the label names that the checkpoint's run read off its training rows, where the command's config says none.
+    """Set the label names that the checkpoint's run read from its training rows, where the command's config has none.
 
-    Rows to predict on have none to read, and other rows would number them in another way.
+    Rows to predict on have no labels, and other rows could give them other numbers.
     """
     data, checkpoint = command.get("data"), str(command.get("ckpt_path") or "://")
     file = run.run_of_checkpoint(Path(checkpoint)) / run.CONFIG
     if data is None or data.get("init_args.label_names", "") is not None or "://" in checkpoint or not file.is_file():
         return
-    then = ((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("data")) or {}
-    if then.get("class_path") == data.class_path:
-        data.init_args.label_names = (then.get("init_args") or {}).get("label_names")
+    trained = ((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("data")) or {}
+    if trained.get("class_path") == data.class_path:
+        data.init_args.label_names = (trained.get("init_args") or {}).get("label_names")
 
 
 def with_run_config(args: list[str]) -> list[str]:
-    """Put the run's own config in front where a command on a trained run names no other."""
+    """Put the run's config in front where a command on a trained run names none."""
     if not args or args[0] not in FROM_CHECKPOINT or any(a.split("=")[0] in ("-c", "--config") for a in args):
         return args
-    given = next((a.partition("=")[2] for a in args if a.startswith("--ckpt_path=")), None)
+    checkpoint = next((a.partition("=")[2] for a in args if a.startswith("--ckpt_path=")), None)
     if "--ckpt_path" in args[:-1]:
-        given = args[args.index("--ckpt_path") + 1]
-    if given is None or given in ("best", "last"):
+        checkpoint = args[args.index("--ckpt_path") + 1]
+    if checkpoint is None or checkpoint in ("best", "last"):
         return args
-    file = run.run_of_checkpoint(run.find_checkpoint(given)) / run.CONFIG
+    file = run.run_of_checkpoint(run.find_checkpoint(checkpoint)) / run.CONFIG
     if not file.is_file():
-        raise LoRAError(f"no {run.CONFIG} beside the checkpoint '{given}': name the run's config with --config")
+        raise LoRAError(f"no {run.CONFIG} beside the checkpoint '{checkpoint}': name the run's config with --config")
     return [args[0], "--config", str(file), *args[1:]]
 
 

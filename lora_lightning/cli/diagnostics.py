@@ -1,8 +1,8 @@
-"""What is wrong with a command line: found in its words and config files, and said with file, line and near miss.
+"""Finds what is wrong with a command line, and says it with file, line and near misses.
 
-A parser's message says that something is wrong; what it is, is looked up in what was given: an unknown flag or key, a
-class path that leads nowhere, an argument that a class does not take, a value of another type. What is none of these
-keeps the parser's own words, on one line.
+A parser's message says that something is wrong. The cause is looked up in the words and the config files: an unknown
+flag or key, a class path that does not exist, an argument that a class does not take, a value of another type.
+Otherwise the parser's message stays, on one line.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ AROUND = re.compile(
     r"(?: - Expected an? <class 'NoneType'>| - Not a valid|\.? Got value: Namespace\(| Given value type: )"
     r".*?(?= Given value: (?!\{)|$)"
 )
-"""What a message goes on with of the values around."""
+"""Parts of a message about the surrounding values."""
 BY_NAME = (
     *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "strategies", "plugins.precision", "profilers")),
     *("torch.optim", "torch.optim.lr_scheduler"),
 )
-"""Where classes are that go by their short names too."""
+"""Modules whose classes may be named without the module."""
 TYPES = {
     "int": "a whole number",
     "PositiveInt": "a whole number above 0",
@@ -52,7 +52,7 @@ TYPES = {
     "dict": "keys with values such as {a: 1}",
 }
 PRECISIONS = ("auto", "float32", "bf16-base", "nf4-base", "bf16-mixed", "16-mixed", "64-true")
-"""Those that can train an adapter: Lightning's others round it too, or need a package that is not for adapters."""
+"""Precisions that can train an adapter: Lightning's others round it too, or need a package that is not for adapters."""
 OWN_KEYS = ("class_path", "init_args", "dict_kwargs")
 MODEL = (
     ": a model of the hub or of a folder is class_path lora_lightning.huggingface with its name as"
@@ -62,12 +62,12 @@ MODEL = (
 
 @dataclass(frozen=True)
 class Setting:
-    """One key that the command line or a config file gives."""
+    """One key of the command line or of a config file."""
 
     key: str
-    """Dotted; keys of a list's maps are counted as the list's."""
+    """Dotted; keys of maps in a list belong to the list."""
     value: str | None
-    """The text that stands there; None for a list or a map."""
+    """Its text; None for a list or a map."""
     place: str
     """`FILE, line N: `, or nothing for a flag."""
     inside: tuple[str, ...] = ()
@@ -75,12 +75,12 @@ class Setting:
 
 
 def explain(message: str, words: Sequence[str], known: Iterable[str], command: str = "") -> str:
-    """Return one line for a parser's message, which says what to do.
+    """Return one line that explains a parser's message and says what to do.
 
     Args:
-        message: of jsonargparse.
+        message: jsonargparse's.
         words: of the command line.
-        known: option strings of the parser that complains.
+        known: option strings of the parser that raised it.
         command: its name.
     """
     text = " ".join(str(message).split())
@@ -164,30 +164,30 @@ def _stray_word(word: str, words: Sequence[str]) -> str:
 
 
 def _outer_option(key: str, keys: Sequence[str]) -> str | None:
-    """Return the option, of a class or a map, that a deeper key belongs to; None within a group of options."""
+    """Return the option of a class or a map that a deeper key belongs to; None within a group of options."""
     parts = key.split(".")
     for count in range(len(parts) - 1, 0, -1):
         outer = ".".join(parts[:count])
         if outer in keys:
-            group = any(one.startswith(f"{outer}.") and one != f"{outer}.help" for one in keys)
+            group = any(option.startswith(f"{outer}.") and option != f"{outer}.help" for option in keys)
             return None if group else outer
     return None
 
 
 def _unknown_key(settings: Sequence[Setting], keys: Sequence[str]) -> str | None:
-    """Return a line on the first key that is no option, no group of options and nothing within an option."""
-    for one in settings:
-        known = one.key in keys or any(key.startswith(f"{one.key}.") for key in keys)
-        if known or not keys or _outer_option(one.key, keys) is not None:
+    """Return a line on the first key that is no option, no group of options and not within an option."""
+    for setting in settings:
+        known = setting.key in keys or any(key.startswith(f"{setting.key}.") for key in keys)
+        if known or not keys or _outer_option(setting.key, keys) is not None:
             continue
-        if one.place:
-            return f"{one.place}unknown key {one.key}{_replacement(one.key, keys, '')}"
-        return f"unknown option --{one.key}{_replacement(one.key.replace('-', '_'), keys, '--')}"
+        if setting.place:
+            return f"{setting.place}unknown key {setting.key}{_replacement(setting.key, keys, '')}"
+        return f"unknown option --{setting.key}{_replacement(setting.key.replace('-', '_'), keys, '--')}"
     return None
 
 
 def _replacement(name: str, keys: Sequence[str], dashes: str) -> str:
-    """Return what to write for an unknown name: what it is called here, or what is near."""
+    """Return what to write for an unknown name: its name here, or near misses."""
     last, group, first = name.rpartition(".")[2], name.rpartition(".")[0], name.partition(".")[0]
     if (other := instead_of(last, keys, dashes)) is not None:
         return other
@@ -202,7 +202,7 @@ def _replacement(name: str, keys: Sequence[str], dashes: str) -> str:
 
 
 def _near(name: str, keys: Iterable[str], dashes: str) -> str:
-    """Suggest near names. They are compared by their last part, so that the prefix they share does not count."""
+    """Suggest near names, which are compared by their last part, without their common prefix."""
     ends = {key.rpartition(".")[2]: key for key in keys}
     close = did_you_mean(name.rpartition(".")[2], ends)
     return re.sub(r"'(\w+)'", lambda end: f"'{dashes}{ends[end[1]]}'", close)
@@ -213,79 +213,81 @@ def _near(name: str, keys: Iterable[str], dashes: str) -> str:
 
 def _classes(settings: Sequence[Setting], keys: Sequence[str]) -> Iterator[tuple[str, Setting]]:
     """Yield the key and the class path of each option that takes a class."""
-    for one in settings:
-        key = one.key.removesuffix(".class_path")
-        if one.value and key.rpartition(".init_args.")[2].rpartition(".")[2] != "help" and f"{key}.help" in keys:
-            yield key, one
+    for setting in settings:
+        key = setting.key.removesuffix(".class_path")
+        if setting.value and key.rpartition(".init_args.")[2].rpartition(".")[2] != "help" and f"{key}.help" in keys:
+            yield key, setting
 
 
 def _wrong_class(settings: Sequence[Setting], keys: Sequence[str]) -> str | None:
-    """Return a line on the first class path that leads nowhere."""
-    for key, one in _classes(settings, keys):
-        path = str(one.value)
+    """Return a line on the first class path that does not exist."""
+    for key, setting in _classes(settings, keys):
+        path = str(setting.value)
         words = ("true", "false", "null", "None")
-        if path in words or path.startswith(("{", "[")) or (one.key == key and key == "trainer.strategy"):
+        if path in words or path.startswith(("{", "[")) or (setting.key == key and key == "trainer.strategy"):
             continue
-        if one.key == key and key == "trainer.logger" and path.islower() and "." not in path:
+        if setting.key == key and key == "trainer.logger" and path.islower() and "." not in path:
             near = [f"lora_lightning.{name}" for name in lora_lightning.__all__ if name.lower().startswith(path)]
-            return f"{one.place}{key}: expected a class_path, true or false, got '{path}'{_suggestion(near)}"
+            return f"{setting.place}{key}: expected a class_path, true or false, got '{path}'{_suggestion(near)}"
         if path.endswith(".from_pretrained"):
             how = "write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
-            return f"{one.place}{key}: {how}"
+            return f"{setting.place}{key}: {how}"
         if (wrong := wrong_path(path)) is not None:
             model = MODEL if key == "model.backbone" and "is no path to a class" in wrong else ""
-            return f"{one.place}{key}: {wrong}{model}"
+            return f"{setting.place}{key}: {wrong}{model}"
     return None
 
 
 def _wrong_argument(settings: Sequence[Setting], keys: Sequence[str]) -> str | None:
     """Return a line on the first argument that its class does not take, or key beside `class_path` and `init_args`."""
-    for one in settings:
-        holder = _outer_option(one.key, keys)
-        if f"{one.key}.help" in keys:
-            odd = [name for name in one.inside if name not in OWN_KEYS]
+    for setting in settings:
+        holder = _outer_option(setting.key, keys)
+        if f"{setting.key}.help" in keys:
+            odd = [name for name in setting.inside if name not in OWN_KEYS]
             if odd:
                 meant = did_you_mean(odd[0], OWN_KEYS) or ": a class is given by class_path, its arguments by init_args"
-                return f"{one.place}unknown key {one.key}.{odd[0]}{meant}"
-            if one.inside and "class_path" not in one.inside and not _class_of(one.key, settings):
-                return f"{one.place}{one.key}: expected a class_path beside its init_args"
+                return f"{setting.place}unknown key {setting.key}.{odd[0]}{meant}"
+            if setting.inside and "class_path" not in setting.inside and not _class_of(setting.key, settings):
+                return f"{setting.place}{setting.key}: expected a class_path beside its init_args"
         if holder is None or f"{holder}.help" not in keys:
             continue
-        name = one.key.removeprefix(f"{holder}.").removeprefix("init_args.")
+        name = setting.key.removeprefix(f"{holder}.").removeprefix("init_args.")
         if "." in name or name in (*OWN_KEYS, "help"):
             continue
-        paths = [path for path in (_class_of(holder, settings, one.place),) if path]
+        paths = [path for path in (_class_of(holder, settings, setting.place),) if path]
         taken = _arguments_of(paths[0]) if paths else None
         if taken and name not in taken:
             gone = f" any more: {REMOVED[name]}" if name in REMOVED else ""
             hint = gone or did_you_mean(name, taken) or f" (it takes {first_few(taken, 20)})"
-            return f"{one.place}{paths[0]} takes no '{name}'{hint}"
+            return f"{setting.place}{paths[0]} takes no '{name}'{hint}"
     return None
 
 
 def _class_of(key: str, settings: Sequence[Setting], place: str = "") -> str | None:
     """Return the class path of an option; in a list of classes, the last one before a place in the same file."""
-    holders = [one for one in settings if one.key in (f"{key}.class_path", key) and one.value]
+    holders = [setting for setting in settings if setting.key in (f"{key}.class_path", key) and setting.value]
     file, _, line = place.removesuffix(": ").partition(", line ")
-    above = [one for one in holders if line and one.place.startswith(f"{file}, ") and _line(one) <= int(line)]
+    above = [
+        setting for setting in holders if line and setting.place.startswith(f"{file}, ") and _line(setting) <= int(line)
+    ]
     best = max(above, key=_line) if above else holders[0] if holders else None
     return None if best is None else best.value
 
 
-def _line(one: Setting) -> int:
-    return int(one.place.rpartition(" ")[0].rpartition(" ")[2].rstrip(":") or 0) if one.place else 0
+def _line(setting: Setting) -> int:
+    return int(setting.place.rpartition(" ")[0].rpartition(" ")[2].rstrip(":") or 0) if setting.place else 0
 
 
 def _arguments_of(path: str) -> list[str]:
-    """Return the names of a class's arguments, with those of the base class that its `**kwargs` go on to."""
+    """Return the names of a class's arguments, with those of the base class that gets its `**kwargs`."""
     full = short_names().get(path, path)
     module, _, name = full.rpartition(".")
     made_by = getattr(importlib.import_module(module), name, None) if module and wrong_path(full) is None else None
     taken: list[str] = []
-    for one in inspect.getmro(made_by)[:-1] if inspect.isclass(made_by) else [made_by] if made_by else []:
-        if inspect.isclass(one) and "__init__" not in vars(one):
-            continue  # a mixin, whose signature is that of a class further on
-        parameters = inspect.signature(one).parameters.values()
+    for target in inspect.getmro(made_by)[:-1] if inspect.isclass(made_by) else [made_by] if made_by else []:
+        if inspect.isclass(target) and "__init__" not in vars(target):
+            continue  # a mixin, whose signature is that of a later class
+        parameters = inspect.signature(target).parameters.values()
         taken += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
@@ -293,7 +295,7 @@ def _arguments_of(path: str) -> list[str]:
 
 
 def short_names() -> dict[str, str]:
-    """Return the classes that a config may name without a module: Lightning's callbacks, torch's optimizers, ..."""
+    """Return the full names of classes without a module, such as Lightning's callbacks and torch's optimizers."""
     full_names = {}
     for part in BY_NAME:
         names = getattr(importlib.import_module(part), "__all__", [])
@@ -302,9 +304,9 @@ def short_names() -> dict[str, str]:
 
 
 def wrong_path(path: str) -> str | None:
-    """Say why `path` names nothing, with near misses; None where it names something.
+    """Return why `path` does not exist, with near misses; None where it exists.
 
-    Modules on the way are imported: they are what the command would import next.
+    Modules on the path are imported, as the command would do next.
     """
     parts = path.split(".")
     if parts[0] == "lora_lightning" and parts[-1] in (gone := {**REMOVED, **lora_lightning.GONE}):
@@ -313,37 +315,37 @@ def wrong_path(path: str) -> str | None:
         known = {**short_names(), **{name: f"lora_lightning.{name}" for name in lora_lightning.__all__}}
         near = [known[name] for name in near_misses(path, known, 2)]
         return None if path in known else f"'{path}' is no path to a class, such as module.Class{_suggestion(near)}"
-    held: Any = None
+    found_object: Any = None
     for count, name in enumerate(parts):
         before = ".".join(parts[:count])
-        if held is not None and hasattr(held, name):
-            held = getattr(held, name)
+        if found_object is not None and hasattr(found_object, name):
+            found_object = getattr(found_object, name)
             continue
         whole = f"{before}.{name}" if before else name
-        if held is None or isinstance(held, ModuleType):
+        if found_object is None or isinstance(found_object, ModuleType):
             try:
-                held = importlib.import_module(whole)
+                found_object = importlib.import_module(whole)
                 continue
             except ModuleNotFoundError as error:
                 if error.name != whole:
                     return f"'{whole}' cannot be imported: {error}"
-            except Exception as error:  # whatever a file of the user's own raises
+            except Exception as error:  # whatever a user's file raises
                 return f"'{whole}' cannot be imported: {type(error).__name__}: {error}"
         if parts[0] == "lora_lightning" and parts[-1] in lora_lightning.__all__:  # by its former module
             return f"there is no '{whole}': take 'lora_lightning.{parts[-1]}'"
-        return _missing_attribute(whole, before, name, held)
+        return _missing_attribute(whole, before, name, found_object)
     return None
 
 
-def _missing_attribute(whole: str, before: str, name: str, held: Any) -> str:
-    if held is None:
+def _missing_attribute(whole: str, before: str, name: str, owner: Any) -> str:
+    if owner is None:
         beside = [file.stem for file in Path.cwd().glob("*.py")]
         installed = {"lora_lightning", *importlib.metadata.packages_distributions()}
         near = near_misses(name, beside, 1) or near_misses(name, installed, 1)
         hint = _suggestion(near) or f": a file {name}.py of your own is looked for in the folder where the command runs"
         return f"there is no module '{name}'{hint}"
-    inner = [module.name for module in pkgutil.iter_modules(getattr(held, "__path__", []))]
-    public = [n for n in dir(held) if not n.startswith("_") and callable(getattr(held, n, None))]
+    inner = [module.name for module in pkgutil.iter_modules(getattr(owner, "__path__", []))]
+    public = [n for n in dir(owner) if not n.startswith("_") and callable(getattr(owner, n, None))]
     return f"there is no '{whole}'{_suggestion([f'{before}.{n}' for n in near_misses(name, [*inner, *public])])}"
 
 
@@ -355,7 +357,7 @@ def _suggestion(names: Sequence[str]) -> str:
 
 
 def _wrong_value(text: str, settings: Sequence[Setting]) -> str:
-    """Return a line on a value of another type than its key takes; types without plain words keep the parser's own."""
+    """Return a line on a value of the wrong type; types without plain words keep the parser's message."""
     matches = list(KEY.finditer(text))
     if not matches:
         return text
@@ -381,15 +383,15 @@ def _wrong_value(text: str, settings: Sequence[Setting]) -> str:
     return f"{start}expected {expected}, got '{'null' if value == 'None' else value}'{did_you_mean(value, choices)}"
 
 
-# ---- what jsonargparse takes, and fails on only where it makes the classes, or not at all
+# ---- values that jsonargparse accepts, and fails on later or not at all
 
 
 def refuse_config(config: Any, words: Sequence[str]) -> None:
-    """Refuse what jsonargparse takes and cannot mean anything: no map for a group, a run's name that leaves runs_dir.
+    """Refuse invalid values that jsonargparse accepts.
 
     Raises:
-        LoRAError: trainer, model or model.lora is no map; the run would not lie in `runs_dir`; a strategy's path leads
-            nowhere.
+        LoRAError: trainer, model or model.lora is no map; the run's folder is not within `runs_dir`; a strategy's path
+            does not exist.
     """
     for key in ("trainer", "model", "model.lora"):
         value = config.get(key)
@@ -400,7 +402,7 @@ def refuse_config(config: Any, words: Sequence[str]) -> None:
     name = str(config.get("name", "lora"))
     if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
         raise LoRAError(f"name: expected that of a folder within runs_dir, got '{name}': --runs_dir says where runs go")
-    loggers = config.get("trainer.logger")  # of a list jsonargparse would tell all types that it tried, and not why
+    loggers = config.get("trainer.logger")  # for a list jsonargparse would name the types that it tried, and no reason
     for logger in loggers if isinstance(loggers, list) else []:
         if str(logger.get("class_path")).endswith("WandbLogger") and logger.get("init_args.offline") is False:
             from lora_lightning.training.tracking.wandb_logger import refuse_no_key

@@ -1,4 +1,4 @@
-"""How the command ends: with one line that says why, and an exit code that says what kind of end it was."""
+"""How the command ends: with one line that says why, and an exit code for the kind of end."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ CODES = {
 """What each exit code means."""
 
 CLOSED = 141
-"""As a shell reports a program whose reader, such as `head`, has gone: nothing is amiss."""
+"""A shell's code for a program whose reader, such as `head`, has ended: this is no failure."""
 
 DEBUG = "LORA_LIGHTNING_DEBUG"
 """The environment variable that shows tracebacks; `--debug` sets it, also for the processes that a command starts."""
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
-"""A disk that is full, or a folder that cannot be written or is none: a user's to mend, and no fault of the code."""
+"""A full disk, or a folder that cannot be written: the user can mend it, and the code is not at fault."""
 
 KNOWN = (
     (
@@ -78,7 +78,7 @@ KNOWN = (
         "the optimizer says: {1}; see model.optimizer.init_args",
     ),
 )
-"""What Lightning and torch say of mistakes that a user can mend, and what to do."""
+"""Messages of Lightning and torch about mistakes that a user can mend, and what to do."""
 
 
 def explain_message(text: str) -> str | None:
@@ -93,10 +93,10 @@ def explain_message(text: str) -> str | None:
 
 
 def report_error(error: BaseException, args: Sequence[str] = ()) -> int:
-    """Say in one line why the command ends, with the traceback where it is asked for; returns the exit code.
+    """Print in one line why the command ends, with the traceback if requested; returns the exit code.
 
     Args:
-        error: that nothing has caught.
+        error: the error that ends the command.
         args: the words of the command.
     """
     if os.environ.get(DEBUG, "0") not in ("", "0"):
@@ -114,7 +114,7 @@ def exit_code_and_line(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "stopped by Ctrl-C"
     ours = isinstance(error, LoRAError | MissingPackageError) or not is_raised_by_user(error)
-    if ours and (known := _own_line(error)) is not None:
+    if ours and (known := _line_without_place(error)) is not None:
         return MISTAKE, known
     if ours and isinstance(error, OSError) and error.errno in DISK:
         return MISTAKE, disk_line(error)
@@ -123,7 +123,7 @@ def exit_code_and_line(error: BaseException) -> tuple[int, str]:
     return FAILED, f"{kind}{f': {message}' if message else ''} ({place(error)}; --debug shows the traceback)"
 
 
-def _own_line(error: BaseException) -> str | None:
+def _line_without_place(error: BaseException) -> str | None:
     """Return the line of an error that needs no place in the code; None for other errors."""
     text = " ".join(str(error).split())
     if isinstance(error, LoRAError | MissingPackageError):
@@ -135,7 +135,7 @@ def _own_line(error: BaseException) -> str | None:
 
 
 def _from_another_folder(text: str, args: Sequence[str]) -> str:
-    """Add that a missing path stands in a run's config, whose paths start from the folder where the command runs."""
+    """Add that a missing path is in a run's config, whose paths are relative to the current folder."""
     match = re.match(r"no (?:file|folder|model|directory|tokenizer) '?([^';:]+?)'?(?:[;:, ]|$)", text)
     if match is None or Path(match[1]).is_absolute():
         return ""
@@ -153,7 +153,7 @@ def _from_another_folder(text: str, args: Sequence[str]) -> str:
 
 
 def disk_line(error: OSError) -> str:
-    """Return the line for a disk's error; a checkpoint's own, where a log failed after it for the same reason."""
+    """Return the line for a disk's error, or that of a checkpoint's error before it, which has the same cause."""
     before: BaseException | None = error
     while before is not None:
         if isinstance(before, LoRAError):
@@ -177,19 +177,19 @@ def _from_here(file: Path) -> Path:
 
 
 def is_raised_by_user(error: BaseException) -> bool:
-    """Return whether code of the user's own has raised it: then they need its type, message and place."""
+    """Return whether the user's code has raised it: then they need its type, message and place."""
     frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and _is_of_user(frames[-1])
 
 
 def place(error: BaseException) -> str:
-    """Return `FILE:LINE, in FUNCTION` of the last frame in the user's code, else in ours, else where the error rose."""
+    """Return `FILE:LINE, in FUNCTION` of the last frame in the user's code, else in ours, else of the last frame."""
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     if not frames:
         return "no place"
-    user_frames = [frame for frame in frames if _is_of_user(frame[0])]
-    ours = [frame for frame in frames if _package() in Path(frame[0].co_filename).parents]
-    code, line = (user_frames or ours or frames)[-1]
+    of_user = [frame for frame in frames if _is_of_user(frame[0])]
+    of_package = [frame for frame in frames if _package() in Path(frame[0].co_filename).parents]
+    code, line = (of_user or of_package or frames)[-1]
     return f"{_short_path(code)}:{line}, in {code.co_qualname}"
 
 
@@ -198,7 +198,7 @@ def _package() -> Path:
 
 
 def _is_of_user(code: CodeType) -> bool:
-    """Return whether code is neither of this package nor of an installed one nor Python's own."""
+    """Return whether code is neither of this package nor of an installed one nor Python's."""
     file = Path(code.co_filename)
     others = {_package(), Path(sysconfig.get_paths()["stdlib"])}
     installed = {"site-packages", "dist-packages"} & set(file.parts)

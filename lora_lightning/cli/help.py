@@ -1,6 +1,6 @@
-"""What a person reads: the first screen, `COMMAND --help`, and all that is told of one group or of everything.
+"""The help texts: the first screen, `COMMAND --help`, and the long help of one group or of everything.
 
-Nothing heavy is imported here: the first screen and a mistyped command are answered at once.
+Nothing heavy is imported here, so that the first screen and a mistyped command are answered at once.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ELSEWHERE = {
     **dict.fromkeys(("eval", "evaluate"), "test"),
     **dict.fromkeys(("generate", "infer", "inference"), "predict"),
 }
-"""What other tools call a command."""
+"""Other tools' names of commands."""
 
 GONE = {"completion": "bash completes commands and files by one line of ~/.bashrc, which docs/command.md has"}
-"""Commands of earlier versions, and what to take."""
+"""Commands of earlier versions, and their replacements."""
 
 EXAMPLES = """\
 examples
@@ -45,7 +45,7 @@ options
 
 
 def front_page() -> str:
-    """Return the first screen: each command with a line, examples, and what the exit codes mean."""
+    """Return the first screen: each command with a line, examples, and the meanings of exit codes."""
     parts = [
         "usage: lora-lightning COMMAND [options]",
         "LoRA fine-tuning on PyTorch Lightning: a YAML file describes a run.",
@@ -57,7 +57,7 @@ def front_page() -> str:
 
 
 def answer_without_command(args: list[str]) -> bool:
-    """Answer arguments that name no command, such as --version; return whether there were such.
+    """Answer arguments without a command, such as --version; return whether there were such.
 
     Raises:
         LoRAError: the first word is no command.
@@ -101,34 +101,34 @@ def put_command_first(args: list[str]) -> list[str]:
     return args
 
 
-# ---- a command's own screen
+# ---- a command's screen
 
 TRAINER = (
     *("max_epochs", "max_steps", "accelerator", "devices", "num_nodes", "strategy", "precision"),
     *("accumulate_grad_batches", "gradient_clip_val", "val_check_interval", "check_val_every_n_epoch"),
     *("limit_train_batches", "log_every_n_steps", "fast_dev_run", "callbacks", "logger"),
 )
-"""Of the Trainer's options those that most runs set."""
+"""Options of the Trainer that most runs set."""
 
 TO_TRAIN = (
     *("max_epochs", "max_steps", "max_time", "accumulate_grad_batches", "gradient_clip_val", "val_check_interval"),
     *("check_val_every_n_epoch", "limit_train_batches", "log_every_n_steps"),
 )
-"""Those of them that say nothing where nothing trains."""
+"""Those of them that matter only in training."""
 
 CHECKPOINT = {
     "fit": "go on from auto (the newest), last, best, a run folder or a .ckpt file",
     "other": "what to use: best, last, a run folder or a .ckpt file",
 }
-"""What Lightning tells of its own words alone."""
+"""Texts in place of Lightning's, which does not know our words."""
 
 COLUMN = 31
-"""Where what is told of an option begins, behind all but the longest."""
+"""Column of the options' texts, after all but the longest names."""
 GROUPS = ("run", "model", "lora", "data", "trainer")
 
 
 class ShowHelp(argparse.Action):
-    """Prints what `--help`, `--help all` and `--help GROUP` ask for."""
+    """Prints the screen of `--help`, `--help all` and `--help GROUP`."""
 
     def __init__(self, option_strings: list[str], dest: str = SUPPRESS, **_: Any) -> None:
         super().__init__(option_strings, SUPPRESS, nargs="?", default=SUPPRESS, metavar="all", help="this screen")
@@ -139,7 +139,7 @@ class ShowHelp(argparse.Action):
 
 
 def screen(parser: Any, word: str | None = None) -> str:
-    """Return what `--help` shows: the short screen, everything, or one group."""
+    """Return the screen of `--help`: the short one, everything, or one group."""
     everything = str(parser.format_help())
     if word == "all" or not (word or has_groups(parser)):
         return everything
@@ -182,8 +182,8 @@ def short_screen(parser: Any) -> str:
     actions = list(_actions(parser))
     hidden = [action for action in actions if _is_hidden(action, command)]
     for group, title in TITLES.items():
-        members = [action for action in actions if _group_of(action.dest) == group and action not in hidden]
-        lines += [title, *(_row(action, command) for action in members)]
+        shown = [action for action in actions if _group_of(action.dest) == group and action not in hidden]
+        lines += [title, *(_row(action, command) for action in shown)]
         if group == "trainer" and hidden:
             lines.append(f"  and {len(hidden)} more: lora-lightning {command} --help trainer")
         lines.append("")
@@ -191,7 +191,7 @@ def short_screen(parser: Any) -> str:
 
 
 def _head(command: str) -> list[str]:
-    """Return the lines that say what the command is for and where the rest is told."""
+    """Return the lines with the command's purpose and where to find further help."""
     example = "For example: fit -c configs/demo.yaml"
     if command in FROM_CHECKPOINT:
         example = f"For example: {command} --ckpt_path runs/demo"
@@ -208,16 +208,16 @@ def _head(command: str) -> list[str]:
 
 
 def _actions(parser: Any) -> Iterator[Action]:
-    """Yield the options that hold a value, without those that jsonargparse adds, which the head explains."""
+    """Yield the options with a value, without those that jsonargparse adds, which the head explains."""
     groups = {action.dest.rpartition(".")[0] for action in parser.options() if not action.dest.endswith(".help")}
     for action in parser.options():
-        has_flag = action.option_strings and not action.dest.endswith(".help") and action.dest not in groups
-        if has_flag and action.help != SUPPRESS and action.dest not in ("help", SUPPRESS):
+        has_value = action.option_strings and not action.dest.endswith(".help") and action.dest not in groups
+        if has_value and action.help != SUPPRESS and action.dest not in ("help", SUPPRESS):
             yield action
 
 
 def _is_hidden(action: Action, command: str) -> bool:
-    """Return whether an option is left to `--help trainer`, as one that few runs set or that only training needs."""
+    """Return whether only `--help trainer` shows an option: few runs set it, or only training needs it."""
     group, _, name = action.dest.partition(".")
     return group == "trainer" and (name not in TRAINER or (command != "fit" and name in TO_TRAIN))
 
@@ -263,11 +263,11 @@ def _default(action: Action) -> str:
 
 
 BASES = ("TableData", "Task", "StepOutput")
-"""What users subclass."""
+"""Classes that users subclass."""
 
 
 def classes_of(key: str) -> list[str]:
-    """Return the names of our own classes for `data` or `model.task`."""
+    """Return the names of this package's classes for `data` or `model.task`."""
     import lora_lightning
 
     where, ending = ("lora_lightning.data.", "Data") if key == "data" else ("lora_lightning.tasks.", "")
@@ -278,25 +278,25 @@ def classes_of(key: str) -> list[str]:
     )
 
 
-# ---- everything: jsonargparse's own screen, in another order and rid of what no one reads
+# ---- everything: jsonargparse's screen, shortened
 
 KNOWN = re.compile(r",\s+known\s+subclasses:([^()]*)(?=\)\n)")
 
 
 def has_groups(parser: Any) -> bool:
-    """Return whether the parser is of a command over a whole config."""
+    """Return whether the parser is of a command with a whole config."""
     return any(action.dest == "model.lora.r" for action in parser.options())
 
 
 def usage_of_run(prog: str) -> str:
-    """Return the usage line of a command over a config, without its hundred flags."""
+    """Return the usage line of a command with a config, without its hundred flags."""
     prog = prog.replace(" [options]", "").replace("__main__.py", "lora-lightning")
     trained = prog.rpartition(" ")[2] in FROM_CHECKPOINT
     return f"{prog} {'--ckpt_path RUN [-c CONFIG ...]' if trained else '-c CONFIG [-c CONFIG ...]'} [options]"
 
 
 def shorten_subclasses(listed: re.Match[str]) -> str:
-    """Return the public ones of a list of known subclasses, or nothing where they are too many to read."""
+    """Return the public ones of a list of known subclasses, or nothing where there are too many."""
     names = re.sub(r"\s+", "", listed[1]).split(",")
     public = [name for name in names if not re.match(r"lora_lightning(\.\w+){2,}$|accelerate\.|transformers\.", name)]
     if len(public) > 30:

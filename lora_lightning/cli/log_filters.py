@@ -1,7 +1,6 @@
-"""What other packages say on the screen that a user can do nothing about, each with the reason why it is kept off.
+"""Messages of other packages that a user cannot act on and that are not shown, each with the reason.
 
-What can be acted on stays: a batch that is larger than the log's interval, a GPU that is there and not used, and all of
-our own.
+Messages that a user can act on stay, such as that of an idle GPU, and all messages of this package.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ WARNINGS = {
     "Experiment logs directory .* exists and is not empty.*",
     # The command itself puts the run's config in front of the arguments.
     "LightningCLI's args parameter is intended to run from within.*",
-    # A test or a resumed fit writes to a folder of its own, where the best of another does not count.
+    # A test or a resumed fit may write to another folder, where the best of the first does not count.
     "The dirpath has changed from .*",
     # The backbone is in eval mode on purpose, see `backbone_mode`.
     "Found .* module\\(s\\) in eval mode at the start of training.*",
     # Its successor is unknown to torch 2.10 and older.
     "`broadcast_buffers` is deprecated.*",
 }
-"""Messages given to `warnings`, as patterns from their beginning."""
+"""Patterns of warnings, from their beginning."""
 
 RECORDS = {
     "lightning.pytorch.utilities.rank_zero": (
@@ -45,7 +44,7 @@ RECORDS = {
     "torchao": ("Failed to load ",),  # kernels for GPUs, which are not there; it is quiet where they are
     "torch.utils._pytree": ("is an Enum subclass and is now natively supported",),  # torchao calls an older torch API
 }
-"""Parts of records given to loggers, by the logger's name."""
+"""Parts of log records, by the logger's name."""
 
 
 def silence_others() -> None:

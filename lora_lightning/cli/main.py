@@ -53,7 +53,7 @@ LINKS = {
     "model.task.init_args.label_names": "data.label_names",
     "model.task.init_args.tokenizer": "data.tokenizer",
 }
-"""What the model is told by the data, where the DataModule has such an attribute; else a config's own value holds."""
+"""Arguments of the model that the data set, where the DataModule has the attribute; else the config's value holds."""
 
 # The docstring under each field of LoRAConfig and SplitConfig is its --help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -83,11 +83,8 @@ class SaveRunConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
             shared = self.config.clone()
-            for argument in (
-                "ckpt_path",
-                "weights_only",
-            ):  # arguments of fit; without them the file serves every command
-                shared.pop(argument, None)
+            for name in ("ckpt_path", "weights_only"):  # arguments of fit; without them the file serves every command
+                shared.pop(name, None)
             read_off_train = getattr(trainer.datamodule, "read_off_train", dict)  # type: ignore[attr-defined]
             for name, value in read_off_train().items():
                 shared.data.init_args[name] = value
@@ -110,15 +107,15 @@ class LoRACLI(LightningCLI):
 
     Args:
         args: the words of the command line, those of the process by default; or a config as a dict.
-        until: where to stop, for what reads a run without starting it: see `cli.build`.
-        edit: changes the command's config, in place, before anything is made of it.
+        until: where to stop, for code that reads a run without starting it: see `cli.build`.
+        edit: changes the command's config in place before anything is built.
     """
 
     _goes_on: int | None = None
-    """The version of the run that a fit goes on with; None where it makes one of its own."""
+    """The version of the run that a fit continues; None where it makes a new one."""
 
     _named_data: str | None = None
-    """What data that a flag names are called, where a trained run is tested or predicts on other than its own."""
+    """The short name of data that a flag sets, where a trained run is tested or predicts on other data."""
 
     def __init__(
         self,
@@ -128,9 +125,9 @@ class LoRACLI(LightningCLI):
         edit: Callable[[Namespace], None] | None = None,
         **kwargs: Any,
     ) -> None:
-        given = sys.argv[1:] if args is None else args
+        words = sys.argv[1:] if args is None else args
         self.until, self.edit = until, edit
-        self.line = CommandLine(list(map(str, given)) if isinstance(given, list) else [])
+        self.line = CommandLine(list(map(str, words)) if isinstance(words, list) else [])
         super().__init__(
             model_class=LoRAModule,
             datamodule_class=None,  # any, and none where a command can do without
@@ -148,10 +145,10 @@ class LoRACLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return Lightning's subcommands and `export`, or the one that is asked for: each takes 0.3 s to describe."""
+        """Return Lightning's subcommands and `export`, or only the one that runs: each parser takes 0.3 s."""
         known = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
-        asked = self.line.words[0] if self.line.words else ""
-        return {asked: known[asked]} if asked in known else known
+        command = self.line.words[0] if self.line.words else ""
+        return {command: known[command]} if command in known else known
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser for the command or for one subcommand."""
@@ -161,7 +158,7 @@ class LoRACLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Name the run, and let the data tell the model what it is about."""
+        """Add the run's name and folders, and the links from the data to the model."""
         parser.add_argument("--name", type=str, default="lora", help="Name of the run: it goes to runs_dir/name/.")
         parser.add_argument("--runs_dir", type=str, default="runs", help="Folder of all runs.")
         parser.add_argument(
@@ -205,7 +202,7 @@ class LoRACLI(LightningCLI):
                 labels_of_run(config)
 
     def _resolve_checkpoint(self, config: Any) -> None:
-        """Turn `best`, `last`, `auto` or a folder into the file that is meant, before Lightning sees it."""
+        """Turn `best`, `last`, `auto` or a folder into a file before Lightning sees it."""
         path, command = config.get("ckpt_path"), str(self.config.subcommand)
         if path is None:
             if command in FROM_CHECKPOINT:
@@ -234,17 +231,14 @@ class LoRACLI(LightningCLI):
             self._goes_on = run.continued_version(Path(config.ckpt_path), runs)
 
     def _parse_ckpt_path(self) -> None:
-        """Read nothing. Lightning would open the file before it is known to be whole, for settings that win over flags.
-
-        Ours holds none; what it was trained with is compared when it is loaded.
-        """
+        """Read nothing: Lightning would open an unchecked file for hyperparameters, which ours does not have."""
 
     def instantiate_classes(self) -> None:
-        """Make the objects; a class's own error is raised without jsonargparse's account of the types that it tried.
+        """Make the objects; an error of a class is raised without jsonargparse's list of the types that it tried.
 
         Raises:
-            LoRAError: an object of ours refuses its arguments.
-            ValueError: one of the user's own does.
+            LoRAError: an object of this package refuses its arguments.
+            ValueError: an object of the user's does.
         """
         if self.until == "parser":
             return
@@ -259,20 +253,20 @@ class LoRACLI(LightningCLI):
             causes: list[BaseException] = [error]
             while before := causes[-1].__cause__ or causes[-1].__context__:
                 causes.append(before)
-            known = [one for one in causes if isinstance(one, LoRAError) or is_raised_by_user(one)]
+            known = [cause for cause in causes if isinstance(cause, LoRAError) or is_raised_by_user(cause)]
             if not known:
                 raise
             raise known[0] from None
 
     def before_fit(self) -> None:
-        """Refuse what would end a fit only once it runs, while there is no run folder yet."""
+        """Refuse what would end a running fit, before there is a run folder."""
         config = self.config[str(self.subcommand)]
         refuse_other_count(config, self.datamodule)
         refuse_other_size(self.model.backbone, self.model.task, self.datamodule)
         refuse_unlogged(self.trainer, self.model, config.get("model.lr_scheduler.init_args.monitor"))
 
     def after_instantiate_classes(self) -> None:
-        """Run nothing where the caller asked to stop before the end."""
+        """Run nothing where `until` says so."""
         if self.until != "end":
             self.subcommand = None
 
@@ -287,7 +281,7 @@ class LoRACLI(LightningCLI):
             if not any(isinstance(callback, default) for callback in callbacks):
                 callbacks.insert(0, default())
         if not any(isinstance(callback, RunReport) for callback in callbacks):
-            callbacks.append(RunReport())  # its table closes a fit, after whatever the others add to it
+            callbacks.append(RunReport())  # its table closes a fit, after the other callbacks have added to it
         if not any(isinstance(callback, Tracking) for callback in callbacks):
             callbacks.append(Tracking())
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -303,13 +297,15 @@ class LoRACLI(LightningCLI):
             kwargs |= single_process_options(config.get("accelerator"))
         return super().instantiate_trainer(callbacks=callbacks, logger=self._loggers(config.get("logger")), **kwargs)
 
-    def _loggers(self, given: Any) -> list[Logger] | bool:
-        """Return a CSV log, which names the run's folder, in front of the loggers that the config asks for."""
-        if given is False:
+    def _loggers(self, configured: Any) -> list[Logger] | bool:
+        """Return a CSV log, which sets the run's folder, and the loggers of the config."""
+        if configured is False:
             return False
         if self.config.subcommand == "fit" and self.config.fit.ckpt_path:
-            resume_loggers(None if given in (None, True) else given, self.config.fit.ckpt_path)
-        loggers = [] if given in (None, True) else list(given) if isinstance(given, list) else [given]
+            resume_loggers(None if configured in (None, True) else configured, self.config.fit.ckpt_path)
+        loggers = (
+            [] if configured in (None, True) else list(configured) if isinstance(configured, list) else [configured]
+        )
         if any(isinstance(logger, CSVLogger) for logger in loggers):
             return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))
         command = self.config[self.config.subcommand]
@@ -319,18 +315,18 @@ class LoRACLI(LightningCLI):
             version, folder = str(self.config.subcommand), run.run_of_checkpoint(Path(command.ckpt_path))
             if self._named_data is None or version == "predict":
                 go_on_with_run_of(loggers, command.ckpt_path)
-            else:  # the run's own figures stay what they are
+            else:  # the figures of the run's own data stay
                 version = f"{version}_{self._named_data}"
             return [RepeatedCSVLogger(folder, name="", version=version), *loggers]
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]
 
 
 def resume_loggers(loggers: Any, checkpoint: str) -> None:
-    """Let loggers go on with the runs that the checkpoint was written in, where it is the newest state of its run."""
+    """Let loggers continue the runs of the checkpoint, where it is the newest state of its run."""
     if not loggers or "://" in checkpoint or not run.is_newest_state(Path(checkpoint)):
         return
     content = run.load_checkpoint(checkpoint)
     if RESUME_KEY in content:
         stepped = content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
-        given = loggers if isinstance(loggers, list) else [loggers]
-        go_on_with(given, content[RESUME_KEY].get("loggers", []), next_log_step(content[RESUME_KEY], stepped))
+        loggers = loggers if isinstance(loggers, list) else [loggers]
+        go_on_with(loggers, content[RESUME_KEY].get("loggers", []), next_log_step(content[RESUME_KEY], stepped))

@@ -1,4 +1,4 @@
-"""What PEFT, litgpt, torchtune, axolotl, LLaMA-Factory and the Hugging Face Trainer call it, and what it is here."""
+"""Option names of PEFT, litgpt, torchtune, axolotl, LLaMA-Factory and the Hugging Face Trainer, and ours for them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ HERE: Mapping[str, str] = {
     "ckpt_path": "resume_from_checkpoint",
     "ckpt_path auto": "resume auto_resume auto_resume_from_checkpoints",
 }
-"""Here, and there."""
+"""Our name, and the other tools' names."""
 
 NOT_NEEDED: Mapping[str, str] = {
     "the class of model.task says what the task is": "task_type lora_task_type",
@@ -87,24 +87,24 @@ NOT_NEEDED: Mapping[str, str] = {
     "--ckpt_path best is for test, predict and export": "load_best_model_at_end",
     "export writes a folder, and `hf upload NAME FOLDER` puts it there": "push_to_hub hub_model_id",
 }
-"""Why there is nothing to say, and what says it there."""
+"""Why an option is not needed, and the other tools' names of it."""
 
 
 GONE: Mapping[str, str] = {
     "directions": "the layers of one adapter are no longer compared; analyze compares two adapters that are named",
 }
-"""Options of earlier versions, by what is to be done without them."""
+"""Options of earlier versions, and what to do instead."""
 
 
 def instead_of(name: str, keys: Iterable[str], dashes: str) -> str | None:
-    """Say what to do in place of another tool's name, or of one that is gone.
+    """Return what to write in place of another tool's name or of a removed option.
 
-    None where it is none, or of another command than the one asked.
+    None where the name is unknown, or our name belongs to another command.
 
     Args:
         name: without its groups.
-        keys: of the command.
-        dashes: of a flag, or none for a key of a file.
+        keys: the command's.
+        dashes: before a flag; empty for a key of a file.
     """
     if name in GONE:
         return f": it is gone; {GONE[name]}"

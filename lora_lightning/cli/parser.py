@@ -1,4 +1,4 @@
-"""The command's parsers: a mistake is answered with one line, and a command without a config needs no Lightning."""
+"""The command's parsers, which answer a mistake in one line; commands without a config need no Lightning."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lora_lightning.cli.registry import COMMANDS, function_of
 
 @dataclass
 class CommandLine:
-    """The words and the parsers of one command, which its parsers share."""
+    """The words and the parsers of one command, shared by its parsers."""
 
     words: list[str] = field(default_factory=list)
-    """As given, with the config of a trained run in front where the command has found it by itself."""
+    """The user's words, with a trained run's config in front where the command adds it."""
     parsers: list[OneLine] = field(default_factory=list)
     """The command's, and those of its subcommands."""
 
 
 class OneLine(ArgumentParser):
-    """Answers a mistake with one line instead of a screen of usage."""
+    """A parser that answers a mistake in one line instead of a screen of usage."""
 
     def __init__(self, *args: Any, line: CommandLine | None = None, **kwargs: Any) -> None:
         kwargs["allow_abbrev"] = False  # `--model.lora.rank` must not be taken for rank_pattern
@@ -47,7 +47,7 @@ class OneLine(ArgumentParser):
         return KNOWN.sub(shorten_subclasses, str(super().format_help(*args, **kwargs)))
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """Parse as jsonargparse does, but hand `null` on to a class's own parser as null and not as the text None."""
+        """Parse as jsonargparse does, but pass `null` to a class's parser as null and not as the text None."""
         if not self.exit_on_error and args and str(args[0]).endswith("=None"):
             args = [f"{args[0].removesuffix('None')}null", *args[1:]]
         if self.exit_on_error and self is self.line.parsers[0]:
@@ -55,7 +55,7 @@ class OneLine(ArgumentParser):
         return super().parse_args(args, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and what to do, and exit with 2; a class's own parser leaves that to the command's."""
+        """Print what is wrong and what to do, and exit with 2; a class's parser leaves that to the command's."""
         if not self.exit_on_error:
             raise argparse.ArgumentError(None, message) from ex
         words = self.line.words
@@ -71,16 +71,16 @@ class OneLine(ArgumentParser):
 
     def options(self) -> list[argparse.Action]:
         """Return all actions, those of classes and functions too, as argparse hands them to its usage formatter."""
-        actions_found: list[argparse.Action] = []
+        actions_of_all: list[argparse.Action] = []
 
         class Reader(argparse.HelpFormatter):
             def add_usage(self, usage: Any, actions: Any, *args: Any, **kwargs: Any) -> None:
-                actions_found.extend(actions)
+                actions_of_all.extend(actions)
 
         before, self.formatter_class = self.formatter_class, Reader
         self.format_usage()
         self.formatter_class = before
-        return actions_found
+        return actions_of_all
 
 
 def command_parser(name: str) -> OneLine:
@@ -117,39 +117,39 @@ def _usage(action: argparse.Action) -> str:
 
 
 class PassingOn(OneLine):
-    """Takes its own options, and keeps every other flag for the command that it runs."""
+    """A parser that collects every flag which is not its own for the command that it runs."""
 
     passed_as = ""
     lists: frozenset[str] = frozenset()
     """Options that take several words."""
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """Parse: an own option takes the words up to the next flag, a list all that it is given in any place."""
-        list_options, others = self._divide(list(sys.argv[1:] if args is None else args))
-        namespace = super().parse_args(list_options, *rest, **kwargs)
-        namespace[self.passed_as] = others
-        return namespace
+        """Parse: an option takes the words up to the next flag, and a list all values of its repeated flags."""
+        words, others = self._divide(list(sys.argv[1:] if args is None else args))
+        config = super().parse_args(words, *rest, **kwargs)
+        config[self.passed_as] = others
+        return config
 
     def _divide(self, words: list[str]) -> tuple[list[str], list[str]]:
-        list_options: dict[str, list[str]] = {}
+        by_option: dict[str, list[str]] = {}
         flags = self.options_of("")
         others: list[str] = []
         current = None
         for word in words:
             option, equals, value = word.partition("=")
             if not word.startswith("-"):
-                (others if current is None else list_options[current]).append(word)
+                (others if current is None else by_option[current]).append(word)
             elif option not in flags:
                 current = None
                 others.append(word)
             else:
                 current = option
-                before = list_options.get(option, []) if option in self.lists else []  # of others the later one wins
-                list_options[option] = [*before, *([value] if equals else [])]
-            if current is not None and current not in self.lists and list_options[current]:
+                before = by_option.get(option, []) if option in self.lists else []  # else the later one wins
+                by_option[option] = [*before, *([value] if equals else [])]
+            if current is not None and current not in self.lists and by_option[current]:
                 current = None
         arguments = []
-        for option, values in list_options.items():
+        for option, values in by_option.items():
             arguments += [f"{option}={json.dumps(values)}"] if option in self.lists else [option, *values]
         return arguments, others
 
@@ -157,12 +157,12 @@ class PassingOn(OneLine):
 def run_command(name: str, args: list[str]) -> None:
     """Run a command that needs no config."""
     function = function_of(name)
-    given = command_parser(name).parse_args(with_values(args, function.__annotations__))
-    function(**given.as_dict())
+    config = command_parser(name).parse_args(with_values(args, function.__annotations__))
+    function(**config.as_dict())
 
 
 def with_values(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
-    """Give a switch that stands alone its value: `--json` becomes `--json true`."""
+    """Add the value of a switch without one: `--json` becomes `--json true`."""
     switches = {f"--{name}" for name, kind in types.items() if kind is bool or str(kind).startswith("bool")}
     words = []
     for arg, follower in pairwise([*args, "--"]):

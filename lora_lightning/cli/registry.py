@@ -1,4 +1,4 @@
-"""The commands by group, each with its line on the first screen; what they need is imported when one is called."""
+"""The commands by group, each with its line on the first screen; a command's imports happen when it is called."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ class Command(NamedTuple):
     """One command."""
 
     line: str
-    """What it does, for the first screen."""
+    """Its description on the first screen."""
     function: str | None = None
     """`module:function` whose signature and docstring are its `--help`; None for those of LightningCLI."""
     positional: str | None = None
-    """The argument that is given without its name; more than once where it is a list."""
+    """The argument without a flag; repeated where it is a list."""
     help: str = ""
-    """Of a list that is given so, what it holds."""
+    """Help of the positional argument."""
     rest: str | None = None
-    """The argument that takes every flag that is not the command's own."""
+    """The argument that collects every flag which is not the command's."""
 
 
 GROUPS: dict[str, dict[str, Command]] = {
@@ -56,7 +56,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "a project from the template, with configs, data, a backbone, a task and tests",
             "lora_lightning.commands.new:new",
             "folder",
-            "A new or empty folder, by whose name the project is called.",
+            "A new or empty folder, whose name is the project's.",
         ),
     },
     "this machine": {
@@ -68,12 +68,12 @@ GROUPS: dict[str, dict[str, Command]] = {
 
 
 FROM_CHECKPOINT = ("validate", "test", "predict", "export")
-"""Commands that work on a trained run, and need no --config where --ckpt_path leads to one."""
+"""Commands on a trained run, which need no --config where --ckpt_path leads to one."""
 
 ENTRIES: dict[str, Command] = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 COMMANDS = {name: command for name, command in ENTRIES.items() if command.function}
-"""Those that need no config."""
+"""Commands that need no config."""
 
 
 def function_of(name: str) -> Callable[..., Any]:

@@ -1,1 +1,1 @@
-"""One module or folder per command that is not one of LightningCLI's own."""
+"""One module or folder per command that LightningCLI does not have."""

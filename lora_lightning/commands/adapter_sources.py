@@ -1,4 +1,4 @@
-"""Whatever holds an adapter, opened for `analyze`: a directory of ours or PEFT's, an export, a run, a checkpoint."""
+"""Opens adapters for `analyze`: a directory of ours or PEFT's, an export, a run, a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,43 +31,43 @@ AUTO, NONE = "auto", "none"
 
 @dataclass
 class Source:
-    """One adapter with what there is around it."""
+    """One adapter with its base and its run, where they are available."""
 
     adapter: Adapter
     weights: Weights | None = None
-    """W0; None where it is not to be had."""
+    """W0; None where it is not available."""
     run: Run | None = None
     notes: list[str] = field(default_factory=list)
-    """What could not be had, and why."""
+    """What is missing, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What is said once for all adapters."""
+class SourceOptions:
+    """Options for all adapters."""
 
     base_model: str = AUTO
-    """A directory; `auto`: what the adapter or the run names, where it is at hand; `none`."""
+    """A directory; `auto`: what the adapter or the run names, where it exists; `none`."""
     allow_other_base: bool = False
     alphas: Mapping[str, float] | None = None
 
 
 def labels_of(paths: list[str]) -> list[str]:
-    """A short name for each: what tells its path from the others', from the end on, as long as it takes."""
+    """A short name for each path: as many of its last parts as tell the paths apart."""
     parts = [Path(path).absolute().parts for path in paths]
-    while len(set(parts)) > 1 and len({words[-1:] for words in parts}) == 1 and all(len(words) > 2 for words in parts):
-        parts = [words[:-1] for words in parts]
+    while len(set(parts)) > 1 and len({names[-1:] for names in parts}) == 1 and all(len(names) > 2 for names in parts):
+        parts = [names[:-1] for names in parts]
     for count in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(words[-count:]) for words in parts]
+        labels = ["/".join(names[-count:]) for names in parts]
         if len(set(labels)) == len(set(parts)):
             return labels
     return paths
 
 
-def open_source(path: str, label: str, wanted: Wanted) -> Source:
-    """Open what lies at `path`.
+def open_source(path: str, label: str, wanted: SourceOptions) -> Source:
+    """Open the adapter at `path`.
 
     Raises:
-        LoRAError: nothing of the kind is there, it is torn, or it does not belong to its base.
+        LoRAError: there is no adapter, it is damaged, or it does not belong to its base.
     """
     folder = Path(resolve(path))
     for directory in (folder, folder / "adapter"):
@@ -80,7 +80,7 @@ def open_source(path: str, label: str, wanted: Wanted) -> Source:
     return _checkpoint(checkpoint, label, wanted)
 
 
-def _directory(directory: Path, label: str, wanted: Wanted) -> Source:
+def _directory(directory: Path, label: str, wanted: SourceOptions) -> Source:
     files = AdapterFiles.read(directory)
     base, note = _base_of(files, wanted)
     weights = None if base is None else weights_in(base, files, allow_other_base=wanted.allow_other_base)
@@ -95,7 +95,7 @@ def _directory(directory: Path, label: str, wanted: Wanted) -> Source:
     return Source(adapter, weights, notes=[note] if note else [])
 
 
-def _base_of(files: AdapterFiles, wanted: Wanted) -> tuple[BaseFiles | None, str]:
+def _base_of(files: AdapterFiles, wanted: SourceOptions) -> tuple[BaseFiles | None, str]:
     """The files of W0, or why there are none."""
     if wanted.base_model == NONE:
         return None, ""
@@ -120,7 +120,7 @@ def weights_in(base: BaseFiles, files: AdapterFiles, *, allow_other_base: bool =
     tensors.untie_unequal(plain)
     check = _check(files.record, tensors, plain, allow_other_base=allow_other_base)
 
-    def read(module: nn.Module, attribute: str, full: str) -> Tensor | None:
+    def read(module: nn.Module, name: str, full: str) -> Tensor | None:
         source = tensors.source(full)
         if source is None:
             return None
@@ -133,17 +133,17 @@ def weights_in(base: BaseFiles, files: AdapterFiles, *, allow_other_base: bool =
 
 
 def _check(record: Record | None, base: Base, plain: nn.Module, *, allow_other_base: bool) -> BaseCheck | None:
-    """None where it was allowed to be another base, or cannot be told."""
+    """None where another base is allowed, or the adapter has no record."""
     if record is None or allow_other_base:
         return None
-    model_keys, prefix = plain.state_dict().keys(), f"{getattr(plain, 'base_model_prefix', '')}."
-    # Of a model with a head that it did not train, where the base's own class is without one.
-    expected = {n if n in model_keys else n.removeprefix(prefix): digest for n, digest in record.base.tensors.items()}
+    keys, prefix = plain.state_dict().keys(), f"{getattr(plain, 'base_model_prefix', '')}."
+    # The adapted model may have a head that it did not train, and the base's class none.
+    expected = {n if n in keys else n.removeprefix(prefix): digest for n, digest in record.base.tensors.items()}
     return BaseCheck(expected, base, {name for name, _ in plain.named_buffers()})
 
 
-def _checkpoint(checkpoint: Path, label: str, wanted: Wanted) -> Source:
-    """A run's checkpoint, with the model that its config describes."""
+def _checkpoint(checkpoint: Path, label: str, wanted: SourceOptions) -> Source:
+    """Open a run's checkpoint with the model that its config describes."""
     if wanted.base_model not in (AUTO, NONE):
         raise LoRAError(f"'{checkpoint}' is of a run, whose config names its base: leave --base_model out, or say none")
     try:
@@ -158,11 +158,11 @@ def _checkpoint(checkpoint: Path, label: str, wanted: Wanted) -> Source:
 
 
 def _source_of_run(opened: Run, checkpoint: Path, label: str) -> Source:
-    """A run's adapter in PEFT's form, which is what is analysed and truncated."""
+    """A run's adapter in PEFT's format, which is analysed and truncated."""
     backbone, task = opened.module.backbone, opened.module.task
     task_type = task.peft_task_type if is_transformers(backbone) else None
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", AdapterWarning)  # of what PEFT would read otherwise; PEFT reads nothing here
+        warnings.simplefilter("ignore", AdapterWarning)  # about PEFT's reading, which does not happen here
         save_adapter(backbone, folder, task_type=task_type)
         files = AdapterFiles.read(Path(folder))
     weights = Weights(backbone)

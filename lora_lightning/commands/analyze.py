@@ -1,4 +1,4 @@
-"""`lora-lightning analyze`: adapters in; tables, figures and numbers out, and a smaller adapter where one is wanted."""
+"""`lora-lightning analyze`: tables, figures and numbers of adapters, and on request a smaller adapter."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lora_lightning.analysis.plots import Analysis, figures
 from lora_lightning.analysis.similarity import compare_adapters
 from lora_lightning.analysis.truncation import Truncation, check_share, refuse_occupied, truncate
 from lora_lightning.cli.build import Run
-from lora_lightning.commands.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
-from lora_lightning.commands.drift import Asked, drift_of_run, drift_tables, write_record
+from lora_lightning.commands.adapter_sources import AUTO, Source, SourceOptions, labels_of, open_source
+from lora_lightning.commands.drift import DriftRequest, drift_of_run, drift_tables, write_record
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.formats.peft.load import load_adapter
@@ -34,23 +34,22 @@ from lora_lightning.training.checkpoints.run_folder import run_of_checkpoint
 
 RESULTS, PAGE, TRUNCATED = "analysis.json", "index.html", "truncated"
 TITLE = "The rank that is used"
-INTRO = """An adapted layer computes h = W0 x + s B A x. Told here is what the update s B A is made of, by the measures
-of section 7 of the paper (Hu et al. 2021, arXiv 2106.09685): how many directions hold its energy, ||s B A||_F squared;
-how much larger it is than W0 in those directions (amplification); and which directions two adapters share (phi, from 0
-to 1)."""
+INTRO = """An adapted layer computes h = W0 x + s B A x. This page describes the update s B A by the measures of section
+7 of the paper (Hu et al. 2021, arXiv 2106.09685): how many directions have its energy, ||s B A||_F squared; how much
+larger it is than W0 in those directions (amplification); and which directions two adapters share (phi, from 0 to 1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to do, checked before anything is opened."""
+    """What to analyze, checked before anything is opened."""
 
     adapters: Sequence[str]
     output_dir: Path
-    wanted: Wanted = field(default_factory=Wanted)
+    wanted: SourceOptions = field(default_factory=SourceOptions)
     truncate: float | None = None
     layers: str | None = None
     plots: bool = True
-    drift: Asked | None = None
+    drift: DriftRequest | None = None
 
     def __post_init__(self) -> None:
         if not self.adapters:
@@ -74,10 +73,10 @@ class Request:
 
 
 def analyze(request: Request) -> Analysis:
-    """Open, measure, compare, cut, and write it all into the output folder.
+    """Open, measure, compare and truncate adapters, and write the results into the output folder.
 
     Raises:
-        LoRAError: an adapter cannot be opened or does not belong to its base; a request that means nothing.
+        LoRAError: an adapter cannot be opened, does not belong to its base, or cannot be compared.
     """
     labels = labels_of(list(request.adapters))
     sources = [open_source(p, label, request.wanted) for p, label in zip(request.adapters, labels, strict=True)]
@@ -110,7 +109,7 @@ def _truncate_adapter(source: Source, request: Request) -> Truncation:
 
 
 def _cost(run: Run | None, truncated: Path) -> dict[str, Any]:
-    """The figures of a run's validation set before and after, or why there are none.
+    """A run's validation metrics before and after the truncation, or why there are none.
 
     The run's model holds the truncated adapter afterwards.
     """
@@ -119,13 +118,13 @@ def _cost(run: Run | None, truncated: Path) -> dict[str, Any]:
     before, backbone = run.validate(), run.module.backbone
     remove(backbone)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AdapterWarning)  # said when the adapter was opened
+        warnings.simplefilter("ignore", AdapterWarning)  # shown when the adapter was opened
         load_adapter(backbone, truncated, allow_other_base=True)
     return {"validation": {"before": before, "after": run.validate()}}
 
 
 def write(result: Analysis, request: Request) -> dict[str, bytes]:
-    """The numbers, the page and the figures; returns the latter as SVG, by name."""
+    """Write the numbers, the page and the figures; returns the figures as SVG by name."""
     folder = request.output_dir
     drawings = figures(result, request.layers) if request.plots else {}
     svgs = write_figures(folder, drawings, earlier=_earlier(folder))
@@ -141,7 +140,7 @@ def write(result: Analysis, request: Request) -> dict[str, bytes]:
 
 
 def _earlier(folder: Path) -> Any:
-    """The figures of an earlier analysis, of which there may have been more."""
+    """File names of an earlier analysis's figures."""
     try:
         return json.loads((folder / RESULTS).read_text(encoding="utf-8"))["pictures"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -149,7 +148,7 @@ def _earlier(folder: Path) -> Any:
 
 
 def screens(result: Analysis) -> list[Table]:
-    """The tables that a person sees first."""
+    """The tables on the screen, which the page shows first."""
     rows = drift_tables(result.drift)[: 2 if result.drift.metric else 1] if result.drift is not None else []
     rows += [tables.group_table(adapter) for adapter in result.adapters]
     rows += [tables.pair_table(pair, ("A", "B")) for pair in result.pairs]
@@ -157,7 +156,7 @@ def screens(result: Analysis) -> list[Table]:
 
 
 def finite(value: Any) -> Any:
-    """With nine digits; JSON has no NaN, for which null stands."""
+    """The value with nine digits, and null in place of NaN and infinities, which JSON has not."""
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -169,7 +168,7 @@ def finite(value: Any) -> Any:
 
 @contextmanager
 def _progress(sources: list[Source]) -> Iterator[Any]:
-    """A bar over layers, on a terminal, gone when it is done."""
+    """A progress bar over layers, which disappears at the end."""
     layers = [len(source.adapter.factors) for source in sources]
     total = sum(layers) + sum(layers[i] for i, _ in combinations(range(len(layers)), 2))
     with Progress(transient=True) as bar:
@@ -177,4 +176,4 @@ def _progress(sources: list[Source]) -> Iterator[Any]:
         yield lambda count: bar.advance(task, count)
 
 
-__all__ = ["AUTO", "Analysis", "Asked", "Request", "Wanted", "analyze", "screens"]
+__all__ = ["AUTO", "Analysis", "DriftRequest", "Request", "SourceOptions", "analyze", "screens"]

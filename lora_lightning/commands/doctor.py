@@ -23,7 +23,7 @@ EXTRAS = {
     "qlora": "4- and 8-bit bases: --trainer.precision nf4-base",
     "plots": "the figures of analyze",
 }
-"""What an extra is for; others of the package are told by their packages alone."""
+"""Purposes of extras; other extras are described by their packages."""
 LITTLE = 1e9
 """Bytes of free disk below which a run may end early: a demo takes 100 MB, a model's merged export as much as the
 model."""
@@ -31,7 +31,7 @@ model."""
 
 @dataclass(frozen=True)
 class Finding:
-    """One line."""
+    """One line of the result."""
 
     group: str
     name: str
@@ -46,18 +46,18 @@ def doctor(runs_dir: str = "runs", fit: bool = True, json: bool = False) -> None
     Exit code 0 where all that every run needs works, 1 where something does not.
 
     Args:
-        runs_dir: the folder of runs whose disk is looked at.
+        runs_dir: the folder of runs whose disk is checked.
         fit: train a tiny model, export it and compare, in a temporary folder; `false` leaves that out.
         json: print the findings as JSON, one object with a list.
     """
-    done: list[Finding] = []
+    shown: list[Finding] = []
     for finding in findings(Path(runs_dir), fit=fit):
         if not json:
-            show(finding, first=not done or done[-1].group != finding.group)
-        done.append(finding)
-    failed = [finding.name for finding in done if not finding.ok]
+            show(finding, first=not shown or shown[-1].group != finding.group)
+        shown.append(finding)
+    failed = [finding.name for finding in shown if not finding.ok]
     if json:
-        print(json_format.dumps({"ok": not failed, "findings": [asdict(finding) for finding in done]}, indent=2))
+        print(json_format.dumps({"ok": not failed, "findings": [asdict(finding) for finding in shown]}, indent=2))
     else:
         print("\n" + (f"does not work: {', '.join(failed)}" if failed else "all that every run needs works"))
     if failed:
@@ -65,14 +65,14 @@ def doctor(runs_dir: str = "runs", fit: bool = True, json: bool = False) -> None
 
 
 def show(finding: Finding, *, first: bool) -> None:
-    """As a line, below its group's name where it is the first."""
+    """Print a finding as a line, below its group's name where it is the first."""
     if first:
         print(f"\n{finding.group}")
     print(f"  {'' if finding.ok else 'FAILS: '}{finding.name:<18}{finding.said}", flush=True)
 
 
 def findings(runs: Path, *, fit: bool) -> Iterator[Finding]:
-    """One by one, as they are found."""
+    """All findings, one by one."""
     yield from versions()
     yield from devices()
     yield from extras()
@@ -82,7 +82,7 @@ def findings(runs: Path, *, fit: bool) -> Iterator[Finding]:
 
 
 def versions() -> Iterator[Finding]:
-    """Of what a run stands on."""
+    """Versions of the packages that every run needs."""
     yield Finding("versions", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in ("lora_lightning", *PACKAGES):
         installed = installed_version(name)
@@ -90,7 +90,7 @@ def versions() -> Iterator[Finding]:
 
 
 def installed_version(package: str) -> str | None:
-    """None where it is not there."""
+    """The version, or None where the package is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -98,7 +98,7 @@ def installed_version(package: str) -> str | None:
 
 
 def devices() -> Iterator[Finding]:
-    """What torch can compute on."""
+    """Devices that torch can use."""
     import torch
 
     for number in range(torch.cuda.device_count()):
@@ -119,12 +119,12 @@ def devices() -> Iterator[Finding]:
 def _memory() -> str:
     try:
         return f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
-    except (ValueError, OSError, AttributeError):  # not every system tells
+    except (ValueError, OSError, AttributeError):  # not on every system
         return ""
 
 
 def extras() -> Iterator[Finding]:
-    """Each extra of the package but the developers' own: there, or what it would add and how it is installed."""
+    """Each extra of the package but the developers': installed, or what it would add and how to install it."""
     needed = [Requirement(line) for line in requires("lora_lightning") or []]
     marked = [(requirement.marker, requirement) for requirement in needed if requirement.marker is not None]
     for extra in metadata("lora_lightning").get_all("Provides-Extra") or []:
@@ -143,27 +143,27 @@ def _is_there(requirement: Requirement) -> bool:
 
 
 def surroundings(runs: Path) -> Iterator[Finding]:
-    """Weights & Biases, and the disk that runs are written to."""
+    """Weights & Biases, and the disk for the runs."""
     from lora_lightning.training.tracking.wandb_logger import has_wandb_key
 
     where = "runs are uploaded" if has_wandb_key() else "no key here, so runs stay offline: wandb login"
     yield Finding("surroundings", "Weights & Biases", where)
-    there = next(folder for folder in (runs.absolute(), *runs.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    existing = next(folder for folder in (runs.absolute(), *runs.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         yield Finding("surroundings", "disk", f"{runs} cannot be written: give another --runs_dir", ok=False)
         return
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing).free
     little = f" (little: a run may not have room; free some, or give another --runs_dir than {runs})"
     yield Finding("surroundings", "disk", f"{free / 1e9:.1f} GB free for {runs}{little if free < LITTLE else ''}")
 
 
 def trial() -> Finding:
-    """A fit of a few steps and its export, with what came of it."""
+    """A fit of a few steps and its export."""
     from lora_lightning.commands.tiny_fit import tiny_fit
 
     try:
         figures = tiny_fit()
-    except Exception as error:  # whatever does not work on this machine is what is looked for
+    except Exception as error:  # any failure is a finding
         reason = " ".join(str(error).split())
         return Finding("trial", "tiny fit", f"{type(error).__name__}: {reason}", ok=False)
     return Finding(

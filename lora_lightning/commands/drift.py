@@ -50,38 +50,38 @@ AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What to measure, checked before anything is opened."""
+class DriftRequest:
+    """What to measure of the drift, checked before anything is opened."""
 
     source: str = AUTO
     column: str = "text"
     most: int = MOST
     scales: tuple[float, ...] = ()
-    """Strengths to compare; none measures what was trained."""
+    """Strengths to compare; empty, only the trained strength is measured."""
 
     @classmethod
-    def of(cls, source: str | None, column: str, most: int, scales: str | None) -> Asked | None:
-        """From the command's options; None where neither drift nor scales are asked for.
+    def of(cls, source: str | None, column: str, most: int, scales: str | None) -> DriftRequest | None:
+        """From the command's options; None where neither drift nor scales are requested.
 
         Raises:
-            LoRAError: scales that are no numbers.
+            LoRAError: scales are no numbers.
         """
         if source is None and scales is None:
             return None
-        factors = tuple(parse_scales(scales)) if scales is not None else ()
-        return cls(source=source or AUTO, column=column, most=most, scales=factors)
+        strengths = tuple(parse_scales(scales)) if scales is not None else ()
+        return cls(source=source or AUTO, column=column, most=most, scales=strengths)
 
 
-def drift_of_run(run: Run | None, asked: Asked, notes: Sequence[str] = ()) -> Strengths:
-    """The drift of a run's adapter, and with several strengths its validation metric at each.
+def drift_of_run(run: Run | None, request: DriftRequest, notes: Sequence[str] = ()) -> Strengths:
+    """The drift of a run's adapter, and where several strengths are requested its validation metric at each.
 
     Args:
         run: None where the model could not be opened.
-        asked: on what, and at which strengths.
+        request: the inputs and the strengths.
         notes: why it could not.
 
     Raises:
-        LoRAError: no run, or one without what it is to be measured on.
+        LoRAError: there is no run, or it lacks the inputs.
     """
     if run is None or run.trainer is None:
         why = f" ({'; '.join(notes)})" if notes else ""
@@ -93,8 +93,8 @@ def drift_of_run(run: Run | None, asked: Asked, notes: Sequence[str] = ()) -> St
     module, plugin = run.module, run.trainer.precision_plugin
     module.to(run.trainer.strategy.root_device)
     try:
-        source, batches, texts = _inputs(run, asked)
-        scales = asked.scales or (1.0,)
+        source, batches, texts = _inputs(run, request)
+        scales = request.scales or (1.0,)
         with Progress(transient=True) as bar:
             task = bar.add_task("drift", total=len(batches))
             drifts = measure_drift(
@@ -105,7 +105,7 @@ def drift_of_run(run: Run | None, asked: Asked, notes: Sequence[str] = ()) -> St
                 forward=plugin.forward_context,
                 advance=lambda: bar.advance(task),
             )
-        if not asked.scales:
+        if not request.scales:
             return Strengths(source=source, found=[Strength(scale=1.0, drift=drifts[1.0])])
         return _compare(run, source, drifts, plugin.forward_context)
     finally:
@@ -129,10 +129,10 @@ def _compare(
 
 
 def validation_batches(run: Run) -> Iterator[tuple[int, Any]]:
-    """Batches of the first validation set, on the module's device, each with its group.
+    """Batches of the first validation set on the module's device, each with its group.
 
-    A group is a random tenth of the rows, which are within it in the order of their lengths: so that texts of like
-    length are padded together, and a group is like any other. The batches of a stream take turns.
+    A group is a random tenth of the rows, sorted by length within it, so that texts of similar length are padded
+    together. A stream's batches are assigned to the groups in turn.
     """
     assert run.data is not None
     assert run.trainer is not None
@@ -143,17 +143,17 @@ def validation_batches(run: Run) -> Iterator[tuple[int, Any]]:
     else:
         groups = enumerate(random_groups(len(dataset)))
         parts = [(group, part) for group, rows in groups for part in _parts(loader, rows)]
-        again: Any = DataLoader(dataset, batch_sampler=[rows for _, rows in parts], collate_fn=loader.collate_fn)
-        batches = ((part[0], batch) for part, batch in zip(parts, again, strict=True))
+        regrouped: Any = DataLoader(dataset, batch_sampler=[rows for _, rows in parts], collate_fn=loader.collate_fn)
+        batches = ((part[0], batch) for part, batch in zip(parts, regrouped, strict=True))
     for group, batch in batches:
         yield group, run.trainer.precision_plugin.convert_input(move_data_to_device(batch, run.module.device))
 
 
 def _validation_loader(data: Any) -> Any:
-    """Of the first validation set, of data that are set up once."""
+    """The loader of the first validation set; the data are set up once."""
     if not hasattr(data, "drift_is_set_up"):
         if getattr(data, "packing", False):
-            data.packing = False  # a row for each text, whose tokens weigh the same
+            data.packing = False  # one row for each text
         data.prepare_data()
         data.setup("fit")
         data.drift_is_set_up = True
@@ -164,44 +164,46 @@ def _validation_loader(data: Any) -> Any:
 
 
 def _parts(loader: Any, rows: list[int]) -> list[list[int]]:
-    """A group's rows in batches, those of like length together where the rows are token numbers."""
+    """A group's rows in batches, sorted by length where the rows are token ids."""
     if "input_ids" in getattr(loader.dataset, "column_names", []):
         lengths = lengths_of(loader.dataset)
         rows = sorted(rows, key=lambda row: lengths[row])
     return [rows[start : start + loader.batch_size] for start in range(0, len(rows), loader.batch_size)]
 
 
-def _inputs(run: Run, asked: Asked) -> tuple[str, list[Batch], list[str]]:
-    """What they are called, the batches, and what each text is called."""
+def _inputs(run: Run, request: DriftRequest) -> tuple[str, list[Batch], list[str]]:
+    """The source's name, the batches, and the name of each text."""
     task, backbone, data = run.module.task, run.module.backbone, run.data
     is_causal = task.peft_task_type == CAUSAL
-    source = asked.source if asked.source != AUTO else NEUTRAL if is_causal else RUN
+    source = request.source if request.source != AUTO else NEUTRAL if is_causal else RUN
     tokenizer = getattr(data, "tokenizer", None)
     if source == RUN:
-        run_rows = [batch for _, batch in validation_batches(run)]
-        batches, names = run_batches(run_rows, task, backbone, tokenizer, asked.most)
+        run_inputs = [batch for _, batch in validation_batches(run)]
+        batches, names = run_batches(run_inputs, task, backbone, tokenizer, request.most)
         return "the run's validation inputs", batches, names
     if tokenizer is None:
         raise LoRAError(f"the run's data have no tokenizer to read texts with: measure its drift on {RUN}")
     texts = (
-        pick_evenly(neutral_texts(), asked.most) if source == NEUTRAL else read_texts(source, asked.column, asked.most)
+        pick_evenly(neutral_texts(), request.most)
+        if source == NEUTRAL
+        else read_texts(source, request.column, request.most)
     )
     longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
     name = "neutral text of this package" if source == NEUTRAL else source
     return name, text_batches(texts, tokenizer, task, backbone, longest), texts
 
 
-def drift_tables(strengths: Strengths) -> list[Table]:
-    """The facts, the strengths where there are several, the blocks, and the texts that moved most."""
-    shown = [tables.drift_table(strengths)]
-    shown += [tables.strengths_table(strengths)] if strengths.metric else []
-    shown += [tables.blocks_table(strengths)] if strengths.found[0].drift.layers else []
-    return [*shown, tables.moved_table(strengths)]
+def drift_tables(drift: Strengths) -> list[Table]:
+    """Tables of the facts, the strengths where there are several, the blocks, and the texts that moved most."""
+    shown = [tables.drift_table(drift)]
+    shown += [tables.strengths_table(drift)] if drift.metric else []
+    shown += [tables.blocks_table(drift)] if drift.found[0].drift.layers else []
+    return [*shown, tables.moved_table(drift)]
 
 
-def write_record(folder: Path, strengths: Strengths, figure: bytes | None) -> None:
-    """Keep it in the run's folder, for its page, in the place of what was measured earlier."""
-    record = {**asdict(strengths), "tables": [asdict(table) for table in drift_tables(strengths)]}
+def write_record(folder: Path, drift: Strengths, figure: bytes | None) -> None:
+    """Write the drift into the run's folder, for its page, in place of an earlier one."""
+    record = {**asdict(drift), "tables": [asdict(table) for table in drift_tables(drift)]}
     try:
         write_bytes(folder / DRIFT, (json.dumps(record) + "\n").encode())
         if figure is not None:
@@ -213,4 +215,4 @@ def write_record(folder: Path, strengths: Strengths, figure: bytes | None) -> No
         rank_zero_warn(f"the drift is measured, and the run's page in '{folder}' is as it was: {error.strerror}")
 
 
-__all__ = ["Asked", "drift_tables", "drift_of_run", "write_record"]
+__all__ = ["DriftRequest", "drift_tables", "drift_of_run", "write_record"]

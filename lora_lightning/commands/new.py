@@ -1,6 +1,6 @@
-"""`lora-lightning new`: a project of one's own. copier renders `template/`; what is asked stands in its copier.yml.
+"""`lora-lightning new` makes a project: copier renders `template/`, whose copier.yml has the questions.
 
-Nothing heavy is imported here: the command is done in a second or two.
+Nothing heavy is imported here: the command takes a second or two.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ def new(
 ) -> None:
     """Make a project of your own: configs, data, a backbone, a task, tests, CI.
 
-    On a terminal it asks for what no flag says; with --defaults, or without a terminal, it takes the defaults.
+    On a terminal it asks for what no flag sets; with --defaults, or without a terminal, it takes the defaults.
 
     Args:
-        folder: a new or empty folder, by whose name the project is called.
+        folder: a new or empty folder, whose name is the project's.
         task: text-classification, regression, multi-label, token-classification, seq2seq, causal-lm, chat, preference,
             embedding, image-classification, segmentation, or own for anything else. The first by default.
         backbone: a name on the hub, a directory, `package:NAME/path`, `timm:NAME`, `torchvision:NAME`, a class path, or
-            `own` for a tiny one of the project's own, which needs no network. Each task has its default.
-        logger: none, wandb, tensorboard or mlflow, beside the CSV log and the page that each run leaves.
+            `own` for a tiny one in the project, which needs no network. Each task has a default.
+        logger: none, wandb, tensorboard or mlflow, beside the CSV log and the page of each run.
         license: none, MIT, Apache-2.0 or BSD-3-Clause.
-        author: who holds the copyright; git's user.name by default.
-        package: what pip is to install lora_lightning from, in place of a range of versions: a folder, a wheel, an URL
-            such as git+https://..., or versions such as ==0.1.0. The environment variable LORA_LIGHTNING_PACKAGE says
+        author: the copyright holder; git's user.name by default.
+        package: where pip installs lora_lightning from, in place of a range of versions: a folder, a wheel, an URL
+            such as git+https://..., or versions such as ==0.1.0. The environment variable LORA_LIGHTNING_PACKAGE does
             the same.
-        template: another template than this package's own: a folder or an URL that copier takes.
-        template_ref: of it, a tag, branch or commit; the newest tag by default.
+        template: a template in place of this package's: a folder or an URL that copier takes.
+        template_ref: a tag, branch or commit of it; the newest tag by default.
         git: make a git repository of it, with a first commit.
         defaults: ask nothing.
     """
@@ -63,8 +63,8 @@ def new(
     options = {"task": task, "backbone": backbone, "logger": logger, "license": license, "author": author}
     answers = {key: value for key, value in options.items() if value is not None}
     check_choices(answers)
-    given = package or os.environ.get(PACKAGE)
-    data = {**answers, "project": name, "requirement": requirement(given), "year": str(date.today().year)}
+    source = package or os.environ.get(PACKAGE)
+    data = {**answers, "project": name, "requirement": requirement(source), "year": str(date.today().year)}
     if "author" not in data and (user := run_git("config", "user.name")):
         data["author"] = user
     rendered = render(target, data, template, template_ref, asking=asking)

@@ -1,4 +1,4 @@
-"""Commands that need no config and no run: functions, whose signatures and docstrings are their `--help`."""
+"""Commands as functions, whose signatures and docstrings are their `--help`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def merge(
         base_model: directory of the base in the hub's layout, or `package:NAME/path` inside an installed package.
         adapter: directory of the adapter, as PEFT and this package write it.
         output_dir: a new or empty directory for the merged model, or that of an earlier merge, which is replaced.
-        dtype: of the written weights; `auto` keeps each tensor's own. The sum is taken in float32 or wider.
-        allow_other_base: merge also where the adapter's fingerprint is of another base.
+        dtype: of the written weights; `auto` keeps each tensor's dtype. The sum is taken in float32 or wider.
+        allow_other_base: merge also where the adapter was made on another base.
         alphas: by full module name, where PEFT's `alpha_pattern` leaves one in doubt: the error names the modules.
     """
     from lora_lightning.export.merge_on_disk import merge_on_disk
@@ -56,33 +56,33 @@ def analyze(
 ) -> None:
     """How much of its rank an adapter uses, which directions several share, and how far it moved its model.
 
-    Written are analysis.json, index.html and each figure as PNG and SVG. Adapters are directories as PEFT and this
-    package write them, run folders, or checkpoints.
+    Writes analysis.json, index.html and each figure as PNG and SVG. Adapters are directories as PEFT and this package
+    write them, run folders, or checkpoints.
 
     Args:
         adapters: one or more.
         output_dir: a new or empty folder, or that of an earlier analysis.
-        base_model: directory of W0 in the hub's layout, for what is told beside W0; `auto` takes what the adapter or
-            the run names, where it is at hand, and `none` does without.
+        base_model: directory of W0 in the hub's layout, for measures relative to W0; `auto` takes what the adapter or
+            the run names, where it exists, and `none` leaves them out.
         truncate: a share of the energy, such as 0.95: write the adapter of the smallest ranks that keep it in each
-            layer to output_dir/truncated, and measure what it costs.
+            layer to output_dir/truncated, and measure the loss of quality.
         layers: a regular expression on full names: the layers in the figures of shared directions.
         plots: draw the figures; needs matplotlib.
-        allow_other_base: also where the adapter's fingerprint is of another base.
+        allow_other_base: analyze also where the adapter was made on another base.
         alphas: by full module name, where PEFT's `alpha_pattern` leaves one in doubt: the error names the modules.
-        drift: of a run, how far it moved from its base, on texts: a file (.txt, CSV, JSONL, Parquet), a set, `run` for
-            the run's own validation inputs, `neutral` for this package's text, or `auto`: `neutral` for a causal
-            language model, `run` for others. Goes into the run's report.html too.
-        drift_column: the column that holds the texts.
-        drift_texts: how many at most, from all over the file.
+        drift: measure how far a run's model moved from its base, on texts: a file (.txt, CSV, JSONL, Parquet), a set,
+            `run` for the run's validation inputs, `neutral` for this package's text, or `auto`: `neutral` for a causal
+            language model, `run` for others. It is shown in the run's report.html too.
+        drift_column: the column with the texts.
+        drift_texts: number of texts at most, spread over the file.
         scales: strengths of the update, such as 0,0.25,0.5,0.75,1,1.25: the validation metric and the drift at each,
-            and the smallest strength that would do, for `export --scale`. Without drift, that is `auto`.
+            and the smallest sufficient strength, for `export --scale`. Implies `--drift auto`.
     """
     from pathlib import Path
 
     from lora_lightning.commands import analyze as analysis
 
-    wanted = analysis.Wanted(base_model=base_model, allow_other_base=allow_other_base, alphas=alphas)
+    wanted = analysis.SourceOptions(base_model=base_model, allow_other_base=allow_other_base, alphas=alphas)
     result = analysis.analyze(
         analysis.Request(
             adapters=adapters,
@@ -91,7 +91,7 @@ def analyze(
             truncate=truncate,
             layers=layers,
             plots=plots,
-            drift=analysis.Asked.of(drift, drift_column, drift_texts, scales),
+            drift=analysis.DriftRequest.of(drift, drift_column, drift_texts, scales),
         )
     )
     for rows in analysis.screens(result):
@@ -119,7 +119,7 @@ def sweep(
     runs_dir: str = "runs",
     plots: bool = True,
 ) -> None:
-    """Fit one config with other values of some flags, and rank what comes of it. All other flags are those of fit.
+    """Fit one config with other values of some flags, and rank the results. All other flags are those of fit.
 
     Args:
         fit: flags of fit, the same for every trial.
@@ -128,20 +128,21 @@ def sweep(
         range: `KEY=LOW..HIGH`, or `KEY=LOW..HIGH:log`, for a sampler to draw from; whole numbers where both ends are.
         sampler: every combination (grid), or Optuna's random or tpe, which also draw among the values of a grid.
         trials: how many combinations a sampler tries.
-        pruner: Optuna's median or hyperband gives up a fit whose validations fall behind; none fits all to the end.
-        metric: what ranks, such as val/loss; by default what the config's best checkpoint is chosen by.
+        pruner: Optuna's median or hyperband stops a fit whose validations fall behind; none fits all to the end.
+        metric: ranks the fits, such as val/loss; by default what the config's best checkpoint is chosen by.
         mode: whether the best is the smallest or the largest.
         jobs: fits at once; each gets its part of the cores and of the GPUs.
         seeds: `1,2,3`: fit every combination with each, and rank by the mean.
         budget: trainable parameters: for each set of target_modules take the r that comes nearest to it.
-        storage: where Optuna keeps the study, so that several processes or machines work on it: a file for its journal,
-            or a database such as postgresql+psycopg://user@host/name; by default a journal in the sweep's folder.
-        together: all points of the grid in one process over one W0, taking turns on each batch; each ends in the bytes
-            of a fit of its own. For flags of model.lora, model.optimizer, model.lr_scheduler and gradient clipping.
-        halving: with together: at each rung the better 1 / N go on, and of the others whoever cannot be told from them;
-            2 keeps the better half.
+        storage: of Optuna's study, so that several processes or machines work on it: a file for its journal, or a
+            database such as postgresql+psycopg://user@host/name; by default a journal in the sweep's folder.
+        together: all points of the grid in one process over one W0, taking turns on each batch; the results equal those
+            of separate fits to the byte. For flags of model.lora, model.optimizer, model.lr_scheduler and gradient
+            clipping.
+        halving: with together: at each rung the better 1 / N go on, and those that are not significantly worse; 2 keeps
+            the better half.
         rungs: shares of the steps after which members are compared on the validation set.
-        name: of the sweep's folder in runs_dir; by default the config's own name with -sweep behind it.
+        name: of the sweep's folder in runs_dir; by default the config's name with -sweep behind it.
         runs_dir: folder of all runs.
         plots: draw the figures; needs matplotlib.
     """
@@ -178,7 +179,7 @@ def plan(
     processes: PositiveInt | None = None,
     json: bool | str = False,
 ) -> None:
-    """What a config will train and cost: counts, files, memory in each precision and under each strategy, operations.
+    """Show what a config trains and costs: counts, files, memory in each precision and strategy, operations.
 
     Takes the config and the flags of fit; reads no weights and no data.
 
@@ -187,18 +188,18 @@ def plan(
         batch_size: rows, over the config's.
         length: tokens, over data.max_length.
         num_labels: labels, where the config names none.
-        precisions: overlays to set side by side; all by default, and the config's own in any case.
+        precisions: overlays to compare; all by default, and the config's in any case.
         processes: of DDP and FSDP2; trainer.devices, or 2.
         json: print the plan as JSON and nothing else; with a name, write it to that file.
     """
     from lora_lightning.commands.plan.command import plan_on_screen
 
-    asked = {"batch_size": batch_size, "length": length, "num_labels": num_labels}
-    plan_on_screen(fit, json=json, **asked, precisions=precisions, processes=processes)
+    sizes = {"batch_size": batch_size, "length": length, "num_labels": num_labels}
+    plan_on_screen(fit, json=json, **sizes, precisions=precisions, processes=processes)
 
 
 def merge_table(report: StreamReport, output_dir: str) -> Table:
-    """One fact a row."""
+    """A table of a merge's facts."""
     rows = []
     rows.append(("tensors that hold the update", f"{report.changed:,}"))
     rows.append(("tensors copied to the bit", f"{report.copied:,}"))

@@ -1,4 +1,4 @@
-"""A fit of seconds as the command makes it: parser, data, module, Trainer, guards, checkpoint and export."""
+"""A fit that takes seconds and uses all of the command: parser, data, module, Trainer, guards, checkpoint, export."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS, ROWS, WIDTH = 60, 64, 16
 
 @dataclass(frozen=True)
 class Figures:
-    """What came of it."""
+    """The results of the tiny fit."""
 
     steps: int
     device: str
@@ -82,7 +82,7 @@ CONFIG = {
 
 
 def tiny_fit() -> Figures:
-    """Train, save a checkpoint, export and read back, in a temporary folder and without a word.
+    """Train, save a checkpoint, export and read back, in a temporary folder and without output.
 
     Raises:
         Exception: whatever does not work.
@@ -103,7 +103,7 @@ def tiny_fit() -> Figures:
 
 @contextmanager
 def _without_output() -> Iterator[None]:
-    """Tables, Lightning's log and warnings are for real runs."""
+    """Within the block tables, Lightning's log and warnings are not shown."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

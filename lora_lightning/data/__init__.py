@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def table_of(data: Any) -> TableData | None:
-    """The DataModule, where it is one over a table; None where it is another, or none."""
+    """The DataModule if it is a `TableData`, else None."""
     if data is None:
         return None
     from lora_lightning.data.base import TableData
@@ -24,9 +24,9 @@ SPLITS = {"val": "validation", "test": "test", "predict": "predict"}
 
 
 def set_name(datamodule: Any, stage: str, index: int) -> str:
-    """What the loader with this number is called beside the first, whose name is empty.
+    """The name of the loader with this number; the first one's is empty.
 
-    The DataModule's own name for it where that is known (`mismatched` of `validation_mismatched`), else its number.
+    It is the DataModule's name of the set where known (`mismatched` of `validation_mismatched`), else the number.
     """
     if not index:
         return ""
@@ -39,6 +39,6 @@ def set_name(datamodule: Any, stage: str, index: int) -> str:
 
 
 def stage_of(datamodule: Any, stage: str, index: int) -> str:
-    """The stage by which a task counts the loader with this number: `val`, `val_mismatched`."""
+    """The stage under which a task counts the loader with this number: `val`, `val_mismatched`."""
     name = set_name(datamodule, stage, index)
     return f"{stage}_{name}" if name else stage

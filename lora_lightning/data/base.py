@@ -1,4 +1,4 @@
-"""What every DataModule over a table has: reading, checking, splitting, encoding once, and loaders in a known order."""
+"""The base of DataModules over tables: reading, checking, splitting, encoding, and loaders in a reproducible order."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lora_lightning.data.io.rows import ROW, lengths_of, values_of, with_row_numbers
-from lora_lightning.data.io.splits import SplitConfig, first_in_place, split_rows
+from lora_lightning.data.io.splits import SplitConfig, rename_first_sets, split_rows
 from lora_lightning.data.io.summary import summarize
 from lora_lightning.data.io.tables import Readers, check_columns, doubled_columns, read_tables, source_of
-from lora_lightning.data.loading.loader import ResumableLoader, own_generator
+from lora_lightning.data.loading.loader import ResumableLoader, seeded_generator
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 
 MOST_SHOWN = 80
-"""Characters of a faulty value that an error shows."""
+"""Characters at most of a faulty value in an error."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """A function of rows with a version. datasets caches by a function's name, so an earlier release's rows stay away.
+    """A function of rows with a version, so that `datasets`, which caches by a function's name, uses no older result.
 
-    Raise the version when what an encoding function gives is changed.
+    Raise the version when an encoding function's result changes.
     """
 
     function: Callable[..., Any]
@@ -40,9 +40,9 @@ class Encoding:
 
 
 class TableData(LightningDataModule, ABC):
-    """Rows of files or of a Hugging Face set to batches. A subclass says what a row must hold and how it is encoded.
+    """Rows of files or of a Hugging Face set to batches. A subclass defines the columns of a row and its encoding.
 
-    In order: `read`, `check` and `filter` of each split, the splits that are missing, `encode` of each split once.
+    In order: `read`, `check` and `filter` of each split, the missing splits, `encode` of each split once.
 
     Args:
         path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
@@ -51,18 +51,18 @@ class TableData(LightningDataModule, ABC):
         split: how to split off validation and test where the set has none.
         batch_size: examples per batch and process in training.
         eval_batch_size: the same in evaluation; `batch_size` by default.
-        length_grouped: put examples of like length into one batch, which pads less.
+        length_grouped: put examples of similar length into one batch, which pads less.
         num_workers: processes that prepare batches.
-        num_proc: processes that encode the rows, once, before training; none beside this one by default.
+        num_proc: processes that encode the rows once before training; only this one by default.
         seed: of the order in training.
     """
 
     train_sampler: type[EpochSampler] = EpochSampler
-    """What says in which order training takes the rows."""
+    """The class that sets the order of rows in training."""
     readers: Readers | None = None
-    """Ways to read files of other suffixes than the usual, or of these in another way."""
+    """Readers of files by suffix, beside or in place of the usual ones."""
     cut_by: Mapping[str, str | None] = {}
-    """What is cut, where the option is not `max_length`; None where nothing is lost by it."""
+    """Options that cut texts, by kind of cut, where it is not `max_length`; None where a cut loses nothing."""
     predicts_rows: bool = True
     """Whether there is one prediction for each row of the table, in its order."""
 
@@ -90,29 +90,29 @@ class TableData(LightningDataModule, ABC):
         self._tables: dict[str, datasets.Dataset] | None = None
         self._encoded: dict[str, datasets.Dataset] = {}
         self._cut_shares: dict[str, dict[str, float]] = {}
-        self._called: dict[str, str] = {}
+        self._original_names: dict[str, str] = {}
         self._summary: dict[str, Any] | None = None
         self.given_splits: frozenset[str] = frozenset()
         self.doubled_columns: dict[str, list[str]] = {}
 
     def read(self) -> dict[str, datasets.Dataset]:
-        """Tables by split, as they stand in the files."""
+        """Tables by split, as they are in the files."""
         return read_tables(self.path, self.name, readers=self.readers)
 
     @abstractmethod
     def columns(self, split: str) -> Sequence[str | None]:
-        """Columns that a table must have; None stands for one that is not used. Targets are not asked of `predict`."""
+        """Columns that a table must have; None is a column that is not used. `predict` needs no targets."""
 
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise where a value of a row is not what it should be; `bad_cell` makes the error."""
+        """Raise for a wrong value in a row; `bad_cell` makes the error."""
 
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """The rows that are used. Rows of `predict` are all used."""
+        """The rows that are used; of `predict` all rows."""
         return table
 
     @abstractmethod
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Rows as they are collated into batches."""
+        """Encoded rows, ready to be collated."""
 
     @property
     @abstractmethod
@@ -124,7 +124,7 @@ class TableData(LightningDataModule, ABC):
         return lengths_of(table) if "input_ids" in table.column_names else None
 
     def encoded_lengths(self) -> dict[str, list[int]]:
-        """Return each encoded row's tokens by split, of several texts in a row the most; no packed rows."""
+        """Return each encoded row's tokens by split, of several texts the largest; not for packed rows."""
         lengths = {}
         for split, table in self._encoded.items():
             names = table.column_names if isinstance(table, datasets.Dataset) else []
@@ -134,7 +134,7 @@ class TableData(LightningDataModule, ABC):
         return lengths
 
     def read_off_train(self) -> dict[str, Any]:
-        """Return arguments that training rows decided, such as label names: `predict` then needs no such file."""
+        """Return arguments that were read from training rows, such as label names, so that `predict` needs none."""
         return {}
 
     @property
@@ -152,20 +152,20 @@ class TableData(LightningDataModule, ABC):
                     if kind != "predict":
                         self._check_not_blank(table, kind)
                     tables[split] = self.filter(table, kind)
-            named = first_in_place(list(tables))
-            self._called = {new: old for old, new in named.items()}
+            named = rename_first_sets(list(tables))
+            self._original_names = {new: old for old, new in named.items()}
             self._tables = self._with_splits({named.get(split, split): table for split, table in tables.items()})
         return self._tables
 
     def _check_header(self, split: str, kind: str) -> None:
-        """Raise where a column that is used stands twice: it cannot be said which of the two is meant."""
+        """Raise where a column that is used is in the header twice."""
         if double := set(self.doubled_columns.get(split, ())) & set(self.columns(kind)):
             raise LoRAError(
                 f"{self.place(kind)}: the header has the column '{min(map(str, double))}' twice: rename one"
             )
 
     def _check_not_blank(self, table: datasets.Dataset, kind: str) -> None:
-        """Raise where the inputs or the targets of all rows are blank: nothing can be learnt or measured."""
+        """Raise where the inputs or the targets of all rows are blank."""
         for columns in self.text_columns(table, kind) if len(table) else ():
             of_texts = columns and all(table.features[column] == datasets.Value("string") for column in columns)
             if of_texts and not any(text and text.strip() for name in columns for text in values_of(table, name)):
@@ -173,25 +173,25 @@ class TableData(LightningDataModule, ABC):
 
     @property
     def data_summary(self) -> dict[str, Any]:
-        """Counts, and what looks wrong, as plain data; made once, after `setup`. See `summarize`."""
+        """Counts and warnings as plain data, computed once after `setup`. See `summarize`."""
         if self._summary is None:
             self._summary = summarize(self)
         return self._summary
 
     def label_counts(self, split: str) -> dict[str, int]:
-        """Rows of each label in an encoded split; none where rows have no labels."""
+        """Number of rows of each label in an encoded split; empty without labels."""
         return {}
 
     def text_columns(self, table: datasets.Dataset, split: str) -> tuple[list[str], list[str]]:
-        """Columns whose texts a model reads, and those whose texts it is to write."""
+        """Columns whose texts a model reads, and columns whose texts it writes."""
         return [column for column in self.columns("predict") if column is not None], []
 
     def cut_shares(self, split: str) -> dict[str, float]:
-        """Return the shares of an encoded split's texts that a greatest length cuts, by kind, such as `sources cut`."""
+        """Return the shares of an encoded split's texts that are cut, by kind, such as `sources cut`."""
         return self._cut_shares.get(split, {})
 
     def without_cuts(self, encoded: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Drop the columns `source_cut` and so on of encoded rows, and note their shares for `cut_shares`."""
+        """Drop the columns `source_cut` and so on of encoded rows, and keep their shares for `cut_shares`."""
         names = [name for name in encoded.column_names if name.endswith("_cut")]
         shares = {f"{name.removesuffix('_cut')}s cut": float(np.mean(list(values_of(encoded, name)))) for name in names}
         if names and split != "predict":
@@ -199,7 +199,7 @@ class TableData(LightningDataModule, ABC):
         return encoded.remove_columns(names)
 
     def sets(self, split: str) -> list[str]:
-        """All sets of a split, which `split` itself names first: `[validation, validation_mismatched]`.
+        """All sets of a split, `split` itself first: `[validation, validation_mismatched]`.
 
         Their loaders come in this order. The first one's figures are logged as `val/...` and choose the best
         checkpoint, those of `validation_mismatched` as `val_mismatched/...`.
@@ -208,15 +208,15 @@ class TableData(LightningDataModule, ABC):
         return [split, *further] if split in self.tables else []
 
     def rows_of(self, split: str) -> int | None:
-        """How many rows all sets of a split have; None where that is not known before they are read."""
+        """The number of rows of all sets of a split; None where it is unknown before they are read."""
         return sum(len(self.tables[name]) for name in self.sets(split))
 
     def columns_to_join(self, index: int, wanted: Sequence[str] | None = None) -> dict[str, list[Any]]:
-        """Values, row by row, of columns that tell which row a prediction is of.
+        """The columns that are written beside predictions, by name.
 
         Args:
-            index: which of the sets to predict on.
-            wanted: their names, or `all` as the one; `id` by default where there is such a column.
+            index: the number of the set to predict on.
+            wanted: names of columns, or `all` alone; `id` by default where there is such a column.
 
         Raises:
             LoRAError: the set has no such column, or is not predicted row by row.
@@ -252,16 +252,13 @@ class TableData(LightningDataModule, ABC):
 
     @contextmanager
     def _kind_of_set(self, split: str) -> Iterator[str]:
-        """Within the block, errors name the set; what is given is its kind, `predict` for each set to predict on.
-
-        Errors name the set itself.
-        """
-        called, kind = self._called, "predict" if split.startswith("predict_") else split
-        self._called = {**called, kind: called.get(split, split)}
+        """Yield the set's kind, which is `predict` for each set to predict on; within the block errors name the set."""
+        called, kind = self._original_names, "predict" if split.startswith("predict_") else split
+        self._original_names = {**called, kind: called.get(split, split)}
         try:
             yield kind
         finally:
-            self._called = called
+            self._original_names = called
 
     def train_dataloader(self) -> DataLoader[Any]:
         table = self.encoded_rows("train")
@@ -269,7 +266,7 @@ class TableData(LightningDataModule, ABC):
 
     @property
     def has_validation(self) -> bool:
-        """Whether there is anything to validate on."""
+        """Whether there is a validation set."""
         return "validation" in self.tables
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -290,7 +287,7 @@ class TableData(LightningDataModule, ABC):
         return loaders if len(loaders) > 1 else loaders[0]
 
     def every(self, split: str) -> DataLoader[Any]:
-        """All rows of a split, longest first, in this process alone: for features and not for training."""
+        """All rows of a split, longest first, in this process alone: for computing features, not for training."""
         table = self.encoded_rows(split)
         lengths = self.lengths(table)
         if lengths is not None:
@@ -298,12 +295,12 @@ class TableData(LightningDataModule, ABC):
         return DataLoader(table, batch_size=self.eval_batch_size, collate_fn=self.collate)  # type: ignore[arg-type]
 
     def place(self, split: str) -> str:
-        """Return a split as an error names it, with its file."""
-        split = self._called.get(split, split)
+        """Return a split's name with its file, for errors."""
+        split = self._original_names.get(split, split)
         return f"{source_of(self.path, split, self.readers or ())}, the {split} set"
 
     def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
-        """Return the error for a value of a row, counted from 1 as in its file. `hint` follows what came."""
+        """Return the error for a value of a row, counted from 1 as in its file. `hint` follows the value."""
         shown = repr(got)
         shown = shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
         return LoRAError(f"{self.place(split)}, row {row}, column '{column}': expected {expected}, got {shown}{hint}")
@@ -311,7 +308,7 @@ class TableData(LightningDataModule, ABC):
     def check_texts(
         self, table: datasets.Dataset, split: str, columns: Sequence[str | None], skip: Sequence[bool] = ()
     ) -> None:
-        """Raise where one of these columns does not hold a text.
+        """Raise where a value of these columns is no text.
 
         Args:
             skip: rows that are dropped anyway.
@@ -322,7 +319,7 @@ class TableData(LightningDataModule, ABC):
                     raise self.bad_cell(split, table[ROW][i], column, "text", value)
 
     def encoded_rows(self, split: str) -> datasets.Dataset:
-        """Return a split's rows as they are collated.
+        """Return a split's encoded rows.
 
         Raises:
             LoRAError: the set has no such split.
@@ -337,12 +334,12 @@ class TableData(LightningDataModule, ABC):
         """`table.map` in batches, cached by the rows and the options, with a progress bar.
 
         Args:
-            function: of plain values: datasets pickles what it closes over, which must not be the whole model.
+            function: must close over plain values only, since datasets pickles it.
             options: its keyword arguments.
         """
         described = {"remove_columns": table.column_names, "desc": f"encode {split}"}
-        made = Encoding(function)
-        return table.map(made, batched=True, fn_kwargs=options, num_proc=self.num_proc, **described)
+        encoding = Encoding(function)
+        return table.map(encoding, batched=True, fn_kwargs=options, num_proc=self.num_proc, **described)
 
     def _loader(
         self, table: datasets.Dataset, batch_size: int, *, shuffle: bool = False, lengths: list[int] | None = None
@@ -360,11 +357,11 @@ class TableData(LightningDataModule, ABC):
             collate_fn=self.collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            generator=own_generator(self.seed),
+            generator=seeded_generator(self.seed),
         )
 
     def _with_splits(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
-        """Split off what the set does not bring: both from train, or the one that is missing."""
+        """Split off the missing ones of validation and test from train."""
         shares = {
             "validation": 0.0 if "validation" in tables else self.split.validation,
             "test": 0.0 if "test" in tables else self.split.test,

@@ -1,4 +1,4 @@
-"""Labels and their numbers, for whatever has them; and texts with one label, several labels or a number each."""
+"""Labels and their numbers; and texts with one label, several labels or a number each."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lora_lightning.data.text import TextPairData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
 MOST_NAMED = 10
-"""Labels that an error lists."""
+"""Labels at most that an error lists."""
 
 
 class LabelNames(TableData):
-    """A `TableData` whose targets have names; they and their count flow to the backbone and the task by linking.
+    """A `TableData` whose targets have names; the command links them and their count to the backbone and the task.
 
-    A subclass sets `given_label_names`, None where they are to be read off train.
+    A subclass sets `given_label_names`; None reads them from the training rows.
     """
 
     given_label_names: list[str] | None
@@ -33,7 +33,7 @@ class LabelNames(TableData):
 
     @abstractmethod
     def names_in_train(self) -> list[str]:
-        """Names in the order of their numbers where none are given."""
+        """The names in the training rows, in the order of their numbers."""
 
     def read(self) -> dict[str, datasets.Dataset]:
         tables = super().read()
@@ -56,7 +56,7 @@ class LabelNames(TableData):
 
     @property
     def num_classes(self) -> int:
-        """How many labels there are."""
+        """The number of labels."""
         return len(self.label_names)
 
     def setup(self, stage: str | None = None) -> None:
@@ -119,7 +119,7 @@ class OneLabel(LabelNames):
         return names
 
     def check_labels(self, table: datasets.Dataset, split: str) -> None:
-        """Raise where a row has no label, or where it is neither a name nor a number, as the rows before have."""
+        """Raise where a row has no label, or a name among numbers or a number among names."""
         kinds = "a label, a name or a number"
         first: type | None = None
         for row, label in cells_of(table, ROW, self.label_column):
@@ -134,7 +134,7 @@ class OneLabel(LabelNames):
         """The number of each row's label.
 
         Raises:
-            LoRAError: a label is none of the names, or a number that none of them has, with its row.
+            LoRAError: a label is unknown, with its row.
         """
         feature, values = table.features[self.label_column], list(values_of(table, self.label_column))
         check_order(self.label_names, feature)
@@ -145,7 +145,7 @@ class OneLabel(LabelNames):
         return [numbers[str(label)] for label in values]
 
     def majority_share(self, split: str) -> float:
-        """Accuracy on `split` of always saying the label that is most common in train."""
+        """Accuracy on `split` of always predicting the most common label of train."""
         train = list(values_of(self.encoded_rows("train"), "labels"))
         most_common = max(set(train), key=train.count)
         labels = list(values_of(self.encoded_rows(split), "labels"))
@@ -155,8 +155,8 @@ class OneLabel(LabelNames):
 def numbers_of(names: Sequence[str], values: Sequence[Any], feature: Any = None) -> dict[str, int]:
     """Return the number of each label by its text in the column.
 
-    A column of whole numbers of which none is a name holds the labels' numbers, as one of `ClassLabel` always does.
-    Where the names are numbers themselves, a number is a name: rows of 0 alone are not the first of 1 and 2.
+    A column of integers of which none is a name has the labels' numbers, as a `ClassLabel` always does. Where the names
+    are numbers themselves, an integer is a name: rows of 0 alone are not the first of 1 and 2.
     """
     by_name = {name: i for i, name in enumerate(names)}
     whole = all(isinstance(value, int) for value in values) and not all(_is_number(name) for name in names)
@@ -174,7 +174,7 @@ def _is_number(name: str) -> bool:
 
 
 def check_order(names: list[str], feature: Any) -> None:
-    """Raise where names are the set's own in another order: that would rename the classes."""
+    """Raise where the names are the set's names in another order, which would rename the classes."""
     if isinstance(feature, datasets.ClassLabel) and sorted(names) == sorted(feature.names) and names != feature.names:
         raise LoRAError(f"label_names must be in the set's own order, {feature.names}, got {names}")
 
@@ -184,7 +184,7 @@ def _are_hidden(values: Iterable[Any]) -> bool:
 
 
 def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
-    """Return splits with labels. One whose labels are hidden by -1 is to predict on, unless another is for that."""
+    """Return the splits with labels; one whose labels are all -1 becomes `predict`, unless there is one."""
     used: dict[str, datasets.Dataset] = {}
     for split, table in tables.items():
         hidden = split != "train" and label_column in table.column_names and _are_hidden(values_of(table, label_column))
@@ -201,7 +201,7 @@ class TextClassificationData(OneLabel, TextPairData):
 
     Args:
         label_column: the label, a name or a number.
-        label_names: names in the order of their numbers. By default the set's own, else the sorted values in train.
+        label_names: names in the order of their numbers. By default the set's, else the sorted values in train.
         drop_labels: rows with these labels are left out.
         drop_duplicates: keep the first of rows with the same text.
         min_words: leave out shorter texts.
@@ -233,7 +233,7 @@ class TextClassificationData(OneLabel, TextPairData):
         return self.label_numbers(table, split)
 
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise at a value of a row that is not dropped anyway."""
+        """Raise for a wrong value in a row that is not dropped."""
         labels = values_of(table, self.label_column) if split != "predict" else ()
         dropped = [str(label) in self.drop_labels for label in labels]
         self.check_texts(table, split, [self.text_column, self.text_pair_column], dropped)
@@ -271,13 +271,13 @@ class MultiLabelTextData(LabelNames, TextPairData):
 
     Args:
         label_column: the labels, names or numbers, in a list or in one text.
-        separator: what stands between labels in one text.
+        separator: between labels in one text.
         label_columns: in place of `label_column`, a column of 0 and 1 for each label, whose name is the label's.
-        label_names: names in the order of their numbers. By default the set's own, else the sorted values in train.
+        label_names: names in the order of their numbers. By default the set's, else the sorted values in train.
         texts: arguments of `TextPairData`.
 
     Raises:
-        LoRAError: a missing file or column, an empty text, a cell that holds no labels, an unknown label.
+        LoRAError: a missing file or column, an empty text, a cell without labels, an unknown label.
     """
 
     one_label_each = False
@@ -323,7 +323,7 @@ class MultiLabelTextData(LabelNames, TextPairData):
         """0 or 1 for each label.
 
         Raises:
-            LoRAError: a label is none of the names, or a number that none of them has, with its row.
+            LoRAError: a label is unknown, with its row.
         """
         if self.label_columns:
             return [[float(flag) for flag in row] for row in cells_of(table, *self.label_columns)]
@@ -339,16 +339,16 @@ class MultiLabelTextData(LabelNames, TextPairData):
         return targets
 
     def _rows(self, table: datasets.Dataset) -> list[list[Any]]:
-        return [self._apart(value) for value in values_of(table, self.label_column)]
+        return [self._split_labels(value) for value in values_of(table, self.label_column)]
 
-    def _apart(self, value: list[Any] | str | int | None) -> list[Any]:
-        """Return a cell's labels. An empty cell of a CSV is None, and cells of one number each are numbers."""
+    def _split_labels(self, value: list[Any] | str | int | None) -> list[Any]:
+        """Return a cell's labels. An empty cell of a CSV is None, and a column of single numbers has numbers."""
         if isinstance(value, list | int):
             return value if isinstance(value, list) else [value]
         return [part for text in (value or "").split(self.separator) if (part := text.strip())]
 
     def _fault(self, value: object) -> str | None:
-        """What was expected where a cell holds something else."""
+        """What is expected in place of a cell's value; None where the value is right."""
         if self.label_columns:
             return None if isinstance(value, int | float) and value in (0, 1) else "0 or 1"
         if value is None or isinstance(value, str | int):
@@ -361,7 +361,7 @@ class TextRegressionData(TextPairData):
     """Files or a Hugging Face set to batches of token ids, attention masks and numbers.
 
     Args:
-        number_column: the number, in whatever unit it is to be predicted in.
+        number_column: the number to predict, in any unit.
         texts: arguments of `TextPairData`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Any torch `Dataset`, and sets of the Hugging Face hub as such, streamed or not."""
+"""DataModules over any torch `Dataset`, and sets of the Hugging Face hub as such datasets, streamed or not."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.io.streams import StreamLoader
-from lora_lightning.data.loading.loader import ResumableLoader, own_generator
+from lora_lightning.data.loading.loader import ResumableLoader, seeded_generator
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
 
 class DatasetData(LightningDataModule):
-    """Datasets given by `class_path` to batches.
+    """Batches of datasets that a config names by `class_path`.
 
-    One with a length is shuffled in training by (seed, epoch) and shared among processes, as every DataModule here. A
-    stream (`IterableDataset`) is taken in its own order: each process and worker keeps its own share of it, unless it
-    says that it shares itself out.
+    A dataset with a length is shuffled in training by (seed, epoch) and divided among processes, as in every DataModule
+    here. A stream (`IterableDataset`) keeps its order: each process and worker takes its share, unless the stream
+    divides itself.
 
     Args:
         train: examples to train on: a mapping of names to tensors each, or (inputs, target).
@@ -31,21 +31,21 @@ class DatasetData(LightningDataModule):
         predict: to predict on; `test` by default.
         batch_size: examples per batch and process in training.
         eval_batch_size: the same in evaluation; `batch_size` by default.
-        collate_fn: from a list of examples to a batch; torch's own by default, which stacks tensors.
+        collate_fn: from a list of examples to a batch; torch's by default, which stacks tensors.
         num_workers: processes that prepare batches.
         shuffle: take a new order each epoch; not of streams, which shuffle themselves.
-        stream_shares_itself: a stream gives each process and worker its own part already.
-        pin_memory: put batches where a GPU copies them from quickly.
+        stream_shares_itself: a stream gives each process and worker its part already.
+        pin_memory: put batches into pinned memory, which a GPU copies faster.
         drop_last: leave out the last batch in training where it is smaller.
         seed: of the order in training.
 
     Raises:
-        LoRAError: no dataset for what is to be done, or an empty one.
+        LoRAError: the dataset of a stage is missing or empty.
     """
 
     def __init__(
         self,
-        # Without what they hold: jsonargparse makes nothing of a class path for Dataset[Any].
+        # Without type arguments: jsonargparse does not build a class path for Dataset[Any].
         train: Dataset | None = None,  # type: ignore[type-arg]
         validation: Dataset | None = None,  # type: ignore[type-arg]
         test: Dataset | None = None,  # type: ignore[type-arg]
@@ -71,12 +71,12 @@ class DatasetData(LightningDataModule):
 
     @property
     def has_validation(self) -> bool:
-        """Whether there is anything to validate on."""
+        """Whether there is a validation set."""
         return self.sets["validation"] is not None
 
     @property
     def data_summary(self) -> dict[str, Any]:
-        """How many examples each set with a length has."""
+        """The number of examples of each set with a length."""
         sets: dict[str, Any] = self.sets
         return {"rows": {split: len(data) for split, data in sets.items() if isinstance(data, Sized)}}
 
@@ -107,7 +107,7 @@ class DatasetData(LightningDataModule):
             "drop_last": self.drop_last and training,
         }
         if isinstance(data, IterableDataset):
-            options["persistent_workers"] = False  # a worker that is started anew knows which epoch it is
+            options["persistent_workers"] = False  # a new worker knows the epoch
             stream = data if self.stream_shares_itself else Share(data, *world, even=training)
             return StreamLoader(stream, self.trainer if training else None, **options)
         if not len(data):
@@ -117,7 +117,7 @@ class DatasetData(LightningDataModule):
             data, batch_size=batch_size, shuffle=shuffle, seed=self.seed, num_replicas=world[0], rank=world[1]
         )
         loader = ResumableLoader if training else DataLoader
-        return loader(data, sampler=sampler, generator=own_generator(self.seed), **options)
+        return loader(data, sampler=sampler, generator=seeded_generator(self.seed), **options)
 
 
 class Share(IterableDataset[Any]):
@@ -125,9 +125,9 @@ class Share(IterableDataset[Any]):
 
     Args:
         data: the stream, the same in all processes.
-        world_size: how many processes there are.
-        rank: which of them this is.
-        even: leave out the end that does not go around, so that all have as many: in training they wait for each other.
+        world_size: the number of processes.
+        rank: this process's number.
+        even: leave out an incomplete last round, so that all have equally many: in training they wait for each other.
     """
 
     def __init__(self, data: IterableDataset[Any], world_size: int = 1, rank: int = 0, *, even: bool = False) -> None:
@@ -136,7 +136,7 @@ class Share(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         worker = None if isinstance(self.data, Stream | datasets.IterableDataset) else get_worker_info()
-        # (datasets' streams give each worker its own part already)
+        # (datasets' streams give each worker its part already)
         workers, worker_id = (1, 0) if worker is None else (worker.num_workers, worker.id)
         total, place = self.world_size * workers, self.rank * workers + worker_id
         stream = iter(self.data)
@@ -147,7 +147,7 @@ class Share(IterableDataset[Any]):
                 yield turn[place]
 
     def set_epoch(self, epoch: int) -> None:
-        """Hand it on to a stream that shuffles by it."""
+        """Pass the epoch to a stream that shuffles by it."""
         if callable(method := getattr(self.data, "set_epoch", None)):
             method(epoch)
 
@@ -167,26 +167,26 @@ def hub_dataset(
 
     Args:
         path: a hub name, a directory, or `package:NAME/path` inside an installed package.
-        split: which part, also a slice of it such as `train[:10%]`.
-        name: which configuration of the set.
-        columns: which columns to keep, and what each is called in an example: `{text: sentence}` takes the column
-            `text` as `sentence`. All, as they are, by default.
-        transform: a function of one example, such as a mapping, to what is collated.
+        split: the split, also a slice of it such as `train[:10%]`.
+        name: the configuration of the set.
+        columns: columns to keep, with their names in an example: `{text: sentence}` takes the column `text` as
+            `sentence`. All, unchanged, by default.
+        transform: a function of one example, whose results are collated.
         streaming: read examples as they are needed and keep nothing on disk; such a set has no length.
-        shuffle_buffer: of a stream: examples among which the next is drawn; 0 leaves its order.
-        seed: of that.
+        shuffle_buffer: of a stream, the number of examples among which the next is chosen; 0 keeps its order.
+        seed: of that shuffle.
         revision: branch, tag or commit on the hub.
 
     Raises:
         LoRAError: no such set, split or column.
     """
     data = _load(path, split, name, streaming, revision)
-    held = list(data.column_names or [])
+    names = list(data.column_names or [])
     if columns:
         for column in columns:
-            if held and column not in held:
+            if names and column not in names:
                 raise LoRAError(
-                    f"'{path}' has no column '{column}'{did_you_mean(column, held)} (it has {', '.join(held)})"
+                    f"'{path}' has no column '{column}'{did_you_mean(column, names)} (it has {', '.join(names)})"
                 )
         data = data.select_columns(list(columns))
         data = data.rename_columns({old: new for old, new in columns.items() if old != new})
@@ -223,7 +223,7 @@ class Stream(IterableDataset[Any]):
             yield row if self.transform is None else self.transform(row)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle anew."""
+        """Shuffle for this epoch."""
         self.data.set_epoch(epoch)
 
 

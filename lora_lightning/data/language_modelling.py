@@ -1,4 +1,4 @@
-"""Texts for next-token prediction, one document a row, packed or not, read whole or as a stream."""
+"""Texts for next-token prediction, one document per row, packed or not, as a table or a stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, beginning_of, held_out_split, rows_from_all_over
 from lora_lightning.data.io.rows import ROW, lengths_of, values_of
-from lora_lightning.data.io.splits import first_in_place
+from lora_lightning.data.io.splits import rename_first_sets
 from lora_lightning.data.io.streams import (
     AT_ONCE,
     StreamLoader,
@@ -25,44 +25,44 @@ from lora_lightning.data.io.streams import (
 )
 from lora_lightning.data.io.tables import TextBy, check_names, read_tables
 from lora_lightning.data.loading.collate import pad_batch
-from lora_lightning.data.loading.loader import own_generator
+from lora_lightning.data.loading.loader import seeded_generator
 from lora_lightning.data.loading.packing import cut, cut_to_train, pack_rows, pack_table
 from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
 
 DOCUMENT = "document"
-"""The column that says of a row or of a piece of it which row of its file it is, counted from 1."""
+"""The column with the row's number in its file, counted from 1, also for a piece of it."""
 IN_PIECES = "documents in pieces"
 MOST_NAMED = 5
-"""Rows that a warning names."""
+"""Rows at most that a warning names."""
 
 
 class LanguageModellingData(TextData, GivesPrompts):
-    """Texts of files or of a Hugging Face set, one document a row, to batches for `CausalLM`.
+    """Texts of files or of a Hugging Face set, one document per row, to batches for `CausalLM`.
 
     Each document ends with the tokenizer's end of text. One that is longer than `max_length` is cut into pieces, so
-    that no token is lost. Packed, several documents share a row and do not see each other; loss and gradients are those
-    of rows of their own, for less padding. For `predict` each piece is a row of its own.
+    that no token is lost. Packed, several documents share a row and do not attend to each other; loss and gradients
+    equal those of separate rows, with less padding. For `predict` each piece is a row.
 
     Args:
         text_column: the text; of a .txt it is `text`.
-        text_by: what a document of a .txt is: a `line`, a `paragraph` between blank lines, or the whole `document`.
+        text_by: the documents of a .txt: each `line`, each `paragraph` between blank lines, or the whole `document`.
         max_length: tokens per row at most.
         packing: put several documents into one row.
         end_of_text: end each document with the tokenizer's end-of-text token, so that the model learns to stop.
-        streaming: read the set as it is needed, to `trainer.max_steps`; see `data/io/streams.py`. Its own splits
-            are used as they are, and none is split off. Rows of `predict` are read as a table in any case.
-        shuffle_buffer: documents that a stream is shuffled within, all held in memory.
+        streaming: read the set as it is needed, up to `trainer.max_steps`; see `data/io/streams.py`. No splits are
+            split off. Rows of `predict` are read as a table in any case.
+        shuffle_buffer: documents in memory among which a stream is shuffled.
         batch_size: rows per batch and process in training.
         texts: arguments of `TextData`.
 
     Raises:
-        LoRAError: a missing file or column, a row that is not text, or no row that anything can be learnt from.
+        LoRAError: a missing file or column, a row that is not text, or no row with at least two tokens.
     """
 
     cut_by: Mapping[str, str | None] = {IN_PIECES: None}
-    predicts_rows = False  # but pieces of documents, each with the number of its `document`
+    predicts_rows = False  # it predicts pieces of documents, each with the number of its `document`
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class LanguageModellingData(TextData, GivesPrompts):
         self.check_texts(table, split, [self.text_column])
 
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Without blank texts, as between the paragraphs of a .txt."""
+        """Drop blank texts, such as those between the paragraphs of a .txt."""
         if split == "predict":
             return table
         rows = [i for i, text in enumerate(values_of(table, self.text_column)) if text.strip()]
@@ -112,7 +112,7 @@ class LanguageModellingData(TextData, GivesPrompts):
         return self._cut(documents, split, cut_to_train).remove_columns(DOCUMENT)
 
     def documents(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Each row's `input_ids` and `labels`, whole, and its number in its file."""
+        """Each row's whole `input_ids` and `labels`, and its number in its file."""
         return self.encode_by(encode_texts, table, split, **self._options())
 
     def _options(self) -> dict[str, Any]:
@@ -120,11 +120,11 @@ class LanguageModellingData(TextData, GivesPrompts):
         return {"tokenizer": self.tokenizer, "column": self.text_column, "end": end}
 
     def _trainable(self, documents: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Those with a token to train on: one that stands alone is predicted by nothing."""
+        """The documents with a token to train on: nothing predicts a single token."""
         lengths, numbers = lengths_of(documents), list(documents[DOCUMENT])
-        kept = [i for i, length in enumerate(lengths) if length > 1]
+        trainable = [i for i, length in enumerate(lengths) if length > 1]
         left_out = [number for number, length in zip(numbers, lengths, strict=True) if length < 2]
-        if not kept:
+        if not trainable:
             raise LoRAError(f"{self.place(split)}: no row has two tokens, so there is nothing to train on")
         if left_out:
             named = ", ".join(map(str, left_out[:MOST_NAMED])) + (", ..." if len(left_out) > MOST_NAMED else "")
@@ -132,7 +132,7 @@ class LanguageModellingData(TextData, GivesPrompts):
                 f"{self.place(split)}: {len(left_out)} of {len(documents)} rows have a single token, of which nothing"
                 f" can be learnt, and are left out: row {named}"
             )
-        return documents.select(kept) if left_out else documents
+        return documents.select(trainable) if left_out else documents
 
     def _cut(
         self, documents: datasets.Dataset, split: str, cut: Callable[..., dict[str, list[Any]]] = cut
@@ -148,8 +148,8 @@ class LanguageModellingData(TextData, GivesPrompts):
         """Encoded rows by split, opened on first use."""
         if self._streams is None:
             opened = read_tables(self.path, self.name, self.text_by, streaming=True)
-            named = first_in_place(list(opened))
-            self._called = {new: old for old, new in named.items()}
+            named = rename_first_sets(list(opened))
+            self._original_names = {new: old for old, new in named.items()}
             renamed = {named.get(split, split): stream for split, stream in opened.items()}
             self._streams = {split: self._prepare_stream(stream, split) for split, stream in renamed.items()}
         return self._streams
@@ -173,16 +173,16 @@ class LanguageModellingData(TextData, GivesPrompts):
 
     @property
     def data_summary(self) -> dict[str, Any]:
-        """Nothing of a stream, which is not read before it is trained on."""
+        """Empty for a stream, which is read only in training."""
         return {} if self.streaming else super().data_summary
 
     def prepare_data(self) -> None:
-        """Nothing is cached of a stream."""
+        """Cache tables; streams are not cached."""
         if not self.streaming:
             super().prepare_data()
 
     def setup(self, stage: str | None = None) -> None:
-        """Streams are encoded on the way."""
+        """Encode tables; streams are encoded while they are read."""
         if not self.streaming:
             super().setup(stage)
 
@@ -195,20 +195,20 @@ class LanguageModellingData(TextData, GivesPrompts):
             return super().train_dataloader()
         refuse_endless(self.trainer, validates=self.has_validation)
         if "train" not in self.streams:
-            self.encoded_rows("train")  # says what is missing
+            self.encoded_rows("train")  # raises
         rows = endless(self.streams["train"], self.trainer)
         return StreamLoader(rows, self.trainer, ends=False, batch_size=self.batch_size, **self._loader_options())
 
     def _loaders(self, split: str) -> DataLoader[Any] | list[Any]:
         if not self.streaming:
             return super()._loaders(split)
-        given = {"batch_size": self.eval_batch_size, **self._loader_options()}
-        loaders = [DataLoader(self._share(s), **given) for s in self.sets(split) or [split]]  # type: ignore[arg-type]
+        options = {"batch_size": self.eval_batch_size, **self._loader_options()}
+        loaders = [DataLoader(self._share(s), **options) for s in self.sets(split) or [split]]  # type: ignore[arg-type]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def _share(self, split: str) -> datasets.IterableDataset:
         if split not in self.streams:
-            self.encoded_rows(split)  # says what is missing
+            self.encoded_rows(split)  # raises
         return share_of(self.streams[split], self.trainer)
 
     def _loader_options(self) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class LanguageModellingData(TextData, GivesPrompts):
             "collate_fn": self.collate,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
-            "generator": own_generator(self.seed),
+            "generator": seeded_generator(self.seed),
         }
 
     def encode_stream(self, stream: datasets.IterableDataset, names: list[str], split: str) -> datasets.IterableDataset:
@@ -250,7 +250,7 @@ def encode_texts(
     rows: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, column: str, end: int | None
 ) -> dict[str, Any]:
     """Token ids of whole texts, each with `end` behind it; all but the first are trained on."""
-    ids = tokenizer(rows[column], verbose=False)["input_ids"]  # not told that some are longer than a model's context
+    ids = tokenizer(rows[column], verbose=False)["input_ids"]  # without warnings about long texts
     if end is not None:
         ids = [text if text[-1:] == [end] else [*text, end] for text in ids]
     return {"input_ids": ids, "labels": [[IGNORED, *text[1:]] for text in ids], DOCUMENT: rows[ROW]}
@@ -267,9 +267,9 @@ def encode_stream(
     for number, text in zip(rows[ROW], rows[column], strict=True):
         if not isinstance(text, str):
             raise LoRAError(f"{place}, row {number}, column '{column}': expected text, got {text!r:.80}")
-    kept = [i for i, text in enumerate(rows[column]) if text.strip()]
+    nonblank = [i for i, text in enumerate(rows[column]) if text.strip()]
     encoded = encode_texts(
-        {n: [rows[n][i] for i in kept] for n in (column, ROW)}, tokenizer=tokenizer, column=column, end=end
+        {n: [rows[n][i] for i in nonblank] for n in (column, ROW)}, tokenizer=tokenizer, column=column, end=end
     )
     long_enough = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) > 1]
     return {name: [values[i] for i in long_enough] for name, values in encoded.items()}

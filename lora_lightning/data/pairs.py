@@ -1,4 +1,4 @@
-"""Texts that belong together: a question and its answer, a title and its text, two sentences of one meaning."""
+"""Pairs of texts that match: a question and its answer, a title and its text, two sentences of one meaning."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ PARTS = ("anchor", "positive", "negative")
 class PairData(TextData):
     """Rows of an anchor, its positive and, if there is one, a hard negative, to batches of token ids for each of them.
 
-    Rows that are right for one another are put into one group, so that none is taken for another's negative: those
-    with the same positive, or those that agree in `group_column`.
+    Rows with the same positive, or rows that agree in `group_column`, form a group, and are not used as each other's
+    negatives.
 
     Args:
-        anchor_column: what is to find. A file to predict on needs it alone.
-        positive_column: what is to be found.
-        negative_column: what must not be found, for rows to learn from that are hard to tell apart.
+        anchor_column: the query. A file to predict on needs it alone.
+        positive_column: the text that matches the anchor.
+        negative_column: a hard negative: a similar text that does not match.
         group_column: rows that agree in it belong together.
         anchor_prefix: put before each anchor, as E5 has `query: `.
         positive_prefix: put before each positive and negative, as E5 has `passage: `.
-        texts: arguments of `TextData`. Of `batch_size` pairs, the more the more negatives.
+        texts: arguments of `TextData`. A larger `batch_size` gives more negatives.
 
     Raises:
-        LoRAError: a missing file or column, an empty text, a negative that is its own row's positive.
+        LoRAError: a missing file or column, an empty text, a negative that equals the row's positive.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class PairData(TextData):
         return [self.anchor_column, self.positive_column, self.negative_column, self.group_column]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise at a text that is none or is empty, or at a negative that is the positive."""
+        """Raise for a value that is no text or is empty, or for a negative that equals the positive."""
         texts = [column for column in list(self.columns(split))[:3] if column is not None]
         for column in texts:
             for row, text in cells_of(table, ROW, column):
@@ -89,7 +89,7 @@ class PairData(TextData):
         return self.without_cuts(encoded, split)
 
     def lengths(self, table: datasets.Dataset) -> list[int]:
-        """The tokens of a row's texts together."""
+        """The total number of tokens of a row's texts."""
         parts = [name for name in PARTS if name in table.column_names]
         return [sum(map(len, texts)) for texts in cells_of(table, *parts)]
 
@@ -114,7 +114,7 @@ def encode_texts(
     prefixes: Sequence[str],
     max_length: int,
 ) -> dict[str, Any]:
-    """Token ids of each part, and which of them were cut; groups stay."""
+    """Token ids of each part, and which of them were cut; groups are kept."""
     out: dict[str, Any] = {GROUP: rows[GROUP]} if GROUP in rows else {}
     for name, column, prefix in zip(PARTS, columns, prefixes, strict=False):
         if column is not None:
@@ -127,9 +127,9 @@ def encode_texts(
 def groups_of(
     positives: Sequence[str], negatives: Sequence[str] | None, named: Sequence[object] | None = None
 ) -> list[list[int]]:
-    """The group of each row's positive and negative: one for the same text, or for what agrees in the group column.
+    """The group numbers of each row's positive and negative: equal for equal texts, or for equal group columns.
 
-    With a group column a negative stands for itself, -1: of which group it is, no column says.
+    With a group column a negative's group is unknown: -1.
     """
     numbers: dict[str, int] = {}
 

@@ -1,4 +1,4 @@
-"""Prompts with two answers each, of which people chose one."""
+"""Prompts with two answers each, one chosen and one rejected."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class PreferenceData(TextData):
 
     A row is in one of these forms:
 
-    - texts: a prompt and two answers, tokenised as they stand, each answer ended by the end of text; with `as_chat`
-      they become the user's turn and the assistant's in the tokenizer's chat template.
+    - texts: a prompt and two answers, tokenized unchanged, with the end of text after each answer; with `as_chat` they
+      become the user's turn and the assistant's in the tokenizer's chat template.
     - messages: the prompt's, and those of the answers that follow it.
-    - without a prompt column: two whole conversations as messages, of which all but the last is the prompt, and alike.
+    - without a prompt column: two whole conversations as messages, which are equal but for the last message.
 
-    Where a pair is too long, the prompt loses its beginning first, and the answers their ends only if that is not
+    Where a pair is too long, the beginning of the prompt is cut first, and the ends of the answers only if that is not
     enough. Both answers follow the same prompt.
 
     Args:
-        prompt_column: what was asked; null where the answers' columns hold it.
-        chosen_column: the answer that was preferred.
-        rejected_column: the other.
+        prompt_column: the prompt; null where the answers' columns contain it.
+        chosen_column: the preferred answer.
+        rejected_column: the other answer.
         as_chat: put texts into the tokenizer's chat template.
         max_length: tokens of prompt and answer at most.
         max_prompt_length: tokens of a prompt that are kept where a pair is too long; half of `max_length` by default.
@@ -60,17 +60,19 @@ class PreferenceData(TextData):
         **table: Any,
     ) -> None:
         super().__init__(*texts, max_length=max_length, batch_size=batch_size, **table)
-        kept = max_length // 2 if max_prompt_length is None else max_prompt_length
-        if not 1 <= kept < max_length:
-            raise LoRAError(f"max_prompt_length must be from 1 to max_length - 1 = {max_length - 1}, got {kept}")
+        prompt_length = max_length // 2 if max_prompt_length is None else max_prompt_length
+        if not 1 <= prompt_length < max_length:
+            raise LoRAError(
+                f"max_prompt_length must be from 1 to max_length - 1 = {max_length - 1}, got {prompt_length}"
+            )
         self.prompt_column, self.chosen_column, self.rejected_column = prompt_column, chosen_column, rejected_column
-        self.as_chat, self.max_prompt_length = as_chat, kept
+        self.as_chat, self.max_prompt_length = as_chat, prompt_length
 
     def columns(self, split: str) -> Sequence[str | None]:
         return [self.prompt_column, self.chosen_column, self.rejected_column]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise at a row that is neither of texts nor of messages, or has an answer without words."""
+        """Raise for a row that has neither texts nor messages, or an answer without words."""
         columns = [column for column in self.columns(split) if column is not None]
         of_messages = any(isinstance(value, list) for value in values_of(table, self.chosen_column))
         if of_messages and self.as_chat:
@@ -115,7 +117,7 @@ class PreferenceData(TextData):
         return self.without_cuts(encoded, split)
 
     def lengths(self, table: datasets.Dataset) -> list[int]:
-        """The longer of a row's two texts."""
+        """The length of a row's longer text."""
         parts = cells_of(table, "prompt", "chosen", "rejected")
         return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in parts]
 
@@ -140,18 +142,18 @@ def encode_pairs(
     max_length: int,
     max_prompt_length: int,
 ) -> dict[str, list[Any]]:
-    """Token ids of prompts and of both answers, and which rows lost something of the one or the other."""
+    """Token ids of prompts and of both answers, and in which rows a prompt or an answer was cut."""
     prompt_column, chosen_column, rejected_column = columns
     out: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected", "prompt_cut", "answer_cut")}
     for i, (chosen, rejected) in enumerate(zip(rows[chosen_column], rows[rejected_column], strict=True)):
         prompt = None if prompt_column is None else rows[prompt_column][i]
         plain = isinstance(chosen, str) and not as_chat
         if plain:
-            asked, answered = str(prompt), [text + (tokenizer.eos_token or "") for text in (chosen, rejected)]
+            prompt_text, answer_texts = str(prompt), [text + (tokenizer.eos_token or "") for text in (chosen, rejected)]
         else:
-            asked, answered = _render(tokenizer, *_as_messages(prompt, chosen, rejected))
-        first = _ids(tokenizer, asked, special=plain)  # a template writes its own special tokens
-        answers = [_ids(tokenizer, text) for text in answered]
+            prompt_text, answer_texts = _render(tokenizer, *_as_messages(prompt, chosen, rejected))
+        first = _ids(tokenizer, prompt_text, special=plain)  # a template writes special tokens itself
+        answers = [_ids(tokenizer, text) for text in answer_texts]
         cut = fit_to_length(first, answers, max_length, max_prompt_length, tokenizer.bos_token_id)
         lost = [len(ids) > len(left) for ids, left in zip([first, *answers], cut, strict=True)]
         for column, value in zip(out, [*cut, lost[0], any(lost[1:])], strict=True):
@@ -162,10 +164,10 @@ def encode_pairs(
 def fit_to_length(
     prompt: list[int], answers: list[list[int]], max_length: int, max_prompt_length: int, first: int | None = None
 ) -> list[list[int]]:
-    """Prompt and answers, cut to go into `max_length` together: the prompt's beginning, then the answers' ends.
+    """Prompt and answers, cut to fit into `max_length`: first the prompt's beginning, then the answers' ends.
 
     Args:
-        first: a token that stays where a prompt begins with it.
+        first: a token that is kept where a prompt begins with it.
     """
     if len(prompt) + max(map(len, answers)) > max_length and len(prompt) > max_prompt_length:
         keeps_first = prompt[0] == first and max_prompt_length > 1
@@ -174,7 +176,7 @@ def fit_to_length(
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    """With `special` the tokens that begin a text, and not those that end it: an answer follows."""
+    """Token ids; with `special` also the special tokens that begin a text, but not those that end it."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     begins = (
         special and tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -193,24 +195,24 @@ def _as_messages(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, Mes
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *answers: Messages) -> tuple[str, list[str]]:
-    """The prompt's text up to where the assistant begins, and what each answer adds to it."""
+    """The prompt's text up to the beginning of the assistant's turn, and the text of each answer after it."""
 
     def text(messages: Messages, begin: bool = False) -> str:
         out = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin)
         assert isinstance(out, str)
         return out
 
-    asked, begun = text(prompt), text(prompt, begin=True)
+    prompt_text, begun = text(prompt), text(prompt, begin=True)
     whole = [text([*prompt, *answer]) for answer in answers]
-    # Some templates begin the assistant's turn in a way that a finished turn does not have, such as with a thought.
-    shared = os.path.commonprefix([begun, *whole])  # noqa: RUF071  (by characters, as it should be)
-    if not shared.startswith(asked.rstrip()):
+    # Some templates begin the assistant's turn with a text that a finished turn does not have, such as a thought.
+    shared = os.path.commonprefix([begun, *whole])  # noqa: RUF071  (by characters, which is right here)
+    if not shared.startswith(prompt_text.rstrip()):
         raise LoRAError(f"the chat template writes a prompt in another way once it is answered: {whole[0][:200]!r}")
     return shared, [w[len(shared) :] for w in whole]
 
 
 def _without_nulls(messages: Messages) -> Messages:
-    """Without the keys that a table's other rows have."""
+    """The messages without keys that only other rows of the table have."""
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 

@@ -1,4 +1,4 @@
-"""Texts with texts to make of them: articles and summaries, sentences and translations."""
+"""Source texts with target texts: articles and summaries, sentences and translations."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lora_lightning.lora.errors import LoRAError
 
 
 class TargetData(TextData):
-    """A `TextData` whose rows hold a target, or a list of several: each makes an example with the row's source."""
+    """A `TextData` whose rows have a target, or a list of targets: each makes an example with the row's source."""
 
     def check_targets(self, table: datasets.Dataset, split: str, column: str) -> None:
-        """Raise where the column holds neither a text nor a list of at least one."""
+        """Raise for a value that is neither a text nor a list of at least one text."""
         for row, value in cells_of(table, ROW, column):
             several = value if isinstance(value, list) else [value]
             if not several or not all(isinstance(text, str) for text in several):
@@ -32,7 +32,7 @@ class TargetData(TextData):
 
 
 def one_target_each(table: datasets.Dataset, column: str) -> datasets.Dataset:
-    """The table with a row for each target where the column holds lists of them."""
+    """The table with a row for each target, where the column has lists of them."""
     targets = list(values_of(table, column))
     if not any(isinstance(texts, list) for texts in targets):
         return table
@@ -42,9 +42,9 @@ def one_target_each(table: datasets.Dataset, column: str) -> datasets.Dataset:
 
 
 def references_of(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
-    """Of each pair of a source and a target all targets of its source, where it is the source's first; else none.
+    """All targets of a source at its first pair of source and target; empty for its other pairs.
 
-    So a model writes once for each source, and is held to all that people wrote for it.
+    So a model generates once for each source, and is compared with all of its targets.
     """
     first: dict[str, int] = {}
     references: list[list[str]] = [[] for _ in pairs]
@@ -59,14 +59,14 @@ REFERENCES = "references"
 class SequenceToSequenceData(TargetData):
     """Files or a Hugging Face set to batches of source tokens and target tokens for an encoder and a decoder.
 
-    In evaluation, rows of one source are written for once and held to all of their targets.
+    In evaluation, a text is generated once for each source and compared with all of its targets.
 
     Args:
-        source_column: the text that is given.
-        target_column: the text to make of it; or a list of texts, each as good.
-        prefix: what is put before each source, such as `summarize: ` for T5.
-        max_length: tokens per source at most; what is over is cut.
-        max_target_length: the same of targets.
+        source_column: the input text.
+        target_column: the output text, or a list of equally good texts.
+        prefix: put before each source, such as `summarize: ` for T5.
+        max_length: tokens per source at most; longer ones are cut.
+        max_target_length: tokens per target at most.
         source_lang: of a tokenizer for many languages (mBART, NLLB), the sources' language code.
         target_lang: the targets' language code.
         texts: arguments of `TextData`.
@@ -99,7 +99,7 @@ class SequenceToSequenceData(TargetData):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Loaded on first use, and told the languages."""
+        """The tokenizer, loaded on first use, with the languages set."""
         tokenizer = super().tokenizer
         for attribute, value in (("src_lang", self.source_lang), ("tgt_lang", self.target_lang)):
             if value is not None and getattr(tokenizer, attribute, None) != value:
@@ -145,7 +145,7 @@ def encode_pairs(
     prefix: str,
     max_lengths: tuple[int, int],
 ) -> dict[str, Any]:
-    """Token ids of sources and targets, which of them were cut, and the references as they are."""
+    """Token ids of sources and targets, which of them were cut, and the references."""
     source, target = columns
     sources, cut = tokenize_cut(tokenizer, max_lengths[0], text=[f"{prefix}{text}" for text in rows[source]])
     ids = sources["input_ids"]

@@ -1,4 +1,4 @@
-"""What every DataModule over texts has: a tokenizer, a greatest length, padding; and pairs of texts with a target."""
+"""Bases of DataModules over texts: a tokenizer, a maximal length, padding; and pairs of texts with a target."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TextData(TableData):
         path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
             `package:NAME/path` is a file inside an installed package.
         tokenizer: a hub name, a directory, a GGUF file, or `package:NAME/path` for one of the latter.
-        max_length: tokens per example at most; what is over is cut.
+        max_length: tokens per example at most; longer ones are cut.
         table: arguments of `TableData` by name.
     """
 
@@ -35,14 +35,14 @@ class TextData(TableData):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Loaded on first use."""
+        """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer_name)
         return self._tokenizer
 
     @property
     def pad_token_id(self) -> int | None:
-        """The number that fills short texts up."""
+        """The id of the padding token."""
         number = self.tokenizer.pad_token_id
         return None if number is None else int(number)
 
@@ -52,7 +52,7 @@ class TextData(TableData):
 
 
 class TextPairData(TextData):
-    """A `TextData` that gives token ids, attention masks and, but for prediction, `labels`.
+    """A `TextData` with token ids, attention masks and, except for prediction, `labels`.
 
     Args:
         text_column: the text.
@@ -69,11 +69,11 @@ class TextPairData(TextData):
     @property
     @abstractmethod
     def target_columns(self) -> Sequence[str]:
-        """Columns that the targets are read from."""
+        """Columns of the targets."""
 
     @abstractmethod
     def targets(self, table: datasets.Dataset, split: str) -> list[Any]:
-        """`labels` of each row."""
+        """The `labels` of each row."""
 
     def columns(self, split: str) -> Sequence[str | None]:
         return [self.text_column, self.text_pair_column, *([] if split == "predict" else self.target_columns)]
@@ -82,7 +82,7 @@ class TextPairData(TextData):
         self.check_texts(table, split, [self.text_column, self.text_pair_column])
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Tokens, which are cached by the texts alone, and the targets beside them."""
+        """Encode tokens, which are cached by the texts alone, and add the targets."""
         columns = (self.text_column, self.text_pair_column)
         options = {"tokenizer": self.tokenizer, "columns": columns, "max_length": self.max_length}
         tokens = self.without_cuts(self.encode_by(encode_rows, table, split, **options), split)

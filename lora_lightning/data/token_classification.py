@@ -23,22 +23,22 @@ from lora_lightning.tasks.metrics.entities import OUTSIDE
 
 
 class TokenClassificationData(LabelNames, TextData):
-    """Files or a Hugging Face set to batches of token ids, label numbers and where each word begins.
+    """Files or a Hugging Face set to batches of token ids, label numbers and word beginnings.
 
-    A word's label goes to its first piece. In a row with a list of words and a list of tags (JSONL, Parquet, a set on
-    the hub), tags are names or numbers. CoNLL files (.conll, .iob, .bio, .txt) hold a word and its tag on each line.
+    A word's label goes to its first token. In a row with a list of words and a list of tags (JSONL, Parquet, a set on
+    the hub), tags are names or numbers. CoNLL files (.conll, .iob, .bio, .txt) have a word and its tag on each line.
 
     Args:
         words_column: a list of words.
         tags_column: a list of tags, one for each word.
-        tag_field: of CoNLL files, which field of a line is the tag, from 0; -1 is the last.
-        label_names: names in the order of their numbers. By default the set's own, else the sorted tags in train.
-        label_all_pieces: give a word's label to all of its pieces in training; predictions and metrics take the first.
-        texts: arguments of `TextData`. The tokenizer is one of the fast kind.
+        tag_field: the field of the tag in a line of CoNLL files, from 0; -1 is the last.
+        label_names: names in the order of their numbers. By default the set's, else the sorted tags in train.
+        label_all_pieces: give a word's label to all of its tokens in training; predictions and metrics use the first.
+        texts: arguments of `TextData`. The tokenizer must be a fast one.
 
     Raises:
-        LoRAError: a missing file or column, words and tags of different number, an empty sentence, a tag that training
-            never saw.
+        LoRAError: a missing file or column, words and tags of different number, an empty sentence, a tag that is not in
+            train.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TokenClassificationData(LabelNames, TextData):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Loaded on first use; byte-level ones such as RoBERTa's put a blank before each word, as in running text."""
+        """The tokenizer, loaded on first use; byte-level ones such as RoBERTa's put a blank before each word."""
         if self._tokenizer is None:
             tokenizer = load_tokenizer(self.tokenizer_name)
             if getattr(tokenizer, "add_prefix_space", None) is False:
@@ -76,7 +76,7 @@ class TokenClassificationData(LabelNames, TextData):
         return [self.words_column, None if kind_of(split) == "predict" else self.tags_column]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise where a row does not hold words, and a tag for each."""
+        """Raise for a row that does not have words and a tag for each."""
         column = self.words_column
         for row, words in cells_of(table, ROW, column):
             if not isinstance(words, list) or not words:
@@ -119,15 +119,15 @@ class TokenClassificationData(LabelNames, TextData):
         return partial(pad_batch, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
 
     def _tag_feature(self, table: datasets.Dataset) -> datasets.ClassLabel | None:
-        """What the set itself says of its tags."""
+        """The set's feature of tags, if it is a ClassLabel."""
         entry = getattr(table.features[self.tags_column], "feature", None)  # of a list's entries
         return entry if isinstance(entry, datasets.ClassLabel) else None
 
     def _numbers(self, table: datasets.Dataset, split: str) -> dict[str, int]:
-        """The number of each tag as it stands in the table, by its text.
+        """The number of each tag in the table, by its text.
 
         Raises:
-            LoRAError: a tag of this split is not among them, with its row.
+            LoRAError: a tag of this split is unknown, with its row.
         """
         feature = self._tag_feature(table)
         check_order(self.label_names, feature)
@@ -141,12 +141,12 @@ class TokenClassificationData(LabelNames, TextData):
         return numbers
 
     def _warn_of_unseen_words(self, table: datasets.Dataset, encoded: datasets.Dataset, split: str) -> None:
-        there = sum(len(words) for words in values_of(table, self.words_column))
+        total = sum(len(words) for words in values_of(table, self.words_column))
         seen = sum(number >= 0 for numbers in values_of(encoded, "word_ids") for number in numbers)
-        if seen < there:
+        if seen < total:
             why = "they are not trained on" if split == "train" else "they get no label, and no metric counts them"
             rank_zero_warn(
-                f"{self.place(split)}: {there - seen} of {there} words are cut off by max_length={self.max_length} or"
+                f"{self.place(split)}: {total - seen} of {total} words are cut off by max_length={self.max_length} or"
                 f" hold nothing that the tokenizer knows; {why}"
             )
 
@@ -160,7 +160,7 @@ def encode_words(
     all_pieces: bool,
     max_length: int,
 ) -> dict[str, Any]:
-    """Token ids, and of each token the number of the word that begins with it (-1 of others) and its label.
+    """Token ids, and for each token the number of the word that begins with it (-1 for others) and its label.
 
     Rows to predict (`numbers` is None) keep their words in place of labels.
     """
@@ -176,13 +176,13 @@ def encode_words(
     if numbers is None:
         encoded["words"] = words
         return encoded
-    labelled = (
+    word_numbers = (
         [[-1 if word is None else word for word in word_ids] for word_ids in pieces]
         if all_pieces
         else encoded["word_ids"]
     )
     encoded["labels"] = [
         [IGNORED if word < 0 else numbers[str(tags[word])] for word in word_ids]
-        for word_ids, tags in zip(labelled, rows[tags_column], strict=True)
+        for word_ids, tags in zip(word_numbers, rows[tags_column], strict=True)
     ]
     return encoded

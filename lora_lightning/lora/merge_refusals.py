@@ -90,7 +90,4 @@ def trained_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     if isinstance(module, TokenRows):
         yield "weight", module.lora_tokens, module.weight
     if isinstance(module, SavedCopy):
-        originals: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
-        originals |= dict(module.named_buffers(remove_duplicate=False))
-        for name, trained in (*module.lora_copy.named_parameters(), *module.lora_copy.named_buffers()):
-            yield name, trained, originals[name]
+        yield from module.trained_tensors()

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from lora_lightning.reports.table import Table
 
 MISTAKES = 20
-"""How many mistakes are remembered, the most confident first."""
+"""Mistakes that are stored, the most confident first."""
 MOST_CLASSES = 1000
-"""Beyond this nothing is counted: the matrix grows with the square."""
+"""With more classes nothing is counted: the matrix grows with the square."""
 MOST_SHOWN = 20
-"""Classes of a matrix that is shown whole; of more, the pairs that are mixed up most."""
+"""Classes up to which the whole matrix is shown; with more, only the pairs that are mixed up most."""
 CHARACTERS, PIXELS = 600, 96
-"""Of a text, and of a picture's longer side."""
+"""At most so many characters of a text, and pixels of a picture's longer side."""
 
 
 class ClassCounts:
@@ -31,13 +31,13 @@ class ClassCounts:
         self.mistakes: list[dict[str, Any]] = []
 
     def add(self, logits: Tensor, labels: Tensor, batch: Mapping[str, Any], tokenizer: Any = None) -> None:
-        """Count one batch in.
+        """Count one batch.
 
         Args:
             logits: (n, C).
-            labels: (n,); those that are no class count for nothing.
-            batch: the batch itself, of which mistakes show the text or the picture.
-            tokenizer: what its `input_ids` were made by.
+            labels: (n,); those that are no class are ignored.
+            batch: has the texts or the pictures that mistakes show.
+            tokenizer: decodes its `input_ids`.
         """
         classes = len(self.counts)
         labels = labels.cpu()
@@ -54,28 +54,28 @@ class ClassCounts:
             self._keep([{**row, **input_of(batch, i, tokenizer)}])
 
     def join(self, others: Iterable[ClassCounts]) -> ClassCounts:
-        """Count in what other processes counted."""
+        """Add the counts of other processes."""
         for other in others:
             self.counts += other.counts
             self._keep(other.mistakes)
         return self
 
     def _keep(self, mistakes: list[dict[str, Any]]) -> None:
-        both = sorted([*self.mistakes, *mistakes], key=lambda mistake: -mistake["confidence"])
-        self.mistakes = both[:MISTAKES]
+        ranked = sorted([*self.mistakes, *mistakes], key=lambda mistake: -mistake["confidence"])
+        self.mistakes = ranked[:MISTAKES]
 
     def to_dict(self, names: list[str] | None = None) -> dict[str, Any]:
         """Plain data, for a JSON file of the run.
 
         Args:
-            names: what the classes are called, in their order; their numbers by default.
+            names: of the classes in order; their numbers by default.
         """
         labels = names if names is not None and len(names) == len(self.counts) else range(len(self.counts))
         return {"labels": list(map(str, labels)), "counts": self.counts.tolist(), "mistakes": self.mistakes}
 
 
 def input_of(batch: Mapping[str, Any], row: int, tokenizer: Any = None) -> dict[str, str]:
-    """The text, or the picture as a `data:` address, of one row of a batch; nothing where it is neither."""
+    """The text, or the picture as a `data:` URL, of one row of a batch; empty where it has neither."""
     ids, pixels = batch.get("input_ids"), batch.get("pixel_values")
     if tokenizer is not None and isinstance(ids, Tensor):
         text = " ".join(tokenizer.decode(ids[row], skip_special_tokens=True).split())
@@ -86,14 +86,14 @@ def input_of(batch: Mapping[str, Any], row: int, tokenizer: Any = None) -> dict[
 
 
 def _picture(pixels: Tensor) -> str:
-    """A picture (c, h, w), brought back to 0 to 255 by its own least and greatest value, as a small PNG."""
-    from PIL import Image  # what gave the pixels needs it too
+    """A picture (c, h, w), scaled to 0 to 255 by its minimum and maximum, as a small PNG."""
+    from PIL import Image  # data with pictures need it too
 
-    one = pixels.detach().float().cpu()
-    factor = min(1.0, PIXELS / max(one.shape[1:]))
-    one = F.interpolate(one[None], scale_factor=factor, mode="area")[0] if factor < 1 else one
-    low, high = one.min(), one.max()
-    values = ((one - low) / (high - low).clamp(min=1e-9) * 255).byte().expand(3, -1, -1).permute(1, 2, 0)
+    image = pixels.detach().float().cpu()
+    factor = min(1.0, PIXELS / max(image.shape[1:]))
+    image = F.interpolate(image[None], scale_factor=factor, mode="area")[0] if factor < 1 else image
+    low, high = image.min(), image.max()
+    values = ((image - low) / (high - low).clamp(min=1e-9) * 255).byte().expand(3, -1, -1).permute(1, 2, 0)
     buffer = io.BytesIO()
     Image.fromarray(values.numpy()).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -109,7 +109,7 @@ def class_table(confusion: Mapping[str, Any]) -> Table:
         [name, *(f"{float(value[i]):.3f}" for value in (precision, recall, f1)), f"{int(support[i]):,}"]
         for i, name in enumerate(confusion["labels"])
     ]
-    # As torchmetrics has it, a class that is neither there nor predicted is left out of the means.
+    # As in torchmetrics, a class without examples and predictions is left out of the means.
     seen = (support + predicted) > 0
     means = [f"{float(value[seen].mean()) if seen.any() else 0.0:.3f}" for value in (precision, recall, f1)]
     rows.append(["mean over classes (macro)", *means, f"{int(support.sum()):,}"])
@@ -117,7 +117,7 @@ def class_table(confusion: Mapping[str, Any]) -> Table:
 
 
 def confusions(confusion: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, int, str]]]]:
-    """The matrix's rows: true class, and for each predicted one the count, its shade from 0 to 9, and words."""
+    """The matrix's rows: true class, and for each predicted one the count, its shade from 0 to 9, and a tooltip."""
     labels, rows = confusion["labels"], []
     for name, counts in zip(labels, confusion["counts"], strict=True):
         total = max(1, sum(counts))

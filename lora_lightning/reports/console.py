@@ -26,33 +26,33 @@ from lora_lightning.lora.report import LEAST_KEPT, InjectionReport
 from lora_lightning.reports.table import Table
 
 BEFORE = "_before"
-"""Ends the name of a figure from before training."""
+"""Suffix of a metric's name from before training."""
 
 
 # ---- the first screen
 
 
 def show_lines(lines: Iterable[str], console: Console) -> None:
-    """Lines as they are: brackets are no markup, and the terminal folds long ones, so that paths can be copied."""
+    """Print lines without markup, and without line breaks, so that paths can be copied."""
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 MOST_LABELS = 12
-"""Labels that the box of the data names, each with its rows."""
+"""Labels up to which the box of the data names each with its rows."""
 
 
 def show_data(summary: dict[str, Any] | None, console: Console) -> None:
-    """A box with what the rows tell before the first step, and a line for each thing that looks wrong."""
+    """Print a box with the data's summary, and a line for each warning."""
     if not summary:
         return
     lines = ["rows: " + ", ".join(f"{split} {count:,}" for split, count in summary["rows"].items())]
     for split, counts in summary.get("labels", {}).items():
         if len(counts) > MOST_LABELS:
-            counted = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
+            text_of_counts = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
         else:
-            counted = ", ".join(f"{quote_label(name)} {count:,}" for name, count in counts.items())
-        lines.append(f"labels in {split}: {counted}")
+            text_of_counts = ", ".join(f"{quote_label(name)} {count:,}" for name, count in counts.items())
+        lines.append(f"labels in {split}: {text_of_counts}")
     for what, shares in cut_shares_by_kind(summary).items():
         lines.append(f"{what}: " + ", ".join(f"{share:.1%} of {split}" for split, share in shares.items()))
     text = Text("\n".join(lines))
@@ -62,7 +62,7 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
 
 
 def show_injection(report: InjectionReport, console: Console) -> None:
-    """All rows of the injection table, blocks folded into one row each, and what was left out."""
+    """Print the injection table, blocks folded into one row each, and what was left out."""
     header, *rows = report.table()
     text = [i for i, name in enumerate(header) if name in ("module", "kind")]
     note = f"{report.trainable:,} of {report.total:,} parameters train ({report.share:.2%})"
@@ -91,17 +91,17 @@ def first_lines(trainer: Trainer, backbone: nn.Module, report: InjectionReport, 
 
 
 def _place(logger: Logger) -> str:
-    """Where this logger's results are found."""
+    """Where this logger's results are."""
     if not isinstance(logger, WandbLogger):
         return type(logger).__name__
     return f"W&B (wandb sync {Path(logger.experiment.dir).parent})" if logger.experiment.offline else "W&B"
 
 
 def backbone_name(backbone: nn.Module) -> str:
-    """The backbone's class, and where its weights come from if it says so: a hub name, or a path's last two parts."""
+    """The backbone's class, and the source of its weights if known: a hub name, or a path's last two parts."""
     kind = type(backbone)
     while issubclass(kind, Grafted) or FSDPModule in kind.__bases__:
-        kind = kind.grafted_from[1] if issubclass(kind, Grafted) else kind.__bases__[1]  # fully_shard puts itself first
+        kind = kind.grafted_from[1] if issubclass(kind, Grafted) else kind.__bases__[1]  # fully_shard's class is first
     name = kind.__name__
     config = getattr(backbone, "config", None)
     source = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
@@ -111,7 +111,7 @@ def backbone_name(backbone: nn.Module) -> str:
 
 
 def short_count(number: int) -> str:
-    """A number of parameters as people say it: 22.7M."""
+    """A number of parameters in short form: 22.7M."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size * 0.9995:
             return f"{number / size:.3g}{unit}"
@@ -123,30 +123,30 @@ def short_count(number: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PartDtypes:
-    """Dtypes by part, as they are while the fit runs."""
+    """Dtypes by part during a fit."""
 
     w0: dict[str, int]
-    """Numbers of W0 by dtype or quantization, the most first."""
+    """Number of W0's values by dtype or quantization, the largest first."""
     adapter: list[str]
-    """Of A, B and what else trains beside W0; one but for odd models."""
+    """Dtypes of A, B and other trained tensors; usually one."""
     saved: dict[str, list[str]]
-    """Of each module of `modules_to_save`."""
+    """Dtypes of each module of `modules_to_save`."""
     autocast: str | None
     """The dtype in which autocast computes; None without it."""
     precision: str
-    """As the Trainer has it."""
+    """The Trainer's."""
     asked: str | None
-    """As it was asked for, where that is another word."""
+    """The user's word for it, where it differs."""
     backbone_mode: str
     dropout: list[float]
-    """LoRA's own, which is on in training whatever the backbone's mode."""
+    """LoRA's dropout, which is on in training in both modes of the backbone."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the report."""
         return asdict(self)
 
     def lines(self) -> tuple[str, str]:
-        """What a person reads: dtypes, then modes."""
+        """Two lines of text: dtypes, and modes."""
         total = max(1, sum(self.w0.values()))
         shares = [name if len(self.w0) == 1 else f"{name} {_percent(n / total)}" for name, n in self.w0.items()]
         dtypes_of = [f"W0 {', '.join(shares)}", f"A and B {', '.join(self.adapter)}"]
@@ -163,8 +163,8 @@ class PartDtypes:
 
 
 def part_dtypes(backbone: nn.Module, backbone_mode: str, trainer: Trainer) -> PartDtypes:
-    """Those of a module that a trainer has set up."""
-    asked, precision = getattr(trainer, "precision_asked", None), str(trainer.precision)
+    """The dtypes of a module that a trainer has set up."""
+    chosen, precision = getattr(trainer, "precision_asked", None), str(trainer.precision)
     copies = grafted_modules(backbone, SavedCopy)
     heads = {id(t) for _, saved in copies for t in saved.lora_copy.parameters()}
     factors = [t for t in adapter_tensors(backbone).values() if id(t) not in heads and t.is_floating_point()]
@@ -177,7 +177,7 @@ def part_dtypes(backbone: nn.Module, backbone_mode: str, trainer: Trainer) -> Pa
         saved={name: _dtypes(saved.lora_copy.parameters()) for name, saved in copies},
         autocast=autocast,
         precision=precision,
-        asked=None if asked is None or str(asked) in (precision, precision.partition("-")[0]) else str(asked),
+        asked=None if chosen is None or str(chosen) in (precision, precision.partition("-")[0]) else str(chosen),
         backbone_mode=backbone_mode,
         dropout=sorted({layer.lora_settings.dropout for _, layer in adapted_layers(backbone)} - {0.0}),
     )
@@ -195,12 +195,12 @@ def _percent(share: float) -> str:
 
 
 def quote_label(name: str) -> str:
-    """In quotes where blanks would not be seen."""
+    """The name, in quotes where blanks would not be visible."""
     return name if name and name == name.strip() else repr(name)
 
 
 def cut_shares_by_kind(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of `texts cut`, `sources cut` and so on, the share by split."""
+    """The share by split of `texts cut`, `sources cut` and so on."""
     by_kind: dict[str, dict[str, float]] = {}
     for split, shares in summary.get("cut", {}).items():
         for what, share in shares.items():
@@ -209,10 +209,10 @@ def cut_shares_by_kind(summary: Mapping[str, Any]) -> dict[str, dict[str, float]
 
 
 def data_table(summary: Mapping[str, Any]) -> Table:
-    """What a DataModule says of its rows.
+    """The summary of a DataModule's rows as a table.
 
     Args:
-        summary: what `summarize` gives; what is not known is left out.
+        summary: the result of `summarize`; unknown facts are left out.
     """
     splits = list(summary.get("rows", {}))
     labels = summary.get("labels", {})
@@ -230,12 +230,12 @@ def data_table(summary: Mapping[str, Any]) -> Table:
 
 
 def show_report(values: Mapping[str, Any], console: Console) -> None:
-    """Print all that is known of a run as one table."""
+    """Print a run's report as one table."""
     console.print(Table(title=f"Run {values.get('run_dir', '')}", rows=report_rows(values)))
 
 
 def report_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The rows of the closing table, for the facts that are known, in the order in which a reader asks."""
+    """The rows of the closing table, for the known facts, the most important first."""
     rows = [_accuracies(v, "LoRA", "val_accuracy", "test_accuracy")]
     rows.append(_accuracies(v, "linear probe", "probe_accuracy", "probe_test_accuracy"))
     rows.append(_accuracies(v, "raw pixels", "pixels_accuracy", "pixels_test_accuracy"))
@@ -268,13 +268,13 @@ def report_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _accuracies(v: Mapping[str, Any], name: str, validation: str, test: str) -> tuple[str, str]:
-    both = (("validation", validation), ("test", test))
-    parts = [f"{label} {v[key]:.1%}{_before(v, key, '.1%')}" for label, key in both if key in v]
+    stages = (("validation", validation), ("test", test))
+    parts = [f"{label} {v[key]:.1%}{_before(v, key, '.1%')}" for label, key in stages if key in v]
     return f"accuracy, {name}", ", ".join(parts)
 
 
 def _figures(v: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The stages' other figures, under what `metric_titles` calls them: `val F1 (macro)`."""
+    """The stages' other metrics, with the titles of `metric_titles`: `val F1 (macro)`."""
     rows, titles = [], v.get("metric_titles") or {}
     for key, value in v.items():
         stage, _, metric = key.partition("_")
@@ -285,13 +285,13 @@ def _figures(v: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _before(v: Mapping[str, Any], key: str, form: str) -> str:
-    """What the same figure was before training, where `MeasureBefore` has measured it."""
+    """The metric before training, where `MeasureBefore` has measured it."""
     before = v.get(f"{key}{BEFORE}")
     return f" ({before:{form}} before)" if isinstance(before, float) else ""
 
 
 def _export_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How near the exported files are to what was trained."""
+    """The comparison of the exported files with the trained model."""
     rows = []
     if "export_max_rel_diff" in v:
         merged = "merged" in v.get("export_formats", ["merged"])

@@ -1,7 +1,7 @@
-"""A run's log as charts: which columns stand together, and where lines, dots and ticks lie in each picture.
+"""A run's log as charts: groups of columns, and the positions of lines, dots and ticks in each.
 
-The page draws them as SVG of its own, which follows the reader's light or dark and has a tip at each point; positions
-are linear in step and value.
+The page draws them as inline SVG, which follows the reader's light or dark mode and has a tooltip at each point;
+positions are linear in step and value.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from lora_lightning.reports.table import Table
 
 LARGEST = 1e300
-"""Differences of larger values would not be finite."""
+"""Larger values are left out, since their differences may not be finite."""
 NO_CURVE, NO_CURVES = ("epoch", "step"), ("params/", "export/")
-"""Columns and beginnings of columns that hold figures of one moment, which the page tells in words."""
+"""Columns and prefixes of columns with single values, which the page shows as text."""
 WIDTH, HEIGHT = 360, 216
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 24
-"""Margins of the frame, in the units of the picture, which are about pixels at each size that the page has."""
+"""Margins of the frame, in the picture's units, which are about pixels."""
 MARKED = 40
-"""Up to so many points each has a dot."""
+"""Up to so many points, each has a dot."""
 BUCKETS = 180
-"""Longer lines are drawn by the least and the greatest value in each of so many stretches of steps."""
+"""Longer lines are drawn by the minimum and the maximum in each of so many intervals of steps."""
 
 Point = tuple[int, float]
 
@@ -42,7 +42,7 @@ class Series:
 
 
 def read_metrics(file: Path) -> list[Series]:
-    """The columns of a `metrics.csv`, without its rows that a broken-off fit left torn.
+    """The columns of a `metrics.csv`, without incomplete rows of an interrupted fit.
 
     Of two values for one step, as a resumed fit leaves them, the later counts.
     """
@@ -78,17 +78,17 @@ def _series(name: str, values: dict[int, float]) -> Series:
 
 
 class Axis:
-    """Where values lie between two ends of the picture."""
+    """The positions of values between two ends of the picture."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         self.low, self.high, self.start, self.end = low, high, start, end
 
     def at(self, value: float) -> float:
-        """In the picture's units."""
+        """The position of a value in the picture's units."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, about: int, whole: bool = False) -> list[float]:
-        """Round values inside the axis, about so many."""
+        """About `about` round values within the axis."""
         raw = (self.high - self.low) / about
         size = 10.0 ** math.floor(math.log10(raw))
         step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= raw * 0.999)
@@ -102,18 +102,18 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """One series as it is drawn."""
+    """A drawn series."""
 
     series: Series
     color: str
-    """The class that gives it its color: stages keep theirs in every chart."""
+    """The CSS class of its color: a stage has the same in every chart."""
     path: str
     dots: list[tuple[float, float, str]]
-    """x, y and tip, where the points are few."""
+    """x, y and tooltip, where the points are few."""
     label: str
     last: str
     range: str
-    """Least and greatest, where there is more than one."""
+    """Minimum and maximum, where there is more than one value."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class Chart:
     y: Axis = field(init=False)
 
     def __post_init__(self) -> None:
-        """Both axes, with room above and below."""
-        steps = [step for one in self.series for step, _ in one.points]
-        values = [value for one in self.series for _, value in one.points]
+        """Compute both axes, with room above and below."""
+        steps = [step for column in self.series for step, _ in column.points]
+        values = [value for column in self.series for _, value in column.points]
         low, high = min(values), max(values)
         flat = high - low <= 1e-9 * max(abs(high), abs(low))
         room = max(abs(high) * 0.1, 1e-12) if flat else (high - low) * 0.06
@@ -141,8 +141,8 @@ class Chart:
 
     @property
     def lines(self) -> list[Line]:
-        """What the picture shows, in the order of its legend."""
-        return [self._line(one, i) for i, one in enumerate(self.series)]
+        """The lines, in the order of the legend."""
+        return [self._line(column, i) for i, column in enumerate(self.series)]
 
     def _line(self, series: Series, index: int) -> Line:
         values = [value for _, value in series.points]
@@ -158,19 +158,19 @@ class Chart:
 
     @property
     def y_ticks(self) -> list[tuple[float, str]]:
-        """Position and words."""
+        """Positions and labels."""
         return [(self.y.at(value), short(value)) for value in self.y.ticks(5)]
 
     @property
     def x_ticks(self) -> list[tuple[float, str]]:
-        """Position and words, of which the first says that these are steps."""
+        """Positions and labels, the first of which has the word step."""
         steps = self.x.ticks(6, whole=True)
         return [(self.x.at(s), short(s) if i else f"step {s:g}") for i, s in enumerate(steps)]
 
     @property
     def best(self) -> float | None:
-        """Where the step of the best checkpoint is, in a chart of what was measured then."""
-        measured = any(one.name.startswith("val") for one in self.series)
+        """The position of the best checkpoint's step, in a chart of validation metrics."""
+        measured = any(column.name.startswith("val") for column in self.series)
         step = self.best_step
         return self.x.at(step) if step is not None and measured and self.x.low <= step <= self.x.high else None
 
@@ -178,17 +178,17 @@ class Chart:
 def charts_of(
     series: Sequence[Series], best_step: int | None = None, titles: Mapping[str, str] | None = None
 ) -> list[Chart]:
-    """The loss, the other figures of each stage, and then what the steps were made of and what they cost.
+    """Charts of the loss, of the other metrics of each stage, and then of learning rates, gradients, speed and memory.
 
     Args:
         series: the log's columns.
-        best_step: that of the best checkpoint.
-        titles: what metrics are called where their own names do not say it: `{"f1": "F1 (macro)"}`.
+        best_step: the best checkpoint's.
+        titles: of metrics whose names are not clear enough: `{"f1": "F1 (macro)"}`.
     """
     groups: dict[str, list[Series]] = {}
-    for one in series:
-        if one.points:
-            groups.setdefault(title_of(one.name, titles or {}), []).append(one)
+    for column in series:
+        if column.points:
+            groups.setdefault(title_of(column.name, titles or {}), []).append(column)
     last = ["learning rate", "gradient norm", "samples per second", "tokens per second", "memory, peak in MiB"]
     order = {title: i for i, title in enumerate(last, start=1)}
     first = sorted(groups, key=lambda title: -1 if title == "loss" else order.get(title, 0))
@@ -196,7 +196,7 @@ def charts_of(
 
 
 def title_of(name: str, titles: Mapping[str, str]) -> str:
-    """What a chart with this column shows."""
+    """The title of the chart with this column."""
     stage, slash, rest = name.partition("/")
     if name == "lr" or (slash and stage == "lr"):
         return "learning rate"
@@ -213,7 +213,7 @@ def title_of(name: str, titles: Mapping[str, str]) -> str:
 
 
 def label_of(name: str) -> str:
-    """What a line is called beside the others of its chart."""
+    """The label of a line in its chart."""
     stage, slash, rest = name.partition("/")
     if name.endswith("/loss_step"):
         return f"{stage}, one step"
@@ -230,7 +230,7 @@ def _rank(series: Series) -> tuple[int, str]:
 
 
 def color_of(name: str, index: int) -> str:
-    """The class of a column's line."""
+    """The CSS class of a column's line."""
     stage, _, rest = name.partition("/")
     if stage == "train":
         return "train faint" if rest.endswith("_step") else "train"
@@ -238,25 +238,25 @@ def color_of(name: str, index: int) -> str:
 
 
 def thin_out(points: tuple[Point, ...]) -> list[Point]:
-    """Points to draw: all of them, or the least and the greatest of each stretch, and the two ends."""
+    """Points to draw: all of them, or the minimum and the maximum of each interval, and the two ends."""
     if len(points) <= 2 * BUCKETS:
         return list(points)
     size = math.ceil(len(points) / BUCKETS)
-    drawn = {points[0], points[-1]}
+    points_to_draw = {points[0], points[-1]}
     for i in range(0, len(points), size):
         stretch = points[i : i + size]
-        drawn |= {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
-    return sorted(drawn)
+        points_to_draw |= {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
+    return sorted(points_to_draw)
 
 
 def numbers_table(series: Sequence[Series]) -> Table:
-    """What the charts show, as a table."""
+    """The charts' content as a table."""
     rows = []
-    for one in (s for s in series if s.points):
-        least, most = min(one.points, key=lambda p: p[1]), max(one.points, key=lambda p: p[1])
-        cells = [f"{one.points[0][1]:.6g}", f"{one.points[-1][1]:.6g}"]
+    for column in (s for s in series if s.points):
+        least, most = min(column.points, key=lambda p: p[1]), max(column.points, key=lambda p: p[1])
+        cells = [f"{column.points[0][1]:.6g}", f"{column.points[-1][1]:.6g}"]
         cells += [f"{value:.6g} at {step}" for step, value in (least, most)]
-        rows.append([one.name, str(len(one.points)), *cells])
+        rows.append([column.name, str(len(column.points)), *cells])
     header = ["column of metrics.csv", "points", "first", "last", "least, at step", "greatest, at step"]
     return Table(header=header, rows=rows, code=True)
 

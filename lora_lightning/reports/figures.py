@@ -1,4 +1,4 @@
-"""Figures that a paper could print, as PNG and SVG, in one style; matplotlib is loaded when the first is drawn."""
+"""Figures for print as PNG and SVG in one style; matplotlib is imported when the first is drawn."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5D3A9B", "#8C6D31", "#555555", "#F0E442")
-"""Okabe and Ito's, told apart by people who do not see all colors, and some more."""
+"""Okabe and Ito's colors, which color-blind people can tell apart, and some more."""
 PAGE, COLUMN = 6.8, 4.4
-"""Inches of a page's text, and of a figure with one panel."""
+"""Widths in inches: of a page's text, and of a figure with one panel."""
 STYLE: dict[str, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -38,7 +38,7 @@ ENDINGS = ("png", "svg")
 
 
 class Drawing(NamedTuple):
-    """A figure with its words."""
+    """A figure with its title and its caption."""
 
     title: str
     caption: str
@@ -46,7 +46,7 @@ class Drawing(NamedTuple):
 
 
 def refuse_missing() -> None:
-    """Raise a MissingPackageError, which says the way out, where matplotlib is not installed."""
+    """Raise a MissingPackageError where matplotlib is not installed."""
     try:
         import matplotlib as mpl  # noqa: F401
     except ImportError as error:
@@ -57,7 +57,7 @@ def refuse_missing() -> None:
 
 @contextmanager
 def plot_style() -> Iterator[None]:
-    """Within the block figures look alike, whatever the user's own settings are, which stay."""
+    """Within the block figures have one style; the user's settings of matplotlib are restored."""
     import matplotlib as mpl
 
     with mpl.rc_context(), warnings.catch_warnings():
@@ -74,17 +74,17 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def image_bytes(drawn: Figure) -> dict[str, bytes]:
-    """PNG and SVG by their endings; the same figure gives the same bytes."""
-    drawn.draw_without_rendering()
-    drawn.set_layout_engine("none")  # the places are found: once for both
+def image_bytes(canvas: Figure) -> dict[str, bytes]:
+    """PNG and SVG by file ending; equal figures have equal bytes."""
+    canvas.draw_without_rendering()
+    canvas.set_layout_engine("none")  # the layout is computed, once for both
     files = {}
     for ending, options in (
         ("png", {"dpi": DPI, "metadata": {"Software": None}}),
         ("svg", {"metadata": {"Date": None}}),
     ):
         buffer = io.BytesIO()
-        drawn.savefig(buffer, format=ending, facecolor="white", **options)  # type: ignore[arg-type]
+        canvas.savefig(buffer, format=ending, facecolor="white", **options)  # type: ignore[arg-type]
         files[ending] = buffer.getvalue()
     return files
 
@@ -94,7 +94,7 @@ def write_figures(folder: Path, drawings: Mapping[str, Drawing], earlier: Any = 
 
     Args:
         drawings: by file name without its ending.
-        earlier: names of the files that an earlier call left here, as some JSON file says: they are taken away.
+        earlier: names of an earlier call's files, from some JSON file: they are removed.
     """
     for name in earlier if isinstance(earlier, list) else []:
         if isinstance(name, str) and name == Path(name).name and name.endswith(ENDINGS):
@@ -110,14 +110,14 @@ def write_figures(folder: Path, drawings: Mapping[str, Drawing], earlier: Any = 
 
 
 def ticks(labels: list[str], most: int = 12) -> tuple[list[int], list[str]]:
-    """Places and labels of an axis, some left out where there is no room."""
+    """Positions and labels of an axis, some left out where there is no room."""
     step = -(-len(labels) // most) or 1
     at = list(range(0, len(labels), step))
     return at, [labels[i] for i in at]
 
 
 def rank_ticks(count: int, most: int = 5) -> tuple[list[int], list[str]]:
-    """1 and round numbers up to `count`, for an axis of directions; places count from 0."""
+    """1 and round numbers up to `count`, for an axis of directions; positions count from 0."""
     step = 1
     while count > most * step:
         step *= 2

@@ -1,6 +1,6 @@
-"""Pages that open with no network and no script, light or dark as the reader's browser is, from one template.
+"""Pages without network and scripts, light or dark like the reader's browser, from one template.
 
-`write_page` makes the `report.html` of a run from the files in the run's folder; `page` makes any other in its hand.
+`write_page` makes the `report.html` of a run from the files in the run's folder; `page` makes any other page.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from lora_lightning.reports.table import Table
 PAGE, REPORT, CONFIG = "report.html", "report.json", "config.yaml"
 METRICS, SAMPLES, CLASSES = "metrics.csv", "samples.jsonl", "classes_{stage}.json"
 DRIFT, DRIFT_FIGURE = "drift.json", "drift.svg"
-"""Files of a run's folder: the page, and what it is made from."""
+"""Files of a run's folder: the page, and its sources."""
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-"""What neither HTML nor XML allows in text."""
+"""Characters that neither HTML nor XML allows in text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A piece of a page: one of these, each shown in its own way by the template."""
+    """A piece of a page: one of these fields, which the template shows."""
 
     table: Table | None = None
     facts: Table | None = None
@@ -42,15 +42,15 @@ class Block:
     """A table of texts, whose lines stay as they are."""
     charts: Sequence[Chart] = ()
     figure: str = ""
-    """The `data:` address of a picture, with `text` as its caption."""
+    """The `data:` URL of a picture, with `text` as its caption."""
     matrix: Sequence[Any] = ()
-    """As `confusions` gives it."""
+    """The result of `confusions`."""
     cards: Sequence[Mapping[str, Any]] = ()
-    """Mistakes: each with its classes, how sure the model was, and a text or a picture."""
+    """Mistakes: each with its classes, the model's confidence, and a text or a picture."""
     code: str = ""
     text: str = ""
     fold: str = ""
-    """The words under which it is folded away."""
+    """The title under which the block is folded."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Section:
     title: str
     blocks: Sequence[Block]
     beside: bool = False
-    """Whether the blocks stand beside each other where there is room."""
+    """Whether the blocks are side by side where there is room."""
 
 
 def page(
@@ -77,12 +77,12 @@ def page(
 
     Args:
         title: of the page.
-        lead: what a reader is to know first.
-        sections: what follows.
-        version: stands behind the title.
-        badges: words in a frame, each with the class that colors it: `good`, `bad` or `soft`.
-        figures: of one moment, each with its name, the figure, and what stands beside it.
-        footer: what closes the page.
+        lead: the first sentence.
+        sections: the content.
+        version: shown after the title.
+        badges: framed words, each with the CSS class of its color: `good`, `bad` or `soft`.
+        figures: key numbers, each with its name, its value, and a note.
+        footer: the last line.
     """
     return template().render(
         title=title,
@@ -97,7 +97,7 @@ def page(
 
 @functools.cache
 def template() -> jinja2.Template:
-    """The template, in which text is escaped because nothing else can be written."""
+    """The template, which escapes all text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -110,12 +110,12 @@ def template() -> jinja2.Template:
 
 
 def _replace_forbidden(value: Any) -> Any:
-    """Text without the characters that no page may have."""
+    """Text without forbidden characters."""
     return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
 
 
 def figure_sections(drawings: Mapping[str, Drawing], svgs: Mapping[str, bytes]) -> list[Section]:
-    """A section for each of matplotlib's figures, by their names."""
+    """A section for each of matplotlib's figures."""
     return [
         Section(
             drawing.title,
@@ -126,7 +126,7 @@ def figure_sections(drawings: Mapping[str, Drawing], svgs: Mapping[str, bytes]) 
 
 
 def table_section(table: Table) -> Section:
-    """A table under its own title."""
+    """A section with a table under its title."""
     return Section(table.title, [Block(table=table) if table.header else Block(facts=table)])
 
 
@@ -141,7 +141,7 @@ def write_page(folder: Path) -> Path:
 
 
 def run_page(folder: Path) -> str:
-    """The page as text, from the files of the run's folder that are there."""
+    """The page as text, from the existing files of the run's folder."""
     v = json.loads(_text(folder / REPORT) or "{}")
     numbered = folder.name.startswith("version_")
     name, version = (folder.parent.name, folder.name) if numbered else (folder.name, "")
@@ -176,7 +176,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def sentence(v: Mapping[str, Any]) -> str:
-    """Backbone, method, and the share that trains."""
+    """A sentence with the backbone, the method, and the share that trains."""
     text = str(v.get("backbone") or "")
     if "total" in v:
         text += f"{', ' if text else ''}{short_count(v['total'])} parameters, of which {v['trainable']:,} train"
@@ -190,41 +190,43 @@ def sentence(v: Mapping[str, Any]) -> str:
 
 
 def badges(v: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The proofs in a word each, with the class that colors it."""
-    labels = [("dropped", "bad")] if v.get("dropped") else []
+    """The results of the checks, each in a few words, with the CSS class of its color."""
+    marks = [("dropped", "bad")] if v.get("dropped") else []
     if "w0_unchanged" in v:
-        labels.append(("W0 unchanged", "good") if v["w0_unchanged"] else ("W0 moved", "bad"))
+        marks.append(("W0 unchanged", "good") if v["w0_unchanged"] else ("W0 moved", "bad"))
     if "export_max_rel_diff" in v and "export_tolerance" in v:
         good = v["export_max_rel_diff"] <= v["export_tolerance"]
         text = f"export {'equals' if good else 'differs from'} the adapted model: {v['export_max_rel_diff']:.1e}"
-        labels.append((text, "good" if good else "bad"))
+        marks.append((text, "good" if good else "bad"))
     if v.get("best_step") is not None and v.get("monitor"):
-        labels.append((f"best {v['monitor']} at step {v['best_step']}", "soft"))
-    return labels
+        marks.append((f"best {v['monitor']} at step {v['best_step']}", "soft"))
+    return marks
 
 
 def cards(v: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The figures that are asked for first: name, figure, and what stands beside it."""
-    result = [card for stage in ("val", "test") for card in _monitored_card(v, stage)]
+    """The key numbers: name, value, and a note."""
+    numbers = [card for stage in ("val", "test") for card in _monitored_card(v, stage)]
     if "trainable" in v:
-        result.append(("trainable", short_count(v["trainable"]), f"{v['trainable'] / max(v['total'], 1):.2%} of all"))
+        numbers.append(("trainable", short_count(v["trainable"]), f"{v['trainable'] / max(v['total'], 1):.2%} of all"))
     if size := v.get("adapter_bytes") or v.get("adapter_tensor_bytes"):
         beside = v.get("full_checkpoint_bytes")
-        result.append(("adapter", human_size(size), f"beside {human_size(beside)}" if beside else ""))
+        numbers.append(("adapter", human_size(size), f"beside {human_size(beside)}" if beside else ""))
     if "train_seconds" in v:
         steps = f"{v.get('steps', 0):,} steps, {v.get('precision')}"
-        result.append(("time of fit", duration(v["train_seconds"]), steps))
+        numbers.append(("time of fit", duration(v["train_seconds"]), steps))
     if v.get("tokens_per_second"):
-        result.append(("tokens per second", short(v["tokens_per_second"]), f"{short(v['samples_per_second'])} samples"))
+        numbers.append(
+            ("tokens per second", short(v["tokens_per_second"]), f"{short(v['samples_per_second'])} samples")
+        )
     elif v.get("samples_per_second"):
-        result.append(("samples per second", short(v["samples_per_second"]), ""))
+        numbers.append(("samples per second", short(v["samples_per_second"]), ""))
     if v.get("peak_mib"):
-        result.append(("memory, at most", human_size(int(v["peak_mib"] * 2**20)), str(v.get("device", ""))))
-    return result
+        numbers.append(("memory, at most", human_size(int(v["peak_mib"] * 2**20)), str(v.get("device", ""))))
+    return numbers
 
 
 def _monitored_card(v: Mapping[str, Any], stage: str) -> list[tuple[str, str, str]]:
-    """The figure that chose the best checkpoint, else the loss."""
+    """The metric that chose the best checkpoint, else the loss."""
     monitored = str(v.get("monitor") or "val/loss").partition("/")[2]
     metric = next((name for name in (monitored, "loss") if f"{stage}_{name}" in v), None)
     value = v.get(f"{stage}_{metric}")
@@ -240,7 +242,7 @@ def _monitored_card(v: Mapping[str, Any], stage: str) -> list[tuple[str, str, st
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Seconds in a readable unit."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -248,13 +250,13 @@ def duration(seconds: float) -> str:
 
 
 def _data(v: Mapping[str, Any]) -> list[Section]:
-    """What the data's summary says, where the DataModule had one."""
+    """The data's summary, where the DataModule had one."""
     summary = v.get("data")
     return [Section("Data", [Block(table=data_table(summary))])] if summary else []
 
 
 def _curves(v: Mapping[str, Any], file: Path) -> list[Section]:
-    """All charts, or a word on why there are none; a test of other data has no log."""
+    """All charts, or why there are none; a test of other data has no log."""
     if "test_data" in v and not file.is_file():
         return []
     series = read_metrics(file)
@@ -265,34 +267,34 @@ def _curves(v: Mapping[str, Any], file: Path) -> list[Section]:
     return [Section("Curves", [Block(charts=charts), numbers])]
 
 
-def _classes(figures: Mapping[str, Any], words: str, *, fold: bool = False) -> list[Section]:
-    """How a classifier's classes were told apart in one set, and its mistakes, which `fold` folds away."""
-    if not figures:
+def _classes(confusion: Mapping[str, Any], title_of_set: str, *, fold: bool = False) -> list[Section]:
+    """The class counts of a classifier on one set, and its mistakes, which `fold` folds."""
+    if not confusion:
         return []
-    many = len(figures["labels"]) > MOST_SHOWN
-    blocks = [Block(table=class_table(figures), fold="Figures of every class" if many else "")]
-    blocks += [Block(table=confused_pairs(figures)) if many else Block(matrix=confusions(figures))]
-    sections = [Section(f"Classes, {words}", blocks, beside=not many)]
-    if figures["mistakes"]:
+    many = len(confusion["labels"]) > MOST_SHOWN
+    blocks = [Block(table=class_table(confusion), fold="Figures of every class" if many else "")]
+    blocks += [Block(table=confused_pairs(confusion)) if many else Block(matrix=confusions(confusion))]
+    sections = [Section(f"Classes, {title_of_set}", blocks, beside=not many)]
+    if confusion["mistakes"]:
         named = [
-            {**m, "true": figures["labels"][m["true"]], "predicted": figures["labels"][m["predicted"]]}
-            for m in figures["mistakes"]
+            {**m, "true": confusion["labels"][m["true"]], "predicted": confusion["labels"][m["predicted"]]}
+            for m in confusion["mistakes"]
         ]
-        title = f"The most confident mistakes, {words}"
+        title = f"The most confident mistakes, {title_of_set}"
         folded = f"The {len(named)} mistakes of which the model was surest" if fold else ""
         sections.append(Section(title, [Block(cards=named, fold=folded)]))
     return sections
 
 
 def _drift(folder: Path) -> list[Section]:
-    """How far the adapter moved the model, and the strengths of it, where `analyze --drift` has measured that."""
+    """The drift of the model, and its strengths, where `analyze --drift` has measured them."""
     tables = [Table(**table) for table in json.loads(_text(folder / DRIFT) or "{}").get("tables", [])]
     sections = [table_section(table) for table in tables if table.note or not table.header]
     folded = [Block(table=table, fold=table.title) for table in tables if table.header and not table.note]
     if figure := _text(folder / DRIFT_FIGURE):
         address = f"data:image/svg+xml;base64,{base64.b64encode(figure.encode()).decode()}"
-        words = "The validation metric over the drift, by strength of the update."
-        folded.insert(0, Block(figure=address, text=words))
+        caption = "The validation metric over the drift, by strength of the update."
+        folded.insert(0, Block(figure=address, text=caption))
     if sections:
         sections[-1] = replace(sections[-1], blocks=[*sections[-1].blocks, *folded])
     return sections
@@ -310,7 +312,7 @@ def _adapted_section(v: Mapping[str, Any]) -> list[Section]:
 
 
 def _answers(samples: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """The newest answers of a language model, beside those of the plain one."""
+    """The newest answers of a language model, beside the plain model's."""
     newest = [s for s in samples if s["step"] == samples[-1]["step"]]
     if not newest:
         return []

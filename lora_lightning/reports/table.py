@@ -1,4 +1,4 @@
-"""One table for every screen and every page: text cells under a header, or facts, one a row."""
+"""The table of every screen and every page: text cells under a header, or one fact in each row."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from rich.text import Text
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of text. rich prints it, and the template of the pages shows it."""
+    """Rows of text, which rich prints and the pages' template shows."""
 
     title: str = ""
     header: Sequence[str] = ()
-    """Empty of a table of facts, whose first column says what the second is."""
+    """Empty for a table of facts, whose first column names the second."""
     rows: Sequence[Sequence[str]]
     text: Sequence[int] = (0,)
-    """The columns that hold text, which stand to the left; the others hold figures."""
+    """The columns with text, which are aligned left; the others have numbers."""
     code: bool = False
-    """Whether the first column holds names out of code, which pages set in a fixed width."""
+    """Whether the first column has names of code, which pages show in a monospaced font."""
     note: str = ""
-    """What stands below."""
+    """Text below the table."""
 
     def __rich__(self) -> RenderableType:
-        """For `Console().print`."""
+        """The table for `Console().print`."""
         gap = 1 if self.header else 3
         table = RichTable(
             title=Text(self.title) if self.title else None,

@@ -1,4 +1,4 @@
-"""Starts that are put in when a fit begins: measured on its data, or taken over from an earlier run."""
+"""Inits that are applied when a fit begins: measured on its data, or taken from an earlier run's adapter."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.adapter_state import CHECKPOINT_KEY, PREFIX, refuse_damaged_fields
 
 MEASURED = ("eva", "lora_ga")
-"""Starts that need batches. (`loftq` needs the model before quantization, which no DataModule has.)"""
+"""Inits that need batches. (`loftq` needs the model before quantization, which no DataModule has.)"""
 BATCHES = 8
-"""Training batches to measure on; lora_ga's paper (2407.05000) uses as few, eva's (2410.07170) some more."""
+"""Training batches to measure on; lora_ga's paper (2407.05000) uses about as many, eva's (2410.07170) more."""
 
 
 def refuse_measured(module: Any, by: str) -> None:
-    """Raise where a fit is to start from what is measured on a whole model.
+    """Raise where a fit would measure its init on a whole model, and `by` shards the model.
 
     Raises:
         LoRAError: with what to do.
@@ -47,7 +47,7 @@ def refuse_measured(module: Any, by: str) -> None:
 
 
 def refuse_start_on_meta(backbone: nn.Module, path: str | None) -> None:
-    """Raise where an adapter would be taken before W0 is there, as it is where W0 is filled after it was sharded.
+    """Raise where `init_adapter` would be read before W0 is filled.
 
     Raises:
         LoRAError: with what to do.
@@ -62,10 +62,10 @@ def refuse_start_on_meta(backbone: nn.Module, path: str | None) -> None:
 def warn_of_frozen_new_head(backbone: nn.Module) -> None:
     """Warn of a head without pretrained values that does not train: it stays random."""
     trained = tuple(f"{name}." for name, _ in (*grafted_modules(backbone, SavedCopy), *adapted_layers(backbone)))
-    new: list[str] = getattr(backbone, "new_keys", [])  # what `huggingface` found no values for
-    left = sorted({key.rpartition(".")[0] for key in new if not (trained and key.startswith(trained))})
-    if left:
-        rank_zero_warn(f"{', '.join(left)}: new, with random weights, and frozen; to train: lora.modules_to_save")
+    new: list[str] = getattr(backbone, "new_keys", [])  # keys without values in the files that `huggingface` read
+    names = sorted({key.rpartition(".")[0] for key in new if not (trained and key.startswith(trained))})
+    if names:
+        rank_zero_warn(f"{', '.join(names)}: new, with random weights, and frozen; to train: lora.modules_to_save")
 
 
 def start_from_adapter(backbone: nn.Module, path: str, config: LoRAConfig, *, allow_other_base: bool) -> WarmStart:
@@ -85,16 +85,16 @@ def start_from_adapter(backbone: nn.Module, path: str, config: LoRAConfig, *, al
     file = run.find_checkpoint(folder)
     content = run.load_checkpoint(file)
     refuse_damaged_fields(content, resumes=False)
-    ours, state = content[CHECKPOINT_KEY], content["state_dict"]
+    fields, state = content[CHECKPOINT_KEY], content["state_dict"]
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
-    trained, base = LoRAConfig.from_dict(ours["config"]), Fingerprint.from_json(ours["base"])
+    trained, base = LoRAConfig.from_dict(fields["config"]), Fingerprint.from_json(fields["base"])
     return start_from_state(backbone, tensors, trained, config, base, allow_other_base=allow_other_base)
 
 
 def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trainer) -> None:
-    """Put the start `init` into a freshly injected backbone, measured on the first training batches.
+    """Compute the init `init` of a freshly injected backbone from the first training batches.
 
-    Processes take rank 0's start, so that all begin at the same adapter.
+    All processes take rank 0's adapter.
     """
     device = next(backbone.parameters()).device
     loaders: Any = trainer.train_dataloader
@@ -107,12 +107,12 @@ def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trai
 
 
 def share_subtracted_init(backbone: nn.Module, trainer: Trainer) -> None:
-    """Where a start is subtracted, all processes subtract rank 0's.
+    """Give all processes rank 0's subtracted init, A0 and B0.
 
-    It may have been drawn, and lies in buffers, of which DDP sends none where `broadcast_buffers` is off.
+    It may be random, and DDP does not send buffers where `broadcast_buffers` is off.
     """
-    starts = (tensor for _, layer in adapted_layers(backbone) for tensor in (layer.lora_A0, layer.lora_B0))
-    broadcast_from_first((tensor for tensor in starts if tensor is not None), trainer)
+    factors = (tensor for _, layer in adapted_layers(backbone) for tensor in (layer.lora_A0, layer.lora_B0))
+    broadcast_from_first((tensor for tensor in factors if tensor is not None), trainer)
 
 
 def broadcast_from_first(tensors: Iterable[Tensor], trainer: Trainer) -> None:
@@ -122,6 +122,6 @@ def broadcast_from_first(tensors: Iterable[Tensor], trainer: Trainer) -> None:
 
 
 def _summed_loss(task: Task, model: nn.Module, batch: Any) -> Tensor:
-    """The loss over all units of a batch: a batch of many is to weigh more in the gradient than one of few (law 9)."""
+    """A batch's loss summed over its units, so that each unit weighs the same in the gradient (law 9)."""
     out = task.step(model, batch)
     return out.loss * out.weight

@@ -2,16 +2,14 @@
 
 A task's loss is a mean over its batch's units (examples, tokens). Lightning divides by the number N of accumulated
 batches, and DDP and FSDP by the number R of processes. That gives the mean of means, in which a batch with few tokens
-weighs as much as one with many. So each mean goes into backward times its units, over a share c that keeps float16's
-range, and once the last micro-batch's gradients are there, those of the whole window are multiplied by
-`c N R / all units`.
+weighs as much as one with many. So each mean enters backward times units / c, where c keeps float16 in range, and after
+the last micro-batch the accumulated gradients are multiplied by `c N R / all units`.
 
-c is a power of two near the units of the window's first micro-batch, alike in all processes: dividing by it and
-multiplying again changes no bit. The last window of an epoch may have fewer micro-batches than the N that Lightning
-divides by.
+c is a power of two near the units of the window's first micro-batch, the same in all processes: dividing by it and
+multiplying again changes no bit. An epoch's last window may have fewer micro-batches than Lightning's divisor N.
 
-The factor is put on before gradients are unscaled, looked at by callbacks or clipped. With one process and no
-accumulation there is nothing to weigh, and loss and gradients are the task's own.
+The factor is applied before gradients are unscaled, read by callbacks or clipped. With one process and no accumulation
+nothing is weighed: loss and gradients are the task's.
 """
 
 from __future__ import annotations
@@ -32,8 +30,8 @@ from lora_lightning.lora.layers.functional import wide_dtype
 class UnitMean:
     """The mean over the units of one optimizer step.
 
-    Every batch's loss goes through `weigh`; once the last one's backward is done, `finish` is called. Losses that were
-    not weighed, as those of a subclass's own `training_step`, stay what Lightning makes of them.
+    Every batch's loss goes through `weigh`; after the last one's backward `finish` is called. Losses that were not
+    weighed, such as those of a subclass's `training_step`, are averaged by Lightning.
     """
 
     def __init__(self) -> None:
@@ -43,10 +41,10 @@ class UnitMean:
         self._parts: list[tuple[Tensor, int]] = []
 
     def weigh(self, trainer: Trainer, loss: Tensor, units: int, batch_idx: int) -> Tensor:
-        """What backward is to be called on, for a `loss` that is the mean over `units`.
+        """The value to call backward on, for a `loss` that is the mean over `units`.
 
         Raises:
-            LoRAError: no units, and a loss that would spoil the other batches' gradients.
+            LoRAError: a batch without units has a loss that is not finite.
         """
         starts = batch_idx % trainer.accumulate_grad_batches == 0  # where Lightning sets gradients to zero
         self._parts = [*(() if starts else self._parts), (loss.detach(), units)]
@@ -97,7 +95,7 @@ class UnitMean:
 
 
 def multiply_gradients(optimizer: Optimizer | LightningOptimizer, factor: float) -> None:
-    """Scale what the optimizer is about to step on, in place."""
+    """Multiply the gradients of the optimizer's parameters in place."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, factor)
@@ -110,7 +108,7 @@ def is_padding(trainer: Trainer, batch_idx: int) -> bool:
 
 
 def _sum_over_units(loss: Tensor, units: int) -> Tensor:
-    """A batch's loss summed over its units; of none it counts for nothing, whatever the task calls it."""
+    """A batch's loss summed over its units; 0 without units, whatever the task returned."""
     return loss.to(wide_dtype(loss)) * units if units else torch.zeros_like(loss, dtype=wide_dtype(loss))
 
 

@@ -50,28 +50,26 @@ from lora_lightning.training.strategies.base import ShardedStrategy, fingerprint
 
 
 class LoRAModule(LightningModule):
-    """Injects LoRA into `backbone` and trains it on `task`; W0 stays where it was.
+    """Injects LoRA into `backbone` and trains it on `task`; W0 does not change.
 
     Args:
         backbone: any `nn.Module`. From YAML by `class_path`: a class, or a function that returns one such as
             `lora_lightning.huggingface`.
-        task: loss, metrics and predictions.
+        task: computes loss, metrics and predictions.
         lora: what to adapt and how.
-        optimizer: called with the parameters that train, and with no others, in groups: vectors such as biases
-            without weight decay.
+        optimizer: called with the trainable parameters alone, in groups; vectors such as biases get no weight decay.
         b_lr_ratio: B's learning rate over A's; LoRA+ takes about 16 (arXiv 2402.12354).
-        lr_scheduler: `lora_lightning.WarmupDecay`, which is told the number of steps, or one of torch's.
+        lr_scheduler: `lora_lightning.WarmupDecay`, which gets the number of steps from the trainer, or one of torch's.
         lr_interval: whether other schedulers step once per optimizer `step` or once per `epoch`.
-        backbone_mode: `eval` keeps the backbone's own dropout off and its batch statistics still while
-            the adapter trains (its own dropout is on); `train` turns the backbone's dropout on. Batch
-            statistics belong to W0 and do not move in either.
-        allow_other_base: resume, test or start from a checkpoint or adapter on another W0 than it was trained on.
+        backbone_mode: `eval` turns the backbone's dropout off while the adapter trains (LoRA's dropout stays on);
+            `train` turns it on. Batch statistics belong to W0 and are frozen in both.
+        allow_other_base: accept a checkpoint or an adapter that was trained on another W0.
         init_adapter: an earlier run whose adapter this one starts from: a PEFT directory, a run folder or a checkpoint.
-            It is read when a fit starts, not when one goes on. A head of `modules_to_save` that has another shape
-            there, or is not there, keeps its own start; all else must fit.
-        activation_checkpointing: keep the inputs of the backbone's repeated blocks alone, and compute their insides
-            again in backward: a forward more of time for most of the memory that activations take.
-        offload_activations: on a GPU, let activations wait in the CPU's memory.
+            It is read when a fit starts, not when one is resumed. A head of `modules_to_save` that is missing there or
+            has another shape keeps its fresh values; everything else must fit.
+        activation_checkpointing: store only the inputs of the backbone's repeated blocks, and recompute their
+            activations in backward: one more forward saves most of the activation memory.
+        offload_activations: on a GPU, keep saved activations in CPU memory until backward.
         compile: `torch.compile` the backbone in training steps; or its options, such as `{mode: max-autotune}`.
     """
 
@@ -103,7 +101,7 @@ class LoRAModule(LightningModule):
         self.allow_other_base, self.init_adapter = allow_other_base, init_adapter
         if init_adapter is not None and lora.init in MEASURED:
             raise LoRAError(f"init_adapter and lora.init={lora.init} are two starts: leave one of them out")
-        # A start that is measured on data waits for them; a checkpoint brings its own.
+        # An init that is measured on data waits for `on_train_start`; a checkpoint brings its factors.
         self.report = inject_anywhere(backbone, lora, run_init=lora.init not in MEASURED)
         self.training_forward = TrainingForward(
             backbone, checkpointing=activation_checkpointing, offload=offload_activations, compile=compile
@@ -111,47 +109,47 @@ class LoRAModule(LightningModule):
         warn_of_frozen_new_head(backbone)
         self._w0: Fingerprint | None = None
         self._mean = UnitMean()
-        self._begun: set[Stage] = set()
+        self._checked_stages: set[Stage] = set()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The adapted backbone's own output."""
+        """The adapted backbone's output."""
         return self.backbone(*args, **kwargs)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         with self.training_forward.on():
             if is_padding(self.trainer, batch_idx):
-                nothing = self.task.step(self.backbone, batch).loss * 0
-                return self._mean.weigh(self.trainer, nothing, 0, batch_idx)
+                zero_loss = self.task.step(self.backbone, batch).loss * 0
+                return self._mean.weigh(self.trainer, zero_loss, 0, batch_idx)
             out = self._step("train", batch)
         return self._mean.weigh(self.trainer, out.loss, out.weight, batch_idx)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """What the task found, for callbacks."""
+        """The task's outputs, for callbacks."""
         return vars(self._step(self._stage("val", dataloader_idx), batch))
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """What the task found, for callbacks."""
+        """The task's outputs, for callbacks."""
         return vars(self._step(self._stage("test", dataloader_idx), batch))
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
         refuse_too_long(self.backbone, batch)
         return self.task.predict(self.backbone, batch)
 
-    def unheard_step(self, batch: Mapping[str, Any], predicts: bool) -> None:
-        """Run the model as an evaluation step does, for the processes that have one more, and count nothing."""
+    def uncounted_step(self, batch: Mapping[str, Any], predicts: bool) -> None:
+        """Run the model as an evaluation step does, without metrics, where another process has a batch more."""
         (self.task.predict if predicts else self.task.evaluate)(self.backbone, batch)
 
     def _stage(self, stage: Stage, dataloader_idx: int) -> Stage:
-        """The stage that counts this loader's batches; the first of several is the one that is monitored."""
+        """The stage that counts this loader's batches; the first of several is monitored."""
         stage = stage_of(self.trainer.datamodule, stage, dataloader_idx)  # type: ignore[attr-defined]
         if stage not in self.task.stages(stage):
             self.task.add_stage(stage)
-            self._metric_attributes = None  # Lightning looks up once which metrics there are
+            self._metric_attributes = None  # Lightning caches the metrics that it finds
         return stage
 
     def _step(self, stage: Stage, batch: Mapping[str, Any]) -> StepOutput:
-        if stage not in self._begun:
-            self._begun.add(stage)
+        if stage not in self._checked_stages:
+            self._checked_stages.add(stage)
             self.task.check(batch)
         refuse_too_long(self.backbone, batch)
         out = (self.task.step if stage == "train" else self.task.evaluate)(self.backbone, batch)
@@ -166,7 +164,7 @@ class LoRAModule(LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Law 9: before anything else reads the gradients they become those of the mean over all units."""
+        """Law 9: turn the gradients into those of the mean over all units before anything else reads them."""
 
         def closure() -> Any:
             assert optimizer_closure is not None
@@ -182,7 +180,7 @@ class LoRAModule(LightningModule):
             self.log("train/loss_step", self._mean.mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over exactly what trains (law 10), and the schedule with the trainer's number of steps."""
+        """The optimizer over exactly the trainable parameters (law 10), and the schedule."""
         optimizer = make_optimizer(self, self.optimizer, self.b_lr_ratio)  # type: ignore[arg-type]
         if self.lr_scheduler is None:
             return optimizer
@@ -211,10 +209,10 @@ class LoRAModule(LightningModule):
 
     def _start_from_adapter(self) -> None:
         if self.init_adapter is not None and self.trainer.ckpt_path is None:
-            start = start_from_adapter(
+            warm_start = start_from_adapter(
                 self.backbone, self.init_adapter, self.lora, allow_other_base=self.allow_other_base
             )
-            rank_zero_info(f"init_adapter {self.init_adapter}: {start}")
+            rank_zero_info(f"init_adapter {self.init_adapter}: {warm_start}")
 
     def on_fit_start(self) -> None:
         if not is_sharded(self.backbone):
@@ -223,7 +221,7 @@ class LoRAModule(LightningModule):
         self.set_modes()
 
     def on_train_start(self) -> None:
-        """Put in a start that is measured on data, unless this fit goes on from a checkpoint."""
+        """Compute an init that is measured on data, unless this fit resumes from a checkpoint."""
         if self.lora.init in MEASURED and self.trainer.ckpt_path is None:
             start_from_batches(self.backbone, self.task, self.lora.init, self.trainer)
             self.set_modes()
@@ -240,7 +238,7 @@ class LoRAModule(LightningModule):
             self.task.reset(stage)
 
     def set_modes(self) -> None:
-        """Put the backbone into its stated mode and the adapter into training."""
+        """Put the backbone into `backbone_mode` and the adapter into train mode."""
         self.backbone.train(self.backbone_mode == "train")
         for _, layer in adapted_layers(self.backbone):
             if layer.lora_dropout is not None:
@@ -249,20 +247,20 @@ class LoRAModule(LightningModule):
             saved.lora_copy.train()
 
     def setup(self, stage: str) -> None:
-        """Bring W0 to the precision's dtype; what was found of it before says nothing of what it is then."""
+        """Cast W0 to the precision's dtype, and forget its fingerprint from before."""
         self._w0 = None
         if (trainer := trainer_of(self)) is not None:
             refuse_long_rows(self.backbone, trainer.datamodule)  # type: ignore[attr-defined]
             convert(self, trainer.precision_plugin)
 
     def w0_fingerprint(self) -> Fingerprint:
-        """Of the frozen backbone, taken on first use and kept: law 2 says that it does not change in a fit."""
+        """The frozen backbone's fingerprint, computed on first use: law 2 says that it does not change in a fit."""
         if self._w0 is None:
             self._w0 = fingerprint(self.backbone)
         return self._w0
 
     def _in_fit(self) -> bool:
-        """Where W0 is as it was at the start, or the fit ends in an error."""
+        """Whether a fit is running: then W0 is unchanged since its start (law 2)."""
         trainer = trainer_of(self)
         if trainer is None:
             return False
@@ -272,28 +270,28 @@ class LoRAModule(LightningModule):
         """Keep the adapter's tensors and plain settings; leave W0 out."""
         checkpoint["state_dict"] = adapter_only(self, checkpoint["state_dict"])
         base = self.w0_fingerprint() if self._in_fit() else fingerprint(self.backbone)
-        ours = {"config": self.lora.to_dict(), "base": base.to_json()}
-        checkpoint[CHECKPOINT_KEY] = ours | {"precision": precision_of(self)}
+        fields = {"config": self.lora.to_dict(), "base": base.to_json(), "precision": precision_of(self)}
+        checkpoint[CHECKPOINT_KEY] = fields
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another adapter or of another W0 before anything is loaded."""
         refuse_damaged_fields(checkpoint, resumes=self._in_fit())
         refuse_other_config(checkpoint, self.lora)
-        ours = checkpoint[CHECKPOINT_KEY]
+        fields = checkpoint[CHECKPOINT_KEY]
         self._w0 = fingerprint(self.backbone)
-        with explain_by_precision(ours.get("precision"), precision_of(self)):
-            made_on = Fingerprint.from_json(ours["base"])
+        with explain_by_precision(fields.get("precision"), precision_of(self)):
+            made_on = Fingerprint.from_json(fields["base"])
             refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load, forgiving the frozen keys that a checkpoint leaves out and nothing else.
+        """Load a checkpoint's tensors; only frozen keys may be missing.
 
         Raises:
-            AdapterError: keys missing, left over or wrongly shaped, with the list.
+            AdapterError: a list of keys that are missing, left over or wrongly shaped.
         """
-        expected = self.state_dict()
+        current = self.state_dict()
         if strict:
-            refuse_misfits(self, expected, state_dict)
-        here = {plain_name(self, key): key for key in expected}
-        named = {here.get(plain_name(self, key), key): value for key, value in state_dict.items()}
-        return super().load_state_dict(named, strict=False, assign=assign)
+            refuse_misfits(self, current, state_dict)
+        keys = {plain_name(self, key): key for key in current}
+        renamed = {keys.get(plain_name(self, key), key): value for key, value in state_dict.items()}
+        return super().load_state_dict(renamed, strict=False, assign=assign)

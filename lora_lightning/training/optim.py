@@ -16,7 +16,7 @@ from lora_lightning.tasks.base import Task
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """What trains in `model`, each parameter once: matrices and A, B, and vectors without weight decay.
+    """The trainable parameters of `model` in groups: matrices and A, B, and vectors without weight decay.
 
     Vectors are biases, norms' weights and DoRA's magnitudes, whose size is no sign of overfitting. Groups carry a
     `name`: matrices, B or vectors; empty ones are left out.
@@ -27,9 +27,9 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
             is_b = name.rpartition(".")[2] == "lora_B"
             groups["B" if is_b else "vectors" if parameter.dim() < 2 else "matrices"][name] = parameter
     return [
-        {"params": list(members.values()), "name": name} | ({"weight_decay": 0.0} if name == "vectors" else {})
-        for name, members in groups.items()
-        if members
+        {"params": list(parameters.values()), "name": name} | ({"weight_decay": 0.0} if name == "vectors" else {})
+        for name, parameters in groups.items()
+        if parameters
     ]
 
 
@@ -49,27 +49,27 @@ def make_optimizer(
     """
     if not b_lr_ratio > 0 or math.isinf(b_lr_ratio):
         raise LoRAError(f"b_lr_ratio must be a number above 0 (LoRA+ takes about 16), got {b_lr_ratio}")
-    made = optimizer(parameter_groups(model))
+    result = optimizer(parameter_groups(model))
     if b_lr_ratio == 1:
-        return made  # also one whose rates are its own, as transformers' Adafactor with relative_step
-    for group in made.param_groups:
+        return result  # also one that sets its rates itself, as transformers' Adafactor with relative_step
+    for group in result.param_groups:
         if group.get("name") == "B":
             if group["lr"] is None:
                 raise LoRAError(
-                    f"b_lr_ratio={b_lr_ratio} multiplies B's learning rate, and {type(made).__name__} sets its rates"
+                    f"b_lr_ratio={b_lr_ratio} multiplies B's learning rate, and {type(result).__name__} sets its rates"
                     " itself: give it lr, or leave b_lr_ratio at 1"
                 )
-            group["lr"] = group["lr"] * b_lr_ratio  # a new one, for a tensor may be every group's
-    return made
+            group["lr"] = group["lr"] * b_lr_ratio  # not in place: groups may share a tensor
+    return result
 
 
 def schedule_entry(
     scheduler: LRScheduler | ReduceLROnPlateau, interval: str, task: Task, count_steps: Callable[[], float]
 ) -> dict[str, Any]:
-    """What Lightning is told of a schedule: when it steps, and what it monitors.
+    """Lightning's entry for a schedule: when it steps, and what it monitors.
 
     Args:
-        count_steps: the optimizer steps of the whole fit, asked for by `WarmupDecay` alone.
+        count_steps: returns the optimizer steps of the whole fit; called for `WarmupDecay` alone.
 
     Raises:
         LoRAError: `WarmupDecay`, in a fit whose number of steps is not known.
@@ -89,7 +89,7 @@ def schedule_entry(
                 " never gets where it is to go: give warmup a share, such as 0.06"
             )
     elif isinstance(scheduler, ReduceLROnPlateau):
-        # torch's own default is mode min: then the loss is what should fall.
+        # torch's default mode is min, which suits the loss.
         fits = task.monitor if scheduler.mode == task.monitor_mode else "val/loss"
         entry |= {"monitor": getattr(scheduler, "monitor", None) or fits, "interval": "epoch"}
     return entry
@@ -98,7 +98,7 @@ def schedule_entry(
 class WarmupDecay(LambdaLR):
     """Linear warm-up, then linear or cosine decay to zero, or none; stepped once per optimizer step.
 
-    How many steps there are, `LoRAModule` reads off the trainer.
+    `LoRAModule` sets the number of steps from the trainer.
 
     Args:
         optimizer: whose learning rates are scaled.
@@ -120,7 +120,7 @@ class WarmupDecay(LambdaLR):
         super().__init__(optimizer, self.factor)
 
     def factor(self, step: int) -> float:
-        """By what the base learning rate is multiplied at optimizer step `step`, counted from 0."""
+        """The factor on the base learning rate at optimizer step `step`, counted from 0."""
         if self.total_steps is None:
             # Called by the constructor, before the number of steps can be known.
             return 1.0 if self.warmup == 0 else 0.0
@@ -133,11 +133,11 @@ class WarmupDecay(LambdaLR):
         return 1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
 
     def state_dict(self) -> dict[str, Any]:
-        """Without the number of steps: a run that goes on for longer has another."""
+        """Without the number of steps, which may differ in a resumed run."""
         return {key: value for key, value in super().state_dict().items() if key != "total_steps"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the step that was reached, on this run's own curve."""
+        """Continue at the saved step, on this run's curve."""
         super().load_state_dict(state_dict)
         if self.total_steps is not None:
             self._last_lr = [base * self.factor(self.last_epoch) for base in self.base_lrs]

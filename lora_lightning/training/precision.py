@@ -27,12 +27,12 @@ from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 
 BaseWord = Literal["bf16-base", "nf4-base"]
 Word = Literal["auto", "float32", BaseWord]
-"""What is ours beside Lightning's values."""
+"""Values that this package adds to Lightning's."""
 LightningsWord = (
     Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
     | Literal["transformer-engine", "transformer-engine-float16", "16", "32", "64", "bf16", 16, 32, 64]
 )
-"""What Lightning's own Trainer takes."""
+"""Values of Lightning's Trainer."""
 
 INSTEAD = "use bf16-base: W0 in that precision, A and B in float32"
 REFUSED = {
@@ -43,17 +43,17 @@ REFUSED = {
     ),
 }
 MIXED_UP = re.compile("mixed dtype|the same dtype|expected scalar type|Type promoting not supported")
-"""How torch's operations answer where float32 meets bfloat16."""
+"""Errors of torch's operations where float32 meets bfloat16."""
 
 
 class HalfBase(MixedPrecision):
-    """Rounds what is frozen to bfloat16 when a module is set up, and computes under bfloat16 autocast.
+    """Rounds W0 to bfloat16 when a module is set up, and computes under bfloat16 autocast.
 
     For `Trainer(plugins=[HalfBase()])`; `LoRATrainer(precision="bf16-base")` and the command's
     `--trainer.precision bf16-base` do the same.
 
     Args:
-        word: `nf4-base` also asks that the backbone was loaded in 4 bit.
+        word: `nf4-base` also requires that the backbone was loaded in 4 bit.
         device: the kind of device that the autocast is for; by default the GPU where there is one.
     """
 
@@ -65,7 +65,7 @@ class HalfBase(MixedPrecision):
         """Cast W0 in place.
 
         Raises:
-            LoRAError: nothing is quantized where the word says that W0 is.
+            LoRAError: the word is `nf4-base` and nothing is quantized.
         """
         if self.precision == "nf4-base" and not any(scheme(m) == "bitsandbytes 4-bit" for m in module.modules()):  # type: ignore[comparison-overlap]
             raise LoRAError(
@@ -81,7 +81,7 @@ class HalfBase(MixedPrecision):
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
-        """Autocast; where the model cannot compute in bfloat16, the way out beside torch's own words."""
+        """Autocast, with a clear error where the model cannot compute in bfloat16."""
         with self.autocast_context_manager():
             try:
                 yield
@@ -96,18 +96,18 @@ class HalfBase(MixedPrecision):
 
 
 def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
-    """`bf16-mixed` where the hardware multiplies bfloat16 itself; on other CPUs it is slower than float32."""
+    """`bf16-mixed` where the hardware has bfloat16 products; on other CPUs it is slower than float32."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    has = torch.cpu.get_capabilities()
-    return "bf16-mixed" if has.get("avx512_bf16") or has.get("amx_tile") else "32-true"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_tile") else "32-true"
 
 
 def lightning_precision(word: Any, accelerator: str) -> Any:
-    """The value of `precision` that a Lightning Trainer is made with for this word.
+    """Lightning's value of `precision` for this word.
 
     Raises:
-        LoRAError: what Lightning would do then takes the adapter's float32 away.
+        LoRAError: Lightning would then take the adapter out of float32.
     """
     if word in REFUSED:
         raise LoRAError(f"precision {word} {REFUSED[word]}")
@@ -120,7 +120,7 @@ def narrow_base(trainer: Trainer, word: BaseWord) -> None:
     """Put `HalfBase` in the place of the trainer's bfloat16 autocast.
 
     Raises:
-        LoRAError: the strategy has a way of its own with dtypes.
+        LoRAError: the strategy handles dtypes itself.
     """
     plugin = trainer.precision_plugin
     if type(plugin) is not MixedPrecision:
@@ -132,12 +132,12 @@ def narrow_base(trainer: Trainer, word: BaseWord) -> None:
 
 
 def convert(module: LightningModule, plugin: Precision) -> None:
-    """Let the precision change the module's dtypes before anything looks at W0.
+    """Let the precision plugin cast the module before anything reads W0.
 
-    Lightning does it after a checkpoint was compared with W0, and again then, which changes nothing more.
+    Lightning does so only after a checkpoint was compared with W0; its second cast changes nothing.
 
     Raises:
-        LoRAError: the plugin would put layers of its own in the place of adapted ones.
+        LoRAError: the plugin replaced adapted layers.
     """
     before = len(grafted_modules(module))
     plugin.convert_module(module)
@@ -149,7 +149,7 @@ def convert(module: LightningModule, plugin: Precision) -> None:
 
 
 def precision_of(module: LightningModule) -> str | None:
-    """What the module's trainer computes in; None without one."""
+    """The precision of the module's trainer; None without one."""
     trainer = trainer_of(module)
     return None if trainer is None else str(trainer.precision)
 
@@ -164,10 +164,10 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 
 @contextmanager
 def explain_by_precision(then: str | None, now: str | None) -> Iterator[None]:
-    """Where an adapter is refused for another W0, say so if it was another precision's.
+    """Within the block, an error about another W0 says so where the precisions differ.
 
     Raises:
-        AdapterError: the block did.
+        AdapterError: the block's error.
     """
     try:
         yield
@@ -179,9 +179,9 @@ def explain_by_precision(then: str | None, now: str | None) -> Iterator[None]:
 
 
 def load_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Keys of the transformers models in `model` that `from_pretrained(dtype=dtype)` would give another dtype.
+    """Keys of the transformers models in `model` that `from_pretrained(dtype=dtype)` would load in another dtype.
 
-    A router's bias and the like, which an architecture names or makes as float32. So W0 has the same bits, and the same
+    An architecture may keep a router's bias and the like in float32. So W0 has the same bits, and the same
     fingerprint, whether it was loaded in `dtype` or cast to it.
     """
     dtypes: dict[str, torch.dtype] = {}
@@ -190,7 +190,7 @@ def load_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
         if not is_a(module, HF_MODEL) or path.startswith(inside):
             continue
         inside = (*inside, f"{path}." if path else "")
-        dtypes |= {full_name(path, key): exception for key, exception in _dtype_exceptions(module, dtype).items()}
+        dtypes |= {full_name(path, key): expected for key, expected in _dtype_exceptions(module, dtype).items()}
     return dtypes
 
 
@@ -198,21 +198,21 @@ def _dtype_exceptions(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     patterns: set[str] = set(model._keep_in_fp32_modules_strict or ())
     if dtype == torch.float16:
         patterns |= set(model._keep_in_fp32_modules or ())
-    made = {key: t.dtype for key, t in _meta_state(model, dtype).items() if t.is_floating_point() and t.dtype != dtype}
+    other = {key: t.dtype for key, t in _meta_state(model, dtype).items() if t.is_floating_point() and t.dtype != dtype}
     if not patterns:
-        return made
+        return other
     wide = re.compile("|".join(pattern.replace("*", ".*") for pattern in sorted(patterns)))
-    return made | {key: torch.float32 for key in model.state_dict() if wide.search(key)}
+    return other | {key: torch.float32 for key in model.state_dict() if wide.search(key)}
 
 
 def _meta_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state of a model of that class and config as transformers makes it in `dtype`, without memory."""
+    """The state dict on the meta device of this model as transformers makes it in `dtype`."""
     config = copy.deepcopy(model.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         config.__dict__.pop(name, None)
     try:
         with torch.device("meta"):
             empty: nn.Module = own_class(type(model))._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
-    except Exception:  # a class with another way of being made: then its config says nothing
+    except Exception:  # a class that is not made from a config
         return {}
     return empty.state_dict()

@@ -1,4 +1,4 @@
-"""What is refused before a fit begins: strategies, callbacks, metrics that nothing logs, heads of another size."""
+"""What is refused before a fit begins: strategies, callbacks, metrics that nothing logs, heads of the wrong size."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ INSTEAD: dict[type[Strategy], str] = {
 }
 """Lightning's own strategies that are refused, and why."""
 FORMER = dict.fromkeys(("fsdp1", "zero2", "zero3"), f"it is gone: {TAKE}")
-"""Names that this package gave to strategies of its own."""
+"""Names of strategies that this package had before."""
 
 COPY = "it keeps another copy of all of W0 and writes it into the checkpoints: leave it out"
 CALLBACKS: dict[type[Callback], str] = {
@@ -53,11 +53,7 @@ CALLBACKS: dict[type[Callback], str] = {
 
 
 def refuse_unsupported_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Before anything is loaded.
-
-    Raises:
-        LoRAError: one of these is among them.
-    """
+    """Raise for a callback that copies or changes W0, before anything is loaded."""
     for callback in callbacks:
         for kind, why in CALLBACKS.items():
             if isinstance(callback, kind):
@@ -65,27 +61,19 @@ def refuse_unsupported_callbacks(callbacks: Iterable[Callback]) -> None:
 
 
 def refuse_unsupported(strategy: Strategy) -> None:
-    """Before anything is loaded.
-
-    Raises:
-        LoRAError: it is one of these.
-    """
+    """Raise for a strategy of Lightning that is not supported, before anything is loaded."""
     if why := _class_refusal(type(strategy)):
         raise LoRAError(f"strategy {type(strategy).__name__}: {why}")
 
 
 def _class_refusal(kind: type) -> str | None:
-    """Why a class is refused; a subclass from another package, such as our own, is not."""
+    """Why a strategy's class is refused, or None; subclasses from other packages are accepted."""
     ours = not kind.__module__.startswith("lightning.")
     return None if ours else next((why for known, why in INSTEAD.items() if issubclass(kind, known)), None)
 
 
 def refuse_wide_shards(strategy: Any, precision: Any) -> None:
-    """Before Lightning's strategy fails on it.
-
-    Raises:
-        LoRAError: FSDP2 in Lightning's 64-true.
-    """
+    """Raise for FSDP2 in Lightning's 64-true, before Lightning's strategy fails on it."""
     sharded = isinstance(strategy, ShardedStrategy) or str(strategy).lower() == "fsdp2"
     if sharded and str(precision) in ("64", "64-true"):
         raise LoRAError(
@@ -95,11 +83,7 @@ def refuse_wide_shards(strategy: Any, precision: Any) -> None:
 
 
 def refuse_listed_cpus(devices: Any, accelerator: Any) -> None:
-    """Before Lightning fails on it.
-
-    Raises:
-        LoRAError: a list of devices, and none but a CPU to take them from.
-    """
+    """Raise for a list of devices where there is only a CPU, before Lightning fails on it."""
     listed = list(devices) if isinstance(devices, list | tuple) else None
     if listed and (str(accelerator) == "cpu" or (str(accelerator) == "auto" and not torch.accelerator.is_available())):
         raise LoRAError(
@@ -109,7 +93,7 @@ def refuse_listed_cpus(devices: Any, accelerator: Any) -> None:
 
 
 def warn_of_few_cores(trainer: Trainer) -> None:
-    """One line where processes on a CPU would wait for each other's core."""
+    """Warn where there are more processes on a CPU than cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:
         rank_zero_warn(
@@ -119,13 +103,13 @@ def warn_of_few_cores(trainer: Trainer) -> None:
 
 
 def refuse_unsupported_name(strategy: Any) -> None:
-    """Before Lightning makes it, which for these asks for a GPU or a package that would not help.
+    """Raise for a strategy's name before Lightning builds it and asks for a GPU or a package in vain.
 
     Args:
-        strategy: what a Trainer is given: a name, the path of a class, or anything else, which is let pass.
+        strategy: a Trainer's argument; anything but a name or the path of a class passes.
 
     Raises:
-        LoRAError: it names one of these, or nothing at all.
+        LoRAError: the name is unknown, or the strategy is not supported.
     """
     if not isinstance(strategy, str) or strategy.lower() == "auto":
         return
@@ -149,9 +133,9 @@ def refuse_unsupported_name(strategy: Any) -> None:
 
 
 OF_THE_RUN = re.compile(r"epoch|step|train/loss_step|lr(/.+)?|grad_norm/.+|(samples|tokens)/s|(throughput|memory)/.+")
-"""What callbacks that are always there log, and Lightning itself."""
+"""Metrics that Lightning and the default callbacks log."""
 OF_A_FURTHER_SET = re.compile(r"val_[^/]+/.+")
-"""Sets beside the first are known only once the data are read."""
+"""Metrics of further validation sets, which are known only once the data are read."""
 
 
 def refuse_unlogged(trainer: Trainer, module: LoRAModule, plateau: str | None = None) -> None:
@@ -161,19 +145,19 @@ def refuse_unlogged(trainer: Trainer, module: LoRAModule, plateau: str | None = 
         plateau: the metric of a ReduceLROnPlateau.
 
     Raises:
-        LoRAError: a metric that nothing can log. Where code of the user's own may log it, it is a warning.
+        LoRAError: nothing can log a metric. Where the user's code may log it, it is a warning.
     """
     for who, monitor in _monitored_metrics(trainer, plateau):
         if (near := why_unlogged(monitor, module)) is None:
             continue
-        if logger := _may_log(trainer, module):
-            rank_zero_warn(f"{who} monitors '{monitor}', which is not logged, unless {logger} does{near}")
+        if user_class := _may_log(trainer, module):
+            rank_zero_warn(f"{who} monitors '{monitor}', which is not logged, unless {user_class} does{near}")
         else:
             raise LoRAError(f"{who} monitors '{monitor}', which is not logged{near}")
 
 
 def why_unlogged(metric: str, module: LoRAModule) -> str | None:
-    """None where the task, the run or a further set logs it; else what is meant or there, to end an error."""
+    """None where the metric is logged; else the end of an error: near misses and the names that are logged."""
     known = [name for stage in ("val", "train") for name in module.task.logged(stage)]
     if metric in known or OF_THE_RUN.fullmatch(metric) or OF_A_FURTHER_SET.fullmatch(metric):
         return None
@@ -191,16 +175,16 @@ def _monitored_metrics(trainer: Trainer, plateau: str | None) -> Iterator[tuple[
 
 
 def _may_log(trainer: Trainer, module: LoRAModule) -> str | None:
-    """Whose metrics are not known from here: a module's, a task's with figures of its own, a callback's of others."""
+    """The class of a module, task or callback whose metrics are unknown here; None without one."""
     foreign = (c for c in trainer.callbacks if isinstance(c, LearningRateMonitor) or not _is_known(c))  # type: ignore[attr-defined]
-    return own_figures_class(module) or next((type(callback).__name__ for callback in foreign), None)
+    return user_metrics_class(module) or next((type(callback).__name__ for callback in foreign), None)
 
 
-def own_figures_class(module: LoRAModule) -> str | None:
-    """The class of the user's own, module or task, that may log what is not known from here."""
-    for one, where in ((module, type(module).__module__), (module.task, type(module.task).update.__module__)):
+def user_metrics_class(module: LoRAModule) -> str | None:
+    """The user's class, of the module or the task, that may log other metrics."""
+    for owner, where in ((module, type(module).__module__), (module.task, type(module.task).update.__module__)):
         if not _is_ours(where):
-            return type(one).__name__
+            return type(owner).__name__
     return None
 
 
@@ -214,35 +198,35 @@ def _is_ours(module: str) -> bool:
 
 
 def refuse_other_count(config: Any, data: Any) -> None:
-    """What the data say of themselves is handed to the model, and wins over what a config says without a word.
+    """Raise where a config's `num_classes` contradicts the data, whose count would win silently.
 
-    A class of the user's own may have a default, which stands in the config too: then nobody has asked for it.
+    Only this package's classes are compared: a user's class may have a default, which is in the config too.
 
     Raises:
         LoRAError: another `num_classes` of the task or the backbone than the data have labels.
     """
     for part in ("task", "backbone"):
-        given = config.get(f"model.{part}.init_args.num_classes")
+        configured = config.get(f"model.{part}.init_args.num_classes")
         ours = str(config.get(f"model.{part}.class_path")).startswith("lora_lightning.")
-        if not ours or given is None:
-            continue  # nor are the data asked, which may not know before their setup
+        if not ours or configured is None:
+            continue  # data may not know their labels before setup
         count = getattr(data, "num_classes", None)
-        if count is not None and given != count:
+        if count is not None and configured != count:
             raise LoRAError(
-                f"model.{part}.init_args.num_classes is {given}, and the data have {count} labels: leave it out"
+                f"model.{part}.init_args.num_classes is {configured}, and the data have {count} labels: leave it out"
             )
 
 
 def refuse_other_size(backbone: Any, task: Task, data: Any = None) -> None:
-    """Compare the outputs of a transformers model's head with those that the task asks for.
+    """Compare the size of a transformers model's head with what the task needs.
 
-    Of other backbones, and of a head in which no layer's size says it, the first batch tells.
+    Other backbones, and heads whose layers do not tell their size, are checked on the first batch.
 
     Args:
-        data: whose label names the message lists.
+        data: the message lists its label names.
 
     Raises:
-        LoRAError: there are fewer or more, with both numbers.
+        LoRAError: the sizes differ, with both numbers.
     """
     count = task.wanted_outputs()
     if count is None or not is_a(backbone, HF_MODEL):
@@ -251,20 +235,20 @@ def refuse_other_size(backbone: Any, task: Task, data: Any = None) -> None:
     if not sizes or count in sizes:
         return
     label_names = getattr(data, "label_names", None) or ()
-    named = f" ({first_few(list(label_names), 5)})" if label_names else ""
-    outputs = backbone.config.num_labels if backbone.config.num_labels in sizes else sizes[-1]
+    label_list = f" ({first_few(list(label_names), 5)})" if label_names else ""
+    head_size = backbone.config.num_labels if backbone.config.num_labels in sizes else sizes[-1]
     raise LoRAError(
-        f"the backbone's head has {outputs} outputs (num_labels), and there must be {count}, one for each"
-        f" {task.output_is}{named}: {'leave num_labels out' if label_names else f'num_labels: {count}'}"
+        f"the backbone's head has {head_size} outputs (num_labels), and there must be {count}, one for each"
+        f" {task.output_is}{label_list}: {'leave num_labels out' if label_names else f'num_labels: {count}'}"
     )
 
 
 def _sizes_beside_the_body(backbone: Any) -> list[int]:
-    """Outputs of the layers of the head, the last at the end; a model that is all body has none."""
+    """Output sizes of the head's layers, in order; empty for a model without a head."""
     body = f"{backbone.base_model_prefix}."
-    named = dict(backbone.named_modules())
-    if body.rstrip(".") not in named:
+    modules = dict(backbone.named_modules())
+    if body.rstrip(".") not in modules:
         return []
-    beside = [module for name, module in named.items() if not f"{name}.".startswith(body)]
-    layers = [module for module in beside if isinstance(module, nn.Linear | nn.Conv2d)]
+    head = [module for name, module in modules.items() if not f"{name}.".startswith(body)]
+    layers = [module for module in head if isinstance(module, nn.Linear | nn.Conv2d)]
     return [layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels for layer in layers]

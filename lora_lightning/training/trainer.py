@@ -36,13 +36,13 @@ from lora_lightning.training.tracking.wandb_callback import log_export
 
 
 def single_process_options(accelerator: Any) -> dict[str, Any]:
-    """What an export takes of a Trainer, wherever the run was trained that it exports."""
-    alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
-    return {**alone, "accelerator": "cpu" if str(accelerator) == "cpu" else "auto"}
+    """Trainer options of an export: one device, however the run was trained."""
+    options = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    return {**options, "accelerator": "cpu" if str(accelerator) == "cpu" else "auto"}
 
 
 def logging_interval(steps: float) -> int:
-    """Optimizer steps between two rows of the log, of a fit of so many: 50 rows or more, and Lightning's 50 at most."""
+    """Optimizer steps between two log rows of a fit of `steps` steps: at least 50 rows, at most 50 steps apart."""
     return 50 if steps >= 2500 else max(1, int(steps) // 50)
 
 
@@ -53,20 +53,20 @@ class LoRATrainer(Trainer):
         precision: `bf16-base` holds W0 in bfloat16 under float32 adapters; `nf4-base` in 4 bit (QLoRA); `float32`;
             `auto`, bf16 autocast where the hardware has it, else float32; or one of Lightning's values, such as
             bf16-mixed and 16-mixed.
-        log_every_n_steps: left out, so often that a fit has at least 50 rows in its log.
+        log_every_n_steps: by default such that a fit logs at least 50 rows.
 
     Raises:
-        LoRAError: a precision that would round the adapters too, or that the strategy cannot have; a strategy or a
-            callback that is not supported.
+        LoRAError: a precision that would round the adapters too or that the strategy does not support; a strategy or
+            a callback that is not supported.
     """
 
     def __init__(self, *args: Any, precision: Word | LightningsWord | None = None, **kwargs: Any) -> None:
         refuse_unsupported_name(kwargs.get("strategy"))
         refuse_wide_shards(kwargs.get("strategy"), precision)
         refuse_listed_cpus(kwargs.get("devices"), kwargs.get("accelerator", "auto"))
-        plugin_word = lightning_precision(precision, str(kwargs.get("accelerator", "auto")))
+        plugin_precision = lightning_precision(precision, str(kwargs.get("accelerator", "auto")))
         self._chooses_logging = kwargs.get("log_every_n_steps") is None
-        super().__init__(*args, precision=plugin_word, **kwargs)
+        super().__init__(*args, precision=plugin_precision, **kwargs)
         if self.accumulate_grad_batches < 1:
             raise LoRAError(
                 f"trainer.accumulate_grad_batches must be at least 1, which adds up nothing, got"
@@ -84,38 +84,38 @@ class LoRATrainer(Trainer):
         warn_of_few_cores(self)
         refuse_unsupported_callbacks(self.callbacks)  # type: ignore[attr-defined]  # a connector of Lightning sets it
         use_ending_launcher(self)
-        # A plugin of the user's is left in its place.
+        # A plugin that the user chose stays.
         if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):
             self.strategy._checkpoint_io = WholeFiles()
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        """In each process: where one fails, all end."""
-        fits = self.state.fn == TrainerFn.FITTING
-        if fits and self._chooses_logging:
-            self.log_every_n_steps = 1  # until the steps are counted: Lightning warns of an interval beyond an epoch
-        folder = run.run_dir(self) if fits and self._is_first_process() else None
+        """Run in each process; where one fails, all end."""
+        is_fit = self.state.fn == TrainerFn.FITTING
+        if is_fit and self._chooses_logging:
+            self.log_every_n_steps = 1  # until steps are counted: Lightning warns of an interval longer than an epoch
+        folder = run.run_dir(self) if is_fit and self._is_first_process() else None
         with end_together(self, unless=(PreemptedError,)), run.lock_run(folder):
             return super()._run(*args, **kwargs)
 
     def _is_first_process(self) -> bool:
-        """Known before the strategy has set its ranks, when `is_global_zero` is still true in every process."""
+        """Whether this is rank 0; `is_global_zero` is true everywhere until the strategy has set its ranks."""
         environment = getattr(self.strategy, "cluster_environment", None)
         return environment is None or (environment.node_rank(), environment.local_rank()) == (0, 0)
 
     def _run_stage(self) -> Any:
-        """After Lightning has set its signal handlers."""
+        """Set what needs Lightning's signal handlers or its number of steps."""
         leave_on_sigterm(self)
         if self.state.fn == TrainerFn.FITTING and self._chooses_logging:
             self.log_every_n_steps = logging_interval(self.estimated_stepping_batches)
         return super()._run_stage()
 
     def predict(self, *args: Any, columns: list[str] | str | None = None, **kwargs: Any) -> Any:
-        """Lightning's.
+        """Predict as Lightning does, with columns of the data beside the predictions.
 
         Args:
             args: as Lightning's.
-            columns: of the rows' own columns these are written beside each prediction, with commas between, or `all`;
-                the column `id` by default where there is one.
+            columns: columns of the data to write beside each prediction, separated by commas, or `all`; by default
+                `id` where there is one.
             kwargs: as Lightning's.
         """
         self.predict_columns = columns.split(",") if isinstance(columns, str) else columns
@@ -137,16 +137,16 @@ class LoRATrainer(Trainer):
 
         Args:
             model: the module that the run's config describes.
-            datamodule: gives the probe batch, the tokenizer and the labels' names. Without one, or without batches,
+            datamodule: has the probe batch, the tokenizer and the label names. Without one, or without batches,
                 the probe is the module's example_input_array.
             ckpt_path: a checkpoint, a run folder, or `best` or `last` of the newest run with this config's name.
             output_dir: where to write; `export/` in the run folder by default. An older export there is replaced
-                once the new one has stood its proof.
-            formats: `adapter`, `merged` or both, with commas between.
-            dtype: of the merged model; `auto` is the backbone's own. Sums are taken in float32 in any case.
+                once the new one is verified.
+            formats: `adapter`, `merged` or both, separated by commas.
+            dtype: of the merged model; `auto` is the backbone's. Sums are taken in float32 in any case.
             max_shard_size: split a merged transformers model into files of at most this size, such as `5GB`.
             serving: `vllm` writes the adapter with one rank and one alpha for all modules, as vLLM reads them.
-            scale: strength of the update, such as 0.5 for half of it; the adapter's alpha says it.
+            scale: factor on the update, such as 0.5 for half of it; it is written into the adapter's alpha.
         """
         refuse_base_alone(scale)
         wanted, _ = parse_options(formats, dtype, max_shard_size, serving)

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from lora_lightning import LoRAConfig, huggingface, inject, save_adapter
-from lora_lightning.commands.analyze import Request, Wanted, analyze
+from lora_lightning.commands.analyze import Request, SourceOptions, analyze
 from lora_lightning.lora.errors import LoRAError
 from tests.lora.directories import edit_config
 from tests.tiny import make_bert
@@ -80,7 +80,7 @@ def test_planted_spectrum_overlap_and_amplification_are_found(tmp_path):
     tensors[f"{NAME}.weight"] = W0.astype(np.float32)
     safetensors.numpy.save_file(tensors, base / "model.safetensors", {"format": "pt"})
 
-    found = told([tmp_path / "one", tmp_path / "two"], tmp_path / "out", wanted=Wanted(base_model=str(base)))
+    found = told([tmp_path / "one", tmp_path / "two"], tmp_path / "out", wanted=SourceOptions(base_model=str(base)))
     first, second = (layers_of(adapter)[NAME] for adapter in found["adapters"])
     np.testing.assert_allclose(first["singular_values"], S1, rtol=1e-6)
     np.testing.assert_allclose(second["singular_values"], S2, rtol=1e-6)
@@ -146,7 +146,7 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(tmp_path):
         "takes one adapter": {"truncate": 0.5, "adapters": [str(plain), str(other)]},
         "no layer of one name": {"adapters": [str(plain), str(other)]},
         "needs an adapter": {"adapters": []},
-        "no folder": {"wanted": Wanted(base_model=str(tmp_path / "nowhere"))},
+        "no folder": {"wanted": SourceOptions(base_model=str(tmp_path / "nowhere"))},
         "layers": {"layers": "("},
         "holds other files": {"output_dir": plain},
     }
@@ -161,10 +161,10 @@ def test_w0_of_another_base_is_refused(tmp_path):
     inject(model, LoRAConfig(r=2))
     save_adapter(model, tmp_path / "adapter", task_type="SEQ_CLS")
     other = make_bert(tmp_path / "other", seed=1)
-    told([tmp_path / "adapter"], tmp_path / "fits", wanted=Wanted(base_model=str(base)))
+    told([tmp_path / "adapter"], tmp_path / "fits", wanted=SourceOptions(base_model=str(base)))
     with pytest.raises(LoRAError, match="first encoder"):
-        told([tmp_path / "adapter"], tmp_path / "out", wanted=Wanted(base_model=str(other)))
-    allowed = Wanted(base_model=str(other), allow_other_base=True)
+        told([tmp_path / "adapter"], tmp_path / "out", wanted=SourceOptions(base_model=str(other)))
+    allowed = SourceOptions(base_model=str(other), allow_other_base=True)
     (adapter,) = told([tmp_path / "adapter"], tmp_path / "out", wanted=allowed)["adapters"]
     assert adapter["layers"][0]["base"]["w0_norm"] > 0
     assert adapter["layers"][0]["base"]["amplification"] is None  # of an update that is zero

@@ -49,11 +49,11 @@ def bare(tiny, tmp_path):
 def test_config_json_alone_suffices_and_flags_of_fit_count_and_batches_are_as_large_as_asked(bare):
     plan = planned("-c", bare, "--length", 12, *OWN)
     assert plan.report.trainable > 0
-    assert plan.own_row().cost.peak > plan.own_row().cost.kept > 0
-    assert plan.full.flops > plan.own_row().cost.flops
+    assert plan.config_row().cost.peak > plan.config_row().cost.kept > 0
+    assert plan.full.flops > plan.config_row().cost.flops
     wider = planned("-c", bare, *OWN, "--length", 24, "--model.lora.r", 8)
     assert wider.report.trainable - 66 == 2 * (plan.report.trainable - 66)  # but for the classifier
-    assert wider.own_row().cost.kept > 1.9 * plan.own_row().cost.kept
+    assert wider.config_row().cost.kept > 1.9 * plan.config_row().cost.kept
     assert planned("-c", bare, *OWN, "--length", 12, "--batch_size", 4).batch.rows == 4
     assert plan.batch.rows == 16  # the config's own
 
@@ -126,7 +126,7 @@ data:
     plan = planned("-c", file, *OWN, "--num_labels", 7)
     assert plan.report.saved == {"fc": 7 * 512 + 7}
     assert plan.batch.image == (3, 32, 32)
-    assert plan.own_row().cost.kept > 0
+    assert plan.config_row().cost.kept > 0
 
 
 @pytest.mark.slow
@@ -150,4 +150,4 @@ data:
     plan = planned("-c", file)
     assert time.process_time() - start < 60
     assert plan.report.trainable == 19_988_480
-    assert plan.own_row().cost.forward == pytest.approx(2 * 6.6e9 * 2048, rel=0.15)
+    assert plan.config_row().cost.forward == pytest.approx(2 * 6.6e9 * 2048, rel=0.15)

@@ -291,9 +291,11 @@ BROKEN = [
     ("k.parquet", b"PAR1 and no more", "cannot be read as parquet"),
     ("m.csv.gz", gzip.compress(b"text,label\na,x\nb,c,y\n"), "row 2: expected 2 fields"),
     ("n.csv.gz", gzip.compress(b"text,label\na,x\n")[:-6], "cannot be read as csv"),
+    ("o.doc", b"text,label\na,x\n", "no set|expected one of"),
     ("a.conll", b"Ann B-PER\nsaw\n", r"line 2: expected 2 fields .* got 1: 'saw'|line 1"),
     ("x.conll", b"Ann B-PER\nsaw O\n\nAnn X B-PER\n", "line 4: expected 2 fields as on the other lines, got 3"),
     ("c.conll", b"\n\n", "holds no words"),
+    ("e.conll", b"caf\xe9 O\n", "no text in UTF-8"),
     ("stream.jsonl", b"no json\n", "the train set cannot be read"),
 ]  # fmt: skip
 

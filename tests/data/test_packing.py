@@ -1,19 +1,16 @@
 """Packed training is unpacked training: the same loss and the same gradients, and every token is there."""
 
 import random
-from collections import Counter
 from functools import partial
 
-import datasets
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lightning import LoRAConfig, LoRAError, inject
-from lora_lightning.data.io.rows import lengths_of
 from lora_lightning.data.loading.collate import pad_batch
-from lora_lightning.data.loading.packing import cut, pack, pack_rows, pack_table
+from lora_lightning.data.loading.packing import cut, pack, pack_rows
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.language_model import CausalLM
 from tests.tiny_lm import VOCABULARY, make_model
@@ -52,17 +49,6 @@ def test_long_documents_are_cut_and_the_first_of_each_piece_is_not_trained_on():
         "labels": [[-100, 4], [-100, 6], [-100], [-100]],
         "document": [1, 1, 1, 2],
     }
-
-
-def test_a_table_is_packed_the_same_each_time_and_no_token_is_lost():
-    table = datasets.Dataset.from_dict(documents(80))
-    first, again = (pack_table(table, LENGTH, "train") for _ in range(2))
-    assert first.to_dict() == again.to_dict() == pack_rows(table.to_dict(), max_length=LENGTH)
-    assert lengths_of(first) == [len(ids) for ids in first["input_ids"]]
-    assert Counter(i for row in first["input_ids"] for i in row) == Counter(
-        i for row in table["input_ids"] for i in row
-    )
-    assert max(lengths_of(first)) == LENGTH
 
 
 def adapted(kind, **config):

@@ -4,7 +4,7 @@ import pytest
 
 from lora_lightning import LoRAError
 from lora_lightning.data.preference import PreferenceData, fit_to_length
-from tests.data.files import ALL, ready, rows_of, write
+from tests.data.files import ALL, ready, write
 from tests.tiny_pairs import as_messages, make_tokenizer, preferences
 
 
@@ -77,12 +77,3 @@ def test_cutting_keeps_answers_and_takes_the_prompts_beginning():
     assert fit_to_length([1, 2, 3, 4], [[5, 6], [7]], 5, 1, first=1) == [[4], [5, 6], [7]]
     assert fit_to_length([1, 2, 3, 4], [[5, 6, 8, 9], [7]], 5, 2) == [[3, 4], [5, 6, 8], [7]]
     assert fit_to_length([1], [[5, 6, 8, 9], [7]], 4, 2) == [[1], [5, 6, 8], [7]]
-
-
-def test_no_text_is_longer_than_allowed_and_every_answer_is_there(tmp_path, llama):
-    rows = [{"prompt": "what " * 20, "chosen": "it " * n, "rejected": "no " * (9 - n)} for n in range(1, 9)]
-    data = data_of(tmp_path, llama, rows, max_length=12, max_prompt_length=4)
-    batch = rows_of(data)
-    assert batch["input_ids"].shape[1] <= 12
-    assert (batch["labels"] != -100).any(1).all()
-    assert max(data.lengths(data.encoded_rows("train"))) == batch["input_ids"].shape[1]

@@ -40,14 +40,15 @@ def base(weights, **changes):
 def test_another_base_of_equal_shapes_is_refused_and_stays_as_it_was(made):
     weights, directory, _ = made
     model = base(weights)
-    with torch.no_grad():  # as another seed would: all but norms, which start at one
-        for name in reversed([n for n, p in model.named_parameters() if p.dim() == 2]):
+    matrices = [name for name, p in model.named_parameters() if p.dim() == 2]  # all but norms, which start at one
+    with torch.no_grad():  # as another seed would
+        for name in reversed(matrices):
             model.get_parameter(name).add_(1e-3)
     before = snapshot(model)
-    count, matrices = len(weights), [name for name, tensor in weights.items() if tensor.dim() == 2]
-    listed = f"{len(matrices)} of {count} tensors differ, first {', '.join(matrices[:4])} and {len(matrices) - 4} more"
-    assert matrices != sorted(matrices), "the model's own order is not the alphabet's"
-    with pytest.raises(AdapterError, match=listed):
+    first = (
+        f"{len(matrices)} of {len(weights)} tensors differ, first {', '.join(matrices[:4])} and {len(matrices) - 4} "
+    )
+    with pytest.raises(AdapterError, match=first):
         load_adapter(model, directory)
     assert_same(model, before)
     with pytest.raises(AdapterError, match=r"9 of \d+ tensors differ, first model\.layers\.2\.self_attn\.q_proj"):

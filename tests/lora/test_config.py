@@ -16,7 +16,7 @@ WHOLE, POSITIVE, RATE = (
 NOT_A_PATTERN = r"'\(' is not a regular expression"
 FLAGS = r"'\(\?i\)q' is not a regular expression \(global flags"
 BAD = [
-    ("r", (0, -1, 1.0, True, "8", None, 2.5), f"r must be {WHOLE}"),
+    ("r", (0, -1, 1.0, True, "8", None, 2.5), f"^r must be {WHOLE}"),
     ("alpha", (0, -1.0, math.nan, math.inf, "16", True), f"alpha must be {POSITIVE}"),
     ("dropout", (1.0, -0.1, math.nan, "0.1", None, True), f"dropout must be {RATE}"),
     ("init", ("zeros", None, [], "", "pissa_niter_"), "init must be one of gaussian, .* or pissa_niter_<n>"),

@@ -5,9 +5,11 @@ import re
 from functools import partial
 
 import pytest
+import timm
 import torch
 import transformers as tf
 from torch import nn
+from torchvision.models import VisionTransformer, shufflenet_v2_x0_5
 
 from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora.errors import TargetError
@@ -76,24 +78,16 @@ class Translator(nn.Module):
         return self.head(self.transformer(self.embed(ids), self.embed(ids.flip(1))))
 
 
-def timm_model(name, **kwargs):
-    import timm
-
-    return lambda: timm.create_model(name, num_classes=5, **kwargs)
-
-
-def torchvision_model(name, **kwargs):
-    import torchvision
-
-    if name == "vit_b_16":
-        model = torchvision.models.VisionTransformer(patch_size=16, num_classes=5, **kwargs)
-        nn.init.normal_(model.heads.head.weight)  # zero in torchvision: no gradient would pass
-        return model
-    return torchvision.models.get_model(name, weights=None, num_classes=5, **kwargs)
+def torchvision_vit():
+    sizes = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 24}
+    model = VisionTransformer(image_size=32, patch_size=16, num_classes=5, **sizes)
+    nn.init.normal_(model.heads.head.weight)  # zero in torchvision: no gradient would pass
+    return model
 
 
-TORCHVISION_VIT = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 24}
+timm_model = partial(timm.create_model, num_classes=5)
 TIMM_VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
+TIMM_CONVNEXT = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}
 MOE = ["experts.gate_up_proj", "experts.down_proj"]
 
 
@@ -163,16 +157,16 @@ FAMILIES = {
     "clip": (clip, run_clip, {}),
     "whisper": (whisper, run_whisper, {"target_modules": OF_WHISPER}),
     "nn.Transformer": (Translator, lambda model: model(IDS), {}),
-    "timm vit": on_image(timm_model("vit_tiny_patch16_224", **TIMM_VIT), {"slices": {"qkv": ["q", "v"]}}),
+    "timm vit": on_image(partial(timm_model, "vit_tiny_patch16_224", **TIMM_VIT), {"slices": {"qkv": ["q", "v"]}}),
     "timm resnet": on_image(
-        timm_model("resnet10t", channels=(4, 4, 8, 8), stem_width=4, zero_init_last=False),
+        partial(timm_model, "resnet10t", channels=(4, 4, 8, 8), stem_width=4, zero_init_last=False),
         {"target_modules": r"conv1\.[036]|layer\d\.0\.conv\d"},
     ),
-    "timm convnext": on_image(timm_model("convnext_atto", dims=(8, 8, 8, 8), depths=(1, 1, 1, 1)), OF_TIMMS_CONVNEXT),
+    "timm convnext": on_image(partial(timm_model, "convnext_atto", **TIMM_CONVNEXT), OF_TIMMS_CONVNEXT),
     "torchvision shufflenet": on_image(
-        lambda: torchvision_model("shufflenet_v2_x0_5"), {"target_modules": r"stage2\..*branch2\.[05]"}, size=16
+        partial(shufflenet_v2_x0_5, num_classes=5), {"target_modules": r"stage2\..*branch2\.[05]"}, size=16
     ),
-    "torchvision vit": on_image(lambda: torchvision_model("vit_b_16", image_size=32, **TORCHVISION_VIT), {}),
+    "torchvision vit": on_image(torchvision_vit, {}),
 }
 
 

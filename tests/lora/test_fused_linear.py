@@ -108,7 +108,8 @@ def test_output_and_gradients_are_the_formulas(transposed, bias, rows):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rows", [3, MANY])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradcheck_once_and_twice(rows, dropout, transposed):
+def test_gradcheck_once_and_twice(rows, dropout, transposed, monkeypatch):
+    monkeypatch.setattr(fused, "BLOCK", 2**6)  # so that many rows draw their mask in several blocks
     x, W, b, A, B = operands((rows,), m=3, k=4)
     weight = W.t().contiguous() if transposed else W
 
@@ -144,22 +145,6 @@ def test_dropout_drops_what_it_says_and_keeps_the_expectation(p):
     assert abs(float(torch.stack(masks).double().mean()) - (1 - exact)) < bound
     assert torch.equal(mask_of(x, dropped, 1), masks[1])  # the same mask in backward
     assert not torch.equal(masks[1], masks[2])
-
-
-@pytest.mark.parametrize("rows", [(40,), (3, 400)])
-def test_dropout_is_the_formula_with_its_mask(rows, monkeypatch):
-    """In one block of rows, or in several."""
-    monkeypatch.setattr(fused, "BLOCK", 2**10)
-    x, W, b, A, B = operands(rows)
-    torch.manual_seed(7)
-    out = fused_linear(x, W, b, A, B, 0.7, dropout=0.25)
-    grads = torch.autograd.grad(out.square().sum(), (x, b, A, B))
-    torch.manual_seed(7)
-    mask = mask_of(x, 64, next_seed()) / 0.75
-    wanted = formula(x, W, b, A, B, 0.0) + 0.7 * ((x * mask) @ A.t()) @ B.t()
-    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
-    for a, c in zip(grads, torch.autograd.grad(wanted.square().sum(), (x, b, A, B)), strict=True):
-        torch.testing.assert_close(a, c, rtol=1e-11, atol=1e-11)
 
 
 @dtypes
@@ -380,31 +365,17 @@ def kept(model, x):
     return sum(size for place, size in sizes.items() if place not in own)
 
 
-class Three(nn.Module):
-    """Query, key and value of one input."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
-
-    def forward(self, x):
-        return self.q(x) + self.k(x) + self.v(x)
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"bias": "all"}, {"lora_bias": True}], ids=str)
 def test_backward_keeps_rank_sized_numbers_alone(dropout, dtype, options):
-    """The input is there anyway."""
-    x = torch.randn(50, 64, dtype=dtype, requires_grad=True) * 1.0
-    assert kept(adapted(Three(64), dtype, dropout=dropout, **options).train(), x) == 3 * 50 * 3 * x.element_size()
-
-
-def test_layers_on_one_input_keep_it_once_under_autocast_and_many_rows_keep_nothing_of_their_own():
-    x = torch.randn(50, 64, requires_grad=True) * 1.0
-    with torch.autocast("cpu", torch.bfloat16):
-        assert kept(adapted(Three(64), torch.float32), x) == 2 * 3 * 50 * 3
-    assert kept(adapted(Three(16), torch.float32), torch.randn(500, 16, requires_grad=True) * 1.0) == 0
+    """The input is there anyway; under autocast it is kept once, in bfloat16."""
+    x, model = torch.randn(50, 64, dtype=dtype, requires_grad=True) * 1.0, nn.Sequential(nn.Linear(64, 64))
+    model = adapted(model, dtype, dropout=dropout, **options).train()
+    assert kept(model, x) == 50 * 3 * x.element_size()
+    if dtype == torch.float32 and not options and not dropout:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert kept(model, x) == 2 * 50 * 3
 
 
 @pytest.mark.parametrize("backward", [True, False])
@@ -426,3 +397,5 @@ def test_options_that_are_gone_say_what_to_take(name, instead):
         getattr(lora_lightning, name)
     with pytest.raises(LoRAError, match=f"{name} .*{instead}"):
         LoRAModule(nn.Linear(2, 2), None, **{name: True})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lorra'"):
+        LoRAModule(nn.Linear(2, 2), None, lorra=1)

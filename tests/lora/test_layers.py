@@ -15,8 +15,9 @@ from lora_lightning.lora.errors import AdapterError, MergeError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.init.random import gaussian_, kaiming_
 from lora_lightning.lora.inject import grafted_modules
-from lora_lightning.lora.layers import LoRAParameter, TrainedBias, base
+from lora_lightning.lora.layers import LoRAParameter, TrainedBias, base, fused_linear
 from lora_lightning.lora.layers.fused_linear import eager_arithmetic
+from tests.lora.directories import of_peft
 from tests.lora.kinds import (
     IDS,
     KINDS,
@@ -46,7 +47,8 @@ def one_layer(**fields):
 
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_dropout_touches_what_a_sees_and_leaves_w0s_input_whole(use_dora, eager):
+def test_dropout_touches_what_a_sees_and_leaves_w0s_input_whole(use_dora, eager, monkeypatch):
+    monkeypatch.setattr(fused_linear, "BLOCK", 2**6)  # so that the mask is drawn in several blocks
     layer, x = one_layer(dropout=0.5, use_dora=use_dora).train(), torch.randn(64, 6, dtype=torch.float64)
     torch.manual_seed(7)
     with eager_arithmetic() if eager else contextlib.nullcontext():
@@ -122,13 +124,10 @@ def test_all_trains_the_biases_that_peft_trains_with_an_ordinary_biass_gradient(
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True")
 def test_pefts_bias_of_b_where_the_layer_has_none_loads_and_is_refused_at_the_merge(tmp_path):
-    theirs = peft.LoraConfig(r=2, lora_bias=True, target_modules=["up", "down"], init_lora_weights=False)
-    peft.get_peft_model(net(), theirs).save_pretrained(tmp_path)
-    model = net()
+    theirs, model = of_peft(tmp_path, net(), lora_bias=True, target_modules=["up", "down"]), net()
     load_adapter(model, tmp_path)
     before = model(inputs())
-    opened = peft.PeftModel.from_pretrained(net(), tmp_path)
-    torch.testing.assert_close(before, opened(inputs()))
+    torch.testing.assert_close(before, theirs(inputs()))
     with pytest.raises(MergeError, match="lora_bias of 'down' has no bias"):
         merge(model)
     assert torch.equal(model(inputs()), before)
@@ -137,10 +136,8 @@ def test_pefts_bias_of_b_where_the_layer_has_none_loads_and_is_refused_at_the_me
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_pefts_adapter_that_asks_for_biases_of_a_model_without_any_loads(tmp_path, bias):
     """Every Llama saved with that setting; where a user asks for it, it stays an error."""
-    model, x = alone(nn.Linear, 8, 8, bias=False), torch.randn(3, 8)
-    ours = copy.deepcopy(model)
-    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], bias=bias, init_lora_weights=False))
-    theirs.save_pretrained(tmp_path)
+    ours, x = alone(nn.Linear, 8, 8, bias=False), torch.randn(3, 8)
+    theirs = of_peft(tmp_path, copy.deepcopy(ours), target_modules=["0"], bias=bias)
     load_adapter(ours, tmp_path)
     torch.testing.assert_close(ours(x), theirs(x))
 
@@ -208,16 +205,10 @@ def test_the_starts_are_drawn_for_each_projection():
 
 def test_pefts_directory_is_read_of_which_peft_itself_counts_out_proj_twice(tmp_path):
     """Its PR 3774."""
-    chosen = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["attn"], lora_dropout=0.1)
-    theirs, wanted = peft.get_peft_model(Attention(), chosen), {}
-    attention = theirs.base_model.model.attn
-    for name, layer in (("attn", attention), ("attn.out_proj", attention.base_layer.out_proj)):
-        A, B = (part["default"].weight.requires_grad_(False).normal_(std=0.4) for part in (layer.lora_A, layer.lora_B))
-        wanted[name] = 2.5 * B @ A
-    theirs.save_pretrained(tmp_path)
-    model = Attention()
+    attention, model = of_peft(tmp_path, Attention(), target_modules=["attn"]).base_model.model.attn, Attention()
     load_adapter(model, tmp_path)
-    for name, update in wanted.items():
+    for name, theirs in (("attn", attention), ("attn.out_proj", attention.base_layer.out_proj)):
+        update = 2.5 * theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
         assert torch.allclose(model.get_submodule(name).delta_weight(), update, atol=1e-6)
 
 

@@ -56,6 +56,7 @@ def another_out_proj():
 
 
 HALVES = {"of": ["a", "b"], "take": ["a"]}
+OF_PARTS = ".* no form for chosen slices yet.*'0'"
 OF_BOTH = "an adapter's file has one place .*: name the weights of both in target_parameters"
 OF_THE_TABLE = r"'encoder.rel_embeddings': DebertaV2Encoder reads its weight"
 REFUSED = [
@@ -116,14 +117,9 @@ REFUSED = [
     (Attended, at("attention", init="olora"), "made for linear layers; 'attention' is a Multihead"),
     (Attended, bare("up.weight", use_dora=True), "'up.weight', a bare parameter"),
     (Attended, bare("up.weight", init="pissa"), "'up.weight' is a bare param"),
-    *[
-        (
-            in_parts,
-            at("0", slices={"0": HALVES}, **option),
-            f"{next(iter(option))}.* no form for chosen slices yet.*'0'",
-        )
-        for option in ({"use_dora": True}, {"lora_bias": True}, {"init": "pissa"})
-    ],
+    (in_parts, at("0", slices={"0": HALVES}, use_dora=True), f"use_dora{OF_PARTS}"),
+    (in_parts, at("0", slices={"0": HALVES}, lora_bias=True), f"lora_bias{OF_PARTS}"),
+    (in_parts, at("0", slices={"0": HALVES}, init="pissa"), f"init{OF_PARTS}"),
     (lambda: embedding(max_norm=1.0), at("0", use_dora=True), "max_norm, which bounds each row, and DoRA rescales"),
     (Attention, at("attn", dropout=0.5), r"'attn'.*dropout_pattern"),
     (Attention, at("out_proj", dropout=0.5), r"'attn\.out_proj'.*dropout_pattern"),

@@ -12,22 +12,12 @@ from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.init.from_adapter import start_from_directory, start_from_state
 from tests.factories import bert, hf, move, output
 from tests.lora.directories import of_peft, refused
-from tests.lora.kinds import inputs, net, shake
+from tests.lora.kinds import fields_of, inputs, net, shake
 
 # What PEFT would read otherwise of these adapters.
 pytestmark = pytest.mark.filterwarnings("ignore::lora_lightning.lora.errors.AdapterWarning")
 
-OPTIONS = {
-    "plain": {},
-    "rslora": {"use_rslora": True, "alpha": 3},
-    "dora": {"use_dora": True},
-    "B's bias": {"lora_bias": True, "target_modules": ["up", "square"]},
-    "biases": {"bias": "all"},
-    "patterns": {"rank_pattern": {"up": 2}, "alpha_pattern": {"down": 7}},
-    "a head": {"modules_to_save": ["head"]},
-}
-
-
+OPTIONS = ["plain", "rslora", "dora", "lora_bias", "bias-all", "patterns", "bias-all-saved"]
 sources = pytest.mark.parametrize("source", ["directory", "checkpoint"])
 
 
@@ -50,11 +40,10 @@ def earlier(config):
 
 
 @sources
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_outputs_and_w0_are_the_earlier_runs(options, source, tmp_path):
-    config = LoRAConfig(**{"r": 4, "target_modules": ["up", "down", "square"], **options})
-    first = earlier(config)
-    second = net()
+@pytest.mark.parametrize("option", OPTIONS)
+def test_outputs_and_w0_are_the_earlier_runs(option, source, tmp_path):
+    config = LoRAConfig(**fields_of("Linear", option))
+    first, second = earlier(config), net()
     inject(second, config)
     before, w0 = second(inputs()), fingerprint(second)
     found = start(source, second, first, config, tmp_path)

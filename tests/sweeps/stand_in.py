@@ -24,7 +24,7 @@ def main():
     done = json.loads(state.read_text()) if state.is_file() else 0
 
     def event(what):
-        told = {"what": what, "r": r, "seed": seed, "at": time.monotonic(), "from": done}
+        told = {"what": what, "r": r, "seed": seed, "at": time.monotonic(), "from": done, "ckpt": given["ckpt_path"]}
         told |= {"threads": os.environ.get("OMP_NUM_THREADS"), "callbacks": given.get("trainer.callbacks+")}
         with Path(plan["events"]).open("a") as file:
             file.write(json.dumps(told) + "\n")

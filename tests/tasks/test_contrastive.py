@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torchmetrics.retrieval import RetrievalMRR, RetrievalRecall
 from transformers import CLIPConfig, CLIPModel
 
+from lora_lightning import huggingface
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding, pool
 from lora_lightning.tasks.metrics.retrieval import Retrieval, info_nce, number_singles, ranks
 from tests.tasks.test_misfits import Rows
@@ -142,6 +143,18 @@ def test_pooling():
     torch.testing.assert_close(pool(states, mask, "mean"), mean)
     torch.testing.assert_close(pool(states, mask, "cls"), torch.stack([states[0, 0], states[1, 0], states[2, 2]]))
     torch.testing.assert_close(pool(states, mask, "last"), torch.stack([states[0, 1], states[1, 3], states[2, 3]]))
+
+
+def test_padding_changes_no_embedding(tiny):
+    bert = huggingface(tiny.bert, "AutoModel")
+    ids = torch.randint(5, 20, (2, 6))
+    padded, mask = F.pad(ids, (0, 3)), F.pad(torch.ones_like(ids), (0, 3))
+    for pooling in ("mean", "cls", "last"):
+        task = ContrastiveEmbedding(pooling=pooling)
+        short = task.predict(bert, {"anchor": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}})
+        long = task.predict(bert, {"anchor": {"input_ids": padded, "attention_mask": mask}})
+        torch.testing.assert_close(short["embedding"], long["embedding"], rtol=1e-4, atol=1e-5)
+        assert short["embedding"].norm(dim=1).tolist() == pytest.approx([1, 1])
 
 
 def test_half_precision_is_compared_in_float32():

@@ -66,10 +66,12 @@ MISFITS = [
     (says(IMAGES, Z(4, 3, 2, 2), Z(4)), "one for each class"),
     (says(MASKS, Z(2, 2, 8, 8), Z(2, 8, 8)), "one map for each class"),
     (says(MASKS, Z(2, 3, 8, 8), L), "labels must be masks (n, height, width), got (2,)"),
+    (says(MASKS, Z(2, 3, 8, 8)), "no 'labels'"),
     (says(SEVERAL, Z(2, 4), Z(2, 3)), "give its head 3 outputs"),
     (says(SEVERAL, Z(2, 3), Z(2)), "a 0 or 1 for each label, got (2,)"),
     (says(NUMBER, Z(4, 2), Z(4)), "got (4, 2): give its head 1 output"),
     (says(NUMBER, Z(4, 1), Z(4, 1)), "labels must be one number for each example, (4,), got (4, 1)"),
+    (says(NUMBER, Z(4, 1)), "no 'labels'"),
     (says(TokenClassification(IOB2), Z(1, 2, 3), Z(1, 2).long()), "must return logits (1, 2, 5)"),
     # of a loss and batches of one's own
     (given(OWN, {"x": X, "label": X}, Two()), "no target 'labels'; did you mean 'label'"),

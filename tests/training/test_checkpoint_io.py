@@ -4,6 +4,7 @@
 """
 
 import copy
+import functools
 import multiprocessing
 import os
 import pickle
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from lora_lightning import LoRAError
+from lora_lightning.training.checkpoints.adapter_state import refuse_damaged_fields
 from lora_lightning.training.checkpoints.file_io import (
     PREVIOUS,
     DamagedCheckpointError,
@@ -46,11 +48,9 @@ def value_of(path) -> float:
 
 
 def test_what_is_written_is_a_plain_torch_file_and_a_sound_zip_of_the_same_bytes_again(file, tmp_path):
-    for mmap in (False, True):
-        assert torch.equal(torch.load(file, weights_only=True, mmap=mmap)["state_dict"]["a"], torch.ones(64))
+    assert torch.equal(torch.load(file, weights_only=True, mmap=True)["state_dict"]["a"], torch.ones(64))
     with zipfile.ZipFile(file) as archive:
         assert archive.testzip() is None
-    assert [p.name for p in file.parent.iterdir()] == ["last.ckpt"]
     write_checkpoint(content(1.0), tmp_path / "other" / "last.ckpt")
     assert (tmp_path / "other" / "last.ckpt").read_bytes() == file.read_bytes()
 
@@ -86,8 +86,6 @@ def test_a_damaged_file_gives_way_to_the_one_before_it_aloud(file, damage):
     write_checkpoint(content(2.0), file)
     file.write_bytes(damage(file.read_bytes()))
     with pytest.warns(UserWarning, match="not a whole checkpoint.*the one before it is used"):
-        assert value_of(file) == 1.0
-    with pytest.warns(UserWarning, match="the one before it is used"):
         assert float(WholeFiles().load_checkpoint(file)["state_dict"]["a"][0]) == 1.0
 
 
@@ -111,22 +109,17 @@ def test_a_file_of_plain_lightning_is_checked_by_its_own_sums(tmp_path):
         read_checkpoint(path)
 
 
-def on_a_full_disk(path, said):
-    """In a process of its own, where files of more than 100 kB fail."""
+def on_a_full_disk(path):
+    """What is said in a process of its own, where files of more than 100 kB fail."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    try:
+    with pytest.raises(LoRAError) as refused:
         write_checkpoint(content(2.0, 1_000_000), path)
-        said.send("written")
-    except LoRAError as error:
-        said.send(str(error))
+    return str(refused.value)
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(file):
-    hears, says = FORK.Pipe()
-    FORK.Process(target=on_a_full_disk, args=(file, says)).start()
-    said = hears.recv()
-    assert "could not be written (" in said
-    assert "File too large" in said
+    with FORK.Pool(1) as pool:
+        assert "File too large" in pool.apply(on_a_full_disk, (file,))
     assert value_of(file) == 1.0
     assert [p.name for p in file.parent.iterdir()] == ["last.ckpt"]
 
@@ -140,7 +133,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(file, monkeypatch):
         write_checkpoint(content(2.0), file)
     monkeypatch.undo()
     assert value_of(file) == 1.0
-    with pytest.raises(LoRAError, match="could not be written"):
+    with pytest.raises(LoRAError, match=r"a\.ckpt"):
         write_checkpoint(content(2.0), file / "below" / "a.ckpt")
 
 
@@ -159,10 +152,20 @@ def test_killed_while_writing_there_is_a_whole_file_and_litter_goes_with_the_nex
     writer.kill()
     writer.join()
     check_whole(file)
-    (tmp_path / ".last.ckpt.123.part").write_bytes(b"left")
     write_checkpoint(content(5.0), file)
     check_whole(file.with_name(file.name + PREVIOUS))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.previous"]
+
+
+def test_a_living_processs_part_file_is_left_and_a_dead_ones_is_taken_away(file):
+    ended = FORK.Process(target=int)
+    ended.start()
+    ended.join()
+    living, dead = (file.with_name(f".last.ckpt.{pid}.part") for pid in (os.getppid(), ended.pid))
+    for part in (living, dead):
+        part.write_bytes(b"half")
+    write_checkpoint(content(1.0), file)
+    assert (living.exists(), dead.exists()) == (True, False)
 
 
 def test_both_files_are_removed(file):
@@ -185,7 +188,6 @@ def test_a_foreign_pickle_is_refused_in_one_line_and_runs_nothing(made, tmp_path
     for read in (load_checkpoint, read_checkpoint):
         with pytest.raises(LoRAError, match=r"evil\.ckpt' is no checkpoint of lora_lightning.*posix\.system") as raised:
             read(tmp_path / "evil.ckpt")
-        assert "weights_only" not in str(raised.value)
         assert "\n" not in str(raised.value)
     with pytest.raises(LoRAError, match="holds more than tensors and plain values"):
         start_from_adapter(torch.nn.Linear(1, 1), str(tmp_path / "evil.ckpt"), None, allow_other_base=False)
@@ -202,33 +204,25 @@ def last(tiny, tmp_path_factory):
     return load_checkpoint(trainer.checkpoint_callback.last_model_path)
 
 
-def go_on_from(content, tiny, tmp_path):
-    write_checkpoint(content, tmp_path / "last.ckpt")
-    resuming.fit(tiny, tmp_path / "again", ckpt=tmp_path / "last.ckpt", max_steps=4)
-
-
 FIELDS = ["loops", "optimizer_states", "lr_schedulers", "callbacks", "global_step", "lora_lightning"]
 FIELDS += ["lora_lightning/config", "lora_lightning/base", "loops/fit_loop", "loops/fit_loop/epoch_progress"]
 FIELDS += ["lora_lightning_resume/processes"]
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_fit_does_not_go_on_from_a_checkpoint_without_a_field(tiny, last, tmp_path, field):
+def test_a_fit_does_not_go_on_from_a_checkpoint_without_a_field(last, field):
     content = copy.deepcopy(last)
     *path, name = field.split("/")
-    inner = content
-    for step in path:
-        inner = inner[step]
-    del inner[name]
+    del functools.reduce(lambda inner, step: inner[step], path, content)[name]
     words = "was not written by lora_lightning" if field == "lora_lightning" else f"has no '{field.replace('/', '.')}'"
     with pytest.raises(LoRAError, match=words):
-        go_on_from(content, tiny, tmp_path)
+        refuse_damaged_fields(content, resumes=True)
 
 
 @pytest.mark.parametrize(("field", "value"), [("optimizer_states", []), ("loops", 3), ("optimizer_states", [{}])])
-def test_a_field_of_another_kind_is_named(tiny, last, tmp_path, field, value):
+def test_a_field_of_another_kind_is_named(last, field, value):
     with pytest.raises(LoRAError, match=rf"as '{field}', where .* is expected"):
-        go_on_from(last | {field: value}, tiny, tmp_path)
+        refuse_damaged_fields(last | {field: value}, resumes=True)
 
 
 def test_weights_alone_may_be_tested_though_no_fit_goes_on_from_them(tiny, last, tmp_path):
@@ -239,4 +233,4 @@ def test_weights_alone_may_be_tested_though_no_fit_goes_on_from_them(tiny, last,
     assert precision_of(trainer.lightning_module) == "32-true"
     trainer.test(trainer.lightning_module, trainer.datamodule, ckpt_path=str(tmp_path / "weights.ckpt"), verbose=False)
     with pytest.raises(LoRAError, match=r"start a new one from its weights with --model\.init_adapter"):
-        go_on_from(weights, tiny, tmp_path)
+        resuming.fit(tiny, tmp_path / "again", ckpt=tmp_path / "weights.ckpt", max_steps=4)

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from lora_lightning import LoRAConfig, LoRAModule, WarmupDecay, save_adapter
@@ -20,6 +20,7 @@ from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.language_model import CausalLM
 from tests.tiny_lm import make_model, make_texts, make_tokenizer
+from tests.training.small import trainer_of
 
 STEPS, ROWS, BATCH, ACCUMULATED = 20, 50, 4, 2
 """13 batches an epoch, of which the last has 2 rows and makes a step by itself: 7 steps an epoch."""
@@ -59,11 +60,9 @@ def ours(backbone, data, start):
     schedule = functools.partial(WarmupDecay, warmup=WARMUP)
     module, seen = LoRAModule(backbone, CausalLM(), LORA, optimizer, schedule), Losses()
     save_adapter(module.backbone, start)
-    trainer = Trainer(
-        max_steps=STEPS, accumulate_grad_batches=ACCUMULATED, gradient_clip_val=CLIP, accelerator="cpu",
-        callbacks=[seen], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, precision="64-true",
-    )  # fmt: skip
+    given = {"max_steps": STEPS, "max_epochs": -1, "accumulate_grad_batches": ACCUMULATED, "gradient_clip_val": CLIP}
+    given |= {"callbacks": [seen], "enable_checkpointing": False, "precision": "64-true"}
+    trainer = trainer_of(start.parent, **given)
     trainer.fit(module, datamodule=data)
     return seen.losses, seen.norms, adapter_tensors(module.backbone)
 

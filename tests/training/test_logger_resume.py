@@ -31,7 +31,10 @@ def logged(tiny, tmp_path_factory):
         args += ["--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir", "boards"]
     one = {"args": args, "count": 1, "launcher": "none"}
     faults = {"asked": f"term:0:{TERM_AT}", "killed": f"kill:0:{KILL_AT}", "ended": ""}
-    played = run_all([{"name": name, "env": {"FAULT": fault}, **one} for name, fault in faults.items()], folder)
+    cases = [{"name": name, "env": {"FAULT": fault}, **one} for name, fault in faults.items()]
+    # What all are forked from must not have imported W&B: the first to end would take its scratch folder along.
+    warm = {**one, "name": "warm", "args": ["fit", "--config", tiny.config, "--print_config"]}
+    played = run_all([warm, *cases], folder)
     assert [played[name].codes for name in faults] == [[75], [-9], [0]], played
     return folder
 

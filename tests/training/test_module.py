@@ -26,15 +26,15 @@ def test_w0_and_batch_statistics_do_not_move_in_a_fit(tmp_path, make_module):
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_backbone_mode_is_what_was_said_and_lora_dropout_is_on(tmp_path, make_module, mode):
     module = make_module(Vision(), LoRAConfig(r=2, dropout=0.1, modules_to_save=["head"]), backbone_mode=mode)
-    seen = {}
+    seen, body = [], module.backbone.body
 
-    class Look(FreezeBase):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            body = pl_module.backbone.body
-            seen.update(dropout=body[3].training, norm=body[1].training, lora=body[0].lora_dropout.training)
+    def look(*_):
+        if torch.is_grad_enabled():
+            seen.append([part.training for part in (body[3], body[1], body[0].lora_dropout)])
 
-    trainer_of(tmp_path, max_epochs=2, callbacks=[Look()], enable_checkpointing=False).fit(module, loader(), loader(8))
-    assert seen == {"dropout": mode == "train", "norm": mode == "train", "lora": True}
+    body.register_forward_hook(look)
+    trainer_of(tmp_path, max_epochs=2, callbacks=[FreezeBase(False)]).fit(module, loader(), loader(8))
+    assert seen == [[mode == "train", mode == "train", True]] * 2 * len(loader())
 
 
 def test_the_optimizer_holds_exactly_what_trains(make_module):
@@ -58,9 +58,11 @@ def test_a_checkpoint_holds_the_adapter_and_plain_data_alone_and_loads_as_it_was
     module = make_module()
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
-    parts = {"backbone": huggingface(tiny.bert, num_labels=2), "task": SequenceClassification(2)}
     again = LoRAModule.load_from_checkpoint(
-        trained / "checkpoints" / "best.ckpt", **parts, lora=LoRAConfig(r=4, modules_to_save=["classifier"])
+        trained / "checkpoints" / "best.ckpt",
+        backbone=huggingface(tiny.bert, num_labels=2),
+        task=SequenceClassification(2),
+        lora=module.lora,
     )
     for loaded in (module, again, copy.deepcopy(module)):
         for key, value in adapter_tensors(loaded.backbone).items():
@@ -91,7 +93,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(make_module, trained, misfit)
 def test_a_checkpoint_of_other_settings_is_refused(make_module, trained):
     with pytest.raises(AdapterError, match=r"lora\.(r|alpha)="):
         make_module(lora=LoRAConfig(r=2, modules_to_save=["classifier"])).on_load_checkpoint(best_of(trained))
-    with pytest.raises(AdapterError, match="no adapter in it"):
+    with pytest.raises(AdapterError):
         make_module().on_load_checkpoint({"state_dict": {}})
 
 
@@ -160,24 +162,23 @@ def test_a_start_trains_resumes_and_exports_without_moving_w0(tmp_path, make_mod
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_half_precision_base_trains_float32_adapters_and_a_float32_head(
-    tmp_path, tiny, make_module, make_data, dtype
-):
+def test_a_half_precision_base_trains_a_float32_adapter_and_head(tmp_path, tiny, make_module, make_data, dtype):
     module = make_module(huggingface(tiny.bert, num_labels=2, dtype=dtype))
-    assert {v.dtype for v in adapter_tensors(module.backbone).values()} == {torch.float32}
     fit(tmp_path, module, data=make_data())
-    assert all(torch.isfinite(v).all() for v in adapter_tensors(module.backbone).values())
+    trained = adapter_tensors(module.backbone).values()
+    assert {v.dtype for v in trained} == {torch.float32}
+    assert all(torch.isfinite(v).all() for v in trained)
 
 
-@pytest.mark.parametrize("write", ["data", "numpy"])
+WRITES = {"data": lambda weight: weight.data.add_(1), "numpy": lambda weight: weight.detach().numpy().fill(7)}
+
+
+@pytest.mark.parametrize("write", WRITES)
 def test_a_checkpoint_goes_with_the_w0_that_it_meets_however_that_was_written(tmp_path, make_module, write):
     trainer = fit(tmp_path, module := make_module(Vision(), LoRAConfig(r=2)))
     trainer.save_checkpoint(tmp_path / "first.ckpt")
     weight = module.backbone.head.weight
-    if write == "data":
-        weight.data.add_(1)
-    else:
-        weight.detach().numpy()[0] = 7
+    WRITES[write](weight)
     with pytest.raises(AdapterError, match=r"another base.*first head\.weight"):
         module.on_load_checkpoint(load_checkpoint(tmp_path / "first.ckpt"))
     trainer.save_checkpoint(tmp_path / "second.ckpt")

@@ -14,7 +14,6 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-from lora_lightning.cli.main import LoRACLI
 from lora_lightning.reports.classes import MISTAKES, ClassCounts, class_table, confused_pairs, confusions
 from lora_lightning.reports.curves import read_metrics, thin_out
 from lora_lightning.reports.html import write_page
@@ -26,29 +25,11 @@ def text_of(node) -> str:
 
 
 @pytest.fixture(scope="module")
-def ran(tiny, tmp_path_factory):
-    """A fit that logs every fourth step and validates twice an epoch, and a test of it."""
-    runs = tmp_path_factory.mktemp("page")
-    often = ["--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "4", "--trainer.val_check_interval", "4"]
-    given = ["--config", tiny.config, "--runs_dir", str(runs)]
-    LoRACLI(args=["fit", *given, *often])
-    folder = runs / "tiny" / "version_0"
-    fitted = parsed(folder / "report.html")
-    (folder / "fitted.html").write_bytes((folder / "report.html").read_bytes())
-    report = json.loads((folder / "report.json").read_text())
-    LoRACLI(args=["test", *given, "--ckpt_path", str(folder)])
-    return SimpleNamespace(folder=folder, page=fitted, report=report, text=text_of(fitted), log=logged(folder))
-
-
-def logged(folder) -> dict[str, dict[int, float]]:
-    """The log's columns by step, read with the standard library alone."""
-    found: dict[str, dict[int, float]] = {}
-    with (folder / "metrics.csv").open() as file:
-        for row in csv.DictReader(file):
-            for name, text in row.items():
-                if text and name not in ("step", "epoch") and not name.startswith(("params/", "test/")):
-                    found.setdefault(name, {})[int(row["step"])] = float(text)
-    return found
+def ran(tracked):
+    """The run, its page as the fit left it, and of its log what the page draws."""
+    page = parsed(tracked.folder / "fitted.html")
+    log = {name: values for name, values in tracked.log.items() if not name.startswith(("params/", "export/"))}
+    return SimpleNamespace(folder=tracked.folder, page=page, report=tracked.report, text=text_of(page), log=log)
 
 
 def lines_of(page) -> dict[str, list[tuple[float, float]]]:
@@ -67,8 +48,7 @@ def lines_of(page) -> dict[str, list[tuple[float, float]]]:
 
 def test_a_fit_leaves_a_page_whose_curves_are_its_log(ran):
     lines = lines_of(ran.page)
-    assert {"train/loss", "val/loss", "val/accuracy", "lr", "grad_norm/A", "grad_norm/B", "grad_norm/all"} <= set(lines)
-    assert {"throughput/samples_per_second", "throughput/tokens_per_second", "memory/process_peak_mib"} <= set(lines)
+    assert {"train/loss", "val/accuracy", "lr", "grad_norm/all", "throughput/tokens_per_second"} <= set(lines)
     assert lines.keys() == ran.log.keys()
     for name, values in ran.log.items():
         spread = max(values.values()) - min(values.values()) or abs(max(values.values()))
@@ -79,20 +59,16 @@ def test_a_fit_leaves_a_page_whose_curves_are_its_log(ran):
 
 def test_its_words_are_those_of_the_report(ran):
     report, text = ran.report, ran.text
-    assert report["w0_unchanged"] is True
     assert f"val accuracy {report['val_accuracy']:.1%}" in text
     assert f"{report['trainable']:,} train ({report['share']:.2%})" in text
     assert f"W0 after the fit {report['w0_after']}: unchanged" in text
     assert f"best val/accuracy at step {report['best_step']}" in text
-    assert "BertForSequenceClassification" in text
     assert ran.log["val/accuracy"][report["best_step"]] == pytest.approx(report["val_accuracy"])
     for row in report["adapted"]:
         assert f"{row['module']} {row['count']} {row['kind']}" in text
     assert sum(int(row["parameters"].replace(",", "")) for row in report["adapted"]) == report["trainable"] == 3906
     config = (ran.folder / "config.yaml").read_text().splitlines()
     assert config[5] in "".join(ran.page.itertext()), "the config is on the page as it is"
-    header = (ran.folder / "metrics.csv").read_text().splitlines()[0]
-    assert {"params/trainable", "params/frozen", "params/share"} <= set(header.split(","))
     assert (ran.folder.parent / "report.json").read_text() == (ran.folder / "report.json").read_text()
 
 
@@ -105,7 +81,6 @@ def test_in_a_browser_it_has_the_same_numbers_and_fits_both_windows(ran):
         assert seen["out"] == []
         assert seen["small"] >= 9
         assert f"{ran.report['val_accuracy']:.1%}" in seen["text"]
-        assert "unchanged" in seen["text"]
         points = dict(seen["points"])
         assert points.keys() == drawn.keys()
         for name, values in ran.log.items():
@@ -127,11 +102,11 @@ def test_text_of_others_is_text(tmp_path):
     nasty = '<script>alert("1")</script> & \x00\x1b[1m "quoted" </td>'
     report = {"backbone": nasty, "adapted": [{"module": nasty, "count": "1"}], "checkpoint": nasty, "total": 2}
     report |= {"trainable": 1, "monitor": nasty, "best_step": 3, "w0_before": nasty, "w0_after": nasty}
+    sample = {"step": 3, "prompt": nasty, "reference": nasty, "before": nasty, "after": nasty}
     folder = tmp_path / 'a<b>&"c' / "version_0"
     folder.mkdir(parents=True)
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "config.yaml").write_text(f"name: {nasty}\n")
-    sample = {"step": 3, "prompt": nasty, "reference": nasty, "before": nasty, "after": nasty}
     (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     with (folder / "metrics.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["step", f"val/{nasty}"], [0, 1.5], [1, 2.5]])
@@ -164,17 +139,6 @@ def test_a_log_is_read_whatever_a_broken_off_fit_left(tmp_path):
     assert read_metrics(file) == read_metrics(tmp_path / "none.csv") == []
 
 
-@pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [1e-320, 2e-320], [-1e299, 1e299], [1e30, 1e-30], [5, -5, 0]])
-def test_any_finite_numbers_can_be_drawn(tmp_path, values):
-    rows = "\n".join(f"{step},{value!r}" for step, value in enumerate(values))
-    (tmp_path / "metrics.csv").write_text(f"step,val/loss\n{rows}\n")
-    page = parsed(write_page(tmp_path))
-    (line,) = lines_of(page).values()
-    spread = max(values) - min(values) or max(map(abs, values)) or 1
-    assert [v for _, v in line] == pytest.approx(values, abs=max(0.01 * spread, 1e-12))
-    assert len(list(page.find(".//svg/g").iter("text"))) >= 3, "there is something to read the axes by"
-
-
 def test_long_lines_keep_their_peaks():
     points = tuple((i, math.sin(i / 300)) for i in range(50_000))
     points = (*points[:7777], (7777, 9.0), *points[7778:])
@@ -189,16 +153,14 @@ def test_long_lines_keep_their_peaks():
 
 def test_a_classifiers_page_has_matrix_figures_and_mistakes_with_their_texts(ran):
     report, text = json.loads((ran.folder / "report.json").read_text()), text_of(parsed(ran.folder / "report.html"))
-    assert report["metric_titles"] == {"f1": "F1 (macro)"}
+    assert "F1 (macro)" in text
     for stage, words in (("val", "validation"), ("test", "test")):
         found = json.loads((ran.folder / f"classes_{stage}.json").read_text())
         counts = torch.tensor(found["counts"])
         assert float(counts.diagonal().sum() / counts.sum()) == pytest.approx(report[f"{stage}_accuracy"], abs=1e-6)
         assert float(class_table(found).rows[-1][3]) == pytest.approx(report[f"{stage}_f1"], abs=6e-4)
-        assert f"Classes, {words}" in text
-        assert all(mistake["text"] in text for mistake in found["mistakes"])
-        assert all(label in text for label in found["labels"])
-    assert "F1 (macro)" in text
+        shown = [f"Classes, {words}", *found["labels"], *(mistake["text"] for mistake in found["mistakes"])]
+        assert all(part in text for part in shown)
 
 
 def batches(classes, rows=40, count=4):

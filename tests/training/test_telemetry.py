@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -67,24 +67,20 @@ def test_each_layers_numbers_are_those_of_the_dense_update(fits):
     assert [(int(row["step"]), row["layer"]) for row in rows] == [(step, name) for step in steps for name in layers]
     assert layers.keys() == watching.last.keys()
     for row in rows[-len(layers) :]:
-        got = dict(zip(HEADER[2:], astuple(watching.last[row["layer"]]), strict=True))
-        assert all(math.isclose(float(row[k]), got[k], rel_tol=1e-8) for k in got)
-        layer = layers[row["layer"]]
-        assert all(
-            math.isclose(got[k], v, rel_tol=1e-4)
-            for k, v in dense_measures(layer, layer.weight.detach().double()).items()
-        )
+        got, layer = astuple(watching.last[row["layer"]]), layers[row["layer"]]
+        assert [float(row[name]) for name in HEADER[2:]] == pytest.approx(got, rel=1e-8)
+        wanted = dense_measures(layer, layer.weight.detach().double())
+        assert {name: float(row[name]) for name in wanted} == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_log_has_what_all_layers_have_in_common(fits):
     trainer, folder, watching, _ = fits
     rows = [row for row in logged(folder) if row.get("rank/stable_rank")]
     values = sorted(m.stable_rank for m in watching.last.values())
-    assert math.isclose(float(rows[-1]["rank/stable_rank_min"]), values[0], rel_tol=1e-6)
-    assert math.isclose(float(rows[-1]["rank/stable_rank_max"]), values[-1], rel_tol=1e-6)
-    assert values[0] <= float(rows[-1]["rank/stable_rank"]) <= values[-1]
+    found = [float(rows[-1][f"rank/stable_rank{end}"]) for end in ("_min", "", "_max")]
+    assert (found[0], found[2]) == pytest.approx((values[0], values[-1]), rel=1e-6)
+    assert values[0] <= found[1] <= values[-1]
     assert [int(row["step"]) + 1 for row in rows] == list(range(2, trainer.global_step + 1, 2))
-    assert 0 < len([name for name in rows[-1] if name.startswith("rank/")]) < 20
 
 
 def test_each_look_at_drift_is_in_the_log_and_the_last_is_what_is_measured(fits):
@@ -115,11 +111,10 @@ def test_an_update_that_is_zero_has_no_numbers_and_the_median_is_between():
     assert all(math.isnan(value) for value in astuple(found)[2:])
     assert summary([found]) == {f"rank/relative{end}": 0.0 for end in ("_min", "", "_max")}
     one = RankMeasures(norm=1, relative=1, stable_rank=1, energy_top=1, energy_half=1, k90=1, amplification=math.nan)
-    two = RankMeasures(norm=3, relative=4, stable_rank=3, energy_top=0, energy_half=1, k90=2, amplification=5.0)
+    two = replace(one, relative=4, amplification=5.0)
     told = summary([one, two])
     assert (told["rank/relative_min"], told["rank/relative"], told["rank/relative_max"]) == (1, 2.5, 4)
     assert told["rank/amplification"] == 5.0
-    assert not any("norm" in name for name in told)
 
 
 def test_sharded_layers_are_seen_whole():
@@ -142,11 +137,9 @@ def test_a_quantized_base_is_seen_as_what_it_stands_for(scheme):
     inject(model, LoRAConfig(r=4, target_modules=["square"]))
     stir(model)
     ((_, layer),) = adapted_layers(model)
-    W0, found = layer.base_weight().double(), looked_at(layer)
-    assert torch.equal(whole_base(layer)[0].double(), W0)
-    wanted = dense_measures(layer, W0)
-    assert math.isclose(found.relative, wanted["relative"], rel_tol=1e-6)
-    assert math.isclose(found.amplification, wanted["amplification"], rel_tol=1e-5)
+    found, wanted = looked_at(layer), dense_measures(layer, layer.base_weight().double())
+    assert found.relative == pytest.approx(wanted["relative"], rel=1e-6)
+    assert found.amplification == pytest.approx(wanted["amplification"], rel=1e-5)
 
 
 def test_rows_of_later_steps_and_torn_ones_are_dropped(tmp_path):

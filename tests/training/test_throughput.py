@@ -22,7 +22,7 @@ from tests.training.small import Vision, fit, loader, trainer_of
 @pytest.mark.slow
 def test_two_processes_make_one_wandb_run_and_count_each_example_once(tiny, make_data, tmp_path):
     """Batches of 7 over 120 rows leave the processes unequal shares, evened out by rows that must not count."""
-    args = ["--trainer.devices", 2, "--trainer.strategy", "lightning.pytorch.strategies.DDPStrategy"]
+    args = ["--trainer.devices", 2, "--trainer.strategy", "ddp"]
     args += ["--trainer.max_epochs", 1, "--trainer.log_every_n_steps", 2, "--trainer.accumulate_grad_batches", 2]
     args += ["--trainer.logger+=lora_lightning.WandbLogger", "--trainer.logger.save_dir", tmp_path / "runs"]
     args += ["--data.init_args.batch_size", 7, "--data.init_args.max_length", 9]

@@ -1,4 +1,4 @@
-"""What a fit would read off its data, settled without them: from the config, from a flag, or assumed and said."""
+"""What a fit reads from its data, here without data: from the config, from a flag, or assumed with a note."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ ASSUMED_LENGTH = 512
 ASSUMED_ROWS = 8
 
 Notes = list[str]
-"""What was assumed, in the order in which it was."""
+"""The assumptions, in order."""
 
 
-def labels_in(data: Any, given: int | None, notes: Notes) -> list[str] | None:
-    """Label names as the data would hand them down; None where the set has none.
+def labels_in(data: Any, num_labels: int | None, notes: Notes) -> list[str] | None:
+    """Label names as the data would have them; None where the set has none.
 
     Args:
-        data: its section of the config, which may be missing.
-        given: by `--num_labels`.
+        data: the data's section of the config, which may be missing.
+        num_labels: from `--num_labels`.
     """
     cls, args = _class_of(data), _args(data)
-    names = [str(i) for i in range(given)] if given is not None else None
+    names = [str(i) for i in range(num_labels)] if num_labels is not None else None
     if cls is not None and not isinstance(getattr(cls, "label_names", None), property):
         return names
     for name in ("label_names", "label_columns"):
@@ -48,7 +48,7 @@ def labels_in(data: Any, given: int | None, notes: Notes) -> list[str] | None:
 def size_in(
     data: Any, task: Task, backbone: nn.Module, notes: Notes, *, batch_size: int | None, length: int | None
 ) -> BatchSize:
-    """The size of a training batch: flags over the config, the config over the backbone's own."""
+    """The size of a training batch: from the flags, else the config, else the backbone."""
     args = _args(data)
     rows = batch_size or args.get("batch_size")
     if rows is None:
@@ -65,14 +65,14 @@ def size_in(
     )
 
 
-def _length(args: dict[str, Any], backbone: Any, notes: Notes, given: int | None) -> int:
-    length = given or args.get("max_length") or args.get("max_source_length")
-    if length is None:
+def _length(args: dict[str, Any], backbone: Any, notes: Notes, length: int | None) -> int:
+    tokens = length or args.get("max_length") or args.get("max_source_length")
+    if tokens is None:
         config = getattr(backbone, "config", None)
         most = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-        length = min(most or ASSUMED_LENGTH, ASSUMED_LENGTH)
-        notes.append(f"texts of {length} tokens are assumed, as the config names no max_length: --length")
-    return int(length)
+        tokens = min(most or ASSUMED_LENGTH, ASSUMED_LENGTH)
+        notes.append(f"texts of {tokens} tokens are assumed, as the config names no max_length: --length")
+    return int(tokens)
 
 
 def _image(args: dict[str, Any], backbone: Any, notes: Notes) -> tuple[int, int, int]:
@@ -95,7 +95,7 @@ def _class_of(data: Any) -> type | None:
     if data is None or not data.get("class_path"):
         return None
     module, _, name = str(data["class_path"]).rpartition(".")
-    target = getattr(importlib.import_module(module), name, None)
-    if not isinstance(target, type):
+    cls = getattr(importlib.import_module(module), name, None)
+    if not isinstance(cls, type):
         raise LoRAError(f"data.class_path: expected a class, got '{data['class_path']}'")
-    return target
+    return cls

@@ -1,4 +1,4 @@
-"""Backbones of many blocks that are alike: two short ones tell what a deep one needs, for each block adds the same."""
+"""Costs of a backbone of many equal blocks, from two short copies: each block adds the same."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lora_lightning.commands.plan.step_cost import NUMBERS, StepCost
 from lora_lightning.lora.targets.blocks import repeated_blocks
 
 FEW = 8
-"""Blocks up to which a backbone is traced as it is."""
+"""Up to so many blocks, a backbone is traced whole."""
 SHORT = 2
-"""Blocks of the shorter of two, a first and a last; the longer has one between."""
+"""Blocks of the shorter copy, a first and a last; the longer copy has one between."""
 
 
 def depth_of(backbone: nn.Module) -> tuple[str, int] | None:
-    """The list that holds all of a backbone's blocks and their number, where they are many and alike."""
+    """The name and the length of the list of all blocks, where they are many and equal."""
     blocks = repeated_blocks(backbone)
     parents = {name.rpartition(".")[0] for name in blocks}
     if len(parents) != 1 or len(blocks) <= FEW:
@@ -31,7 +31,7 @@ def depth_of(backbone: nn.Module) -> tuple[str, int] | None:
 
 
 def shorten(backbone: nn.Module, name: str, blocks: int) -> nn.Module:
-    """A copy with the first blocks of the list `name` alone."""
+    """A copy with only the first `blocks` of the list `name`."""
     short = copy.deepcopy(backbone)
     listed = short.get_submodule(name)
     assert isinstance(listed, nn.ModuleList)
@@ -40,26 +40,29 @@ def shorten(backbone: nn.Module, name: str, blocks: int) -> nn.Module:
 
 
 def _alike(blocks: Sequence[nn.Module]) -> bool:
-    """Whether all agree in what their computation can depend on, but for their own numbers."""
-    looks = [_looks(block) for block in blocks]
+    """Whether all blocks agree in what their computation can depend on, apart from their indices."""
+    signatures = [_signature(block) for block in blocks]
     numbers = {
-        key for key in looks[0] if all(type(v := look.get(key)) is int and v == i for i, look in enumerate(looks))
+        key
+        for key in signatures[0]
+        if all(type(v := signature.get(key)) is int and v == i for i, signature in enumerate(signatures))
     }
     return all(
-        {k: look[k] for k in look.keys() - numbers} == {k: v for k, v in looks[0].items() if k not in numbers}
-        for look in looks
+        {k: signature[k] for k in signature.keys() - numbers}
+        == {k: v for k, v in signatures[0].items() if k not in numbers}
+        for signature in signatures
     )
 
 
-def _looks(block: nn.Module) -> dict[tuple[str, str], Any]:
-    """Classes, plain attributes and tensors' shapes of all modules in a block, by module and name."""
-    look: dict[tuple[str, str], Any] = {}
+def _signature(block: nn.Module) -> dict[tuple[str, str], Any]:
+    """Classes, plain attributes and tensor shapes of all modules in a block, by module and name."""
+    signature: dict[tuple[str, str], Any] = {}
     for name, module in block.named_modules():
-        look[name, "class"] = type(module)
-        look |= {(name, k): v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        signature[name, "class"] = type(module)
+        signature |= {(name, k): v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
         for store in (module._parameters, module._buffers):
-            look |= {(name, k): _of(tensor) for k, tensor in store.items()}
-    return look
+            signature |= {(name, k): _of(tensor) for k, tensor in store.items()}
+    return signature
 
 
 def _of(tensor: Tensor | None) -> Any:
@@ -67,21 +70,21 @@ def _of(tensor: Tensor | None) -> Any:
 
 
 def scale(longer: StepCost, shorter: StepCost, times: int) -> StepCost:
-    """The cost of a model with `times` more blocks than `longer` has, each alike, where `shorter` has one less.
+    """The cost of a model with `times` more blocks than `longer`, where `shorter` has one block less.
 
-    Sums grow by as much with each block. So does what is held at each moment after the last block's forward began
-    and until its backward ends, which is when most is held; the most of all is at another moment in a deep model
-    than in a shallow one, so moments are compared one by one.
+    Sums grow equally with each block. So does the memory at each moment from the beginning of the last block's forward
+    to the end of its backward, when it is largest. The peak may be at another moment in a deep model than in a shallow
+    one, so moments are extrapolated one by one.
     """
-    numbers = {n: getattr(longer, n) + times * (getattr(longer, n) - getattr(shorter, n)) for n in NUMBERS}
+    cost = {n: getattr(longer, n) + times * (getattr(longer, n) - getattr(shorter, n)) for n in NUMBERS}
     (forward, backward), (forward_less, backward_less) = longer.curves, shorter.curves
-    numbers["in_forward"] = _most(forward[::-1], forward_less[::-1], times)
-    numbers["in_backward"] = _most(backward, backward_less, times)
-    return StepCost(**numbers, curves=longer.curves)
+    cost["in_forward"] = _most(forward[::-1], forward_less[::-1], times)
+    cost["in_backward"] = _most(backward, backward_less, times)
+    return StepCost(**cost, curves=longer.curves)
 
 
 def _most(longer: list[int], shorter: list[int], times: int) -> int:
-    """At most, of the moments on the last block's side, counted from it."""
+    """The extrapolated maximum of the moments near the last block, counted from it."""
     of_a_block = len(longer) - len(shorter)
-    there = min(len(shorter), max(1, len(shorter) - of_a_block))
-    return max(a + times * (a - b) for a, b in zip(longer[:there], shorter[:there], strict=True))
+    common = min(len(shorter), max(1, len(shorter) - of_a_block))
+    return max(a + times * (a - b) for a, b in zip(longer[:common], shorter[:common], strict=True))

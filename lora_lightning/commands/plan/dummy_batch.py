@@ -1,4 +1,4 @@
-"""A batch as a fit would see it, made up from what a config says: its rows, their length, the size of its images."""
+"""A made-up batch like a fit's, from a config: the number of rows, their length, the size of images."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ IMAGE_TASKS = (ImageClassification, ImageSegmentation)
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSize:
-    """How large a batch of training is."""
+    """The size of a training batch."""
 
     rows: int
     """Examples per process and step."""
     length: int | None = None
     """Tokens of a text."""
     target_length: int | None = None
-    """Tokens of the text that is made of it, in sequence to sequence."""
+    """Tokens of the target text, in sequence to sequence."""
     image: tuple[int, int, int] | None = None
     """Channels, height and width."""
     packed: bool = False
@@ -47,12 +47,12 @@ class BatchSize:
 
 
 def batch_for(task: Task, backbone: nn.Module, size: BatchSize) -> dict[str, Any]:
-    """The batch that `task.step` takes, of rows as long as they may be; all but the first are one token shorter.
+    """A batch for `task.step` with rows of the greatest length.
 
-    So they are padded, as those of most batches are, and a mask is needed.
+    All rows but the first are one token shorter, so that they are padded and need a mask, as in most batches.
 
     Raises:
-        LoRAError: nothing is known of the batches of this task.
+        LoRAError: the batches of this task are unknown.
     """
     for kind, make in MAKERS.items():
         if isinstance(task, kind):
@@ -63,16 +63,16 @@ def batch_for(task: Task, backbone: nn.Module, size: BatchSize) -> dict[str, Any
 
 
 class _Maker:
-    """Makes what batches are made of."""
+    """Makes the parts of batches."""
 
     def __init__(self, size: BatchSize, backbone: Any) -> None:
         self.size = size
         config = getattr(backbone, "config", None)
         text = config.get_text_config() if config is not None else None
-        self.vocabulary = int(getattr(text, "vocab_size", None) or 8)  # few where the backbone does not say
+        self.vocabulary = int(getattr(text, "vocab_size", None) or 8)  # a few where the backbone does not say
 
     def texts(self, rows: int = 0, length: int | None = None) -> dict[str, Tensor]:
-        """Token numbers and their mask."""
+        """Token ids and their mask."""
         rows, length = rows or self.size.rows, length or self.size.length
         if length is None:
             raise LoRAError("the length of the texts is not in the config: give --length")
@@ -93,12 +93,12 @@ class _Maker:
         return {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
 
     def images(self) -> dict[str, Tensor]:
-        """Black ones."""
+        """Black images."""
         assert self.size.image is not None
         return {PIXELS: torch.zeros(self.size.rows, *self.size.image)}
 
     def labels(self, *shape: int, dtype: torch.dtype = torch.long) -> dict[str, Tensor]:
-        """All of class 0, `shape` for each row."""
+        """Labels of class 0, of `shape` for each row."""
         return {"labels": torch.zeros(self.size.rows, *shape, dtype=dtype)}
 
 

@@ -33,31 +33,31 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """How a step is run."""
+    """The precision and the checkpointing of a step."""
 
     precision: str
     checkpointing: bool
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """In which products are computed; None without autocast."""
+        """The dtype of products; None without autocast."""
         return {"float32": None, "16-mixed": torch.float16}.get(self.precision, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryRow:
-    """One precision, with or without activation checkpointing; bytes."""
+    """Bytes in one precision, with or without activation checkpointing."""
 
     way: Way
     cost: StepCost
     w0: int
     """Frozen weights and buffers."""
     adapter: int
-    """What trains."""
+    """All that trains."""
     ddp: int
-    """Each process at most under DDP: as one device, and DDP's buckets, in which gradients travel."""
+    """Peak of each process under DDP: that of one device, and DDP's gradient buckets."""
     fsdp2: int | None
-    """Each process at most under FSDP2; None where that cannot shard, as a quantized W0."""
+    """Peak of each process under FSDP2; None where it cannot shard W0, as where it is quantized."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -74,8 +74,8 @@ class Tracer:
 
     Args:
         module: as a fit would have it.
-        batch: as the task takes it.
-        device: whose kernels the step would run on.
+        batch: for the task.
+        device: on which the step would run.
     """
 
     def __init__(self, module: LoRAModule, batch: Any, device: torch.device) -> None:
@@ -83,15 +83,15 @@ class Tracer:
         self._costs: dict[tuple[str, bool], StepCost] = {}
 
     def row(self, way: Way, processes: int) -> MemoryRow:
-        """A step of LoRA.
+        """The memory of a step of LoRA.
 
         Raises:
-            Exception: whatever the model raises where it asks stand-ins for numbers.
+            Exception: whatever the model raises where it reads values of stand-ins.
         """
         backbone = copy.deepcopy(self.module.backbone)
         if way.precision in ("bf16-base", "nf4-base"):
             cast_base(backbone, torch.bfloat16, load_dtypes(backbone, torch.bfloat16))
-        # float16 takes the room that bfloat16 takes.
+        # float16 takes as much memory as bfloat16.
         key = ("bf16-mixed" if way.precision == "16-mixed" else way.precision, way.checkpointing)
         if key not in self._costs:
             self._costs[key] = self.cost(backbone, way)
@@ -105,7 +105,7 @@ class Tracer:
         return MemoryRow(way=way, cost=cost, w0=cost.weights - adapter, adapter=adapter, ddp=ddp, fsdp2=fsdp2)
 
     def full(self, precision: str) -> StepCost:
-        """A step of full fine-tuning: the plain backbone, of which all trains, in float32 weights."""
+        """The cost of a step of full fine-tuning: all of the plain backbone trains, in float32 weights."""
         backbone = remove(copy.deepcopy(self.module.backbone))
         for parameter in backbone.parameters():
             if parameter.is_floating_point():
@@ -115,14 +115,14 @@ class Tracer:
         return self.cost(backbone, Way(precision=mixed, checkpointing=False))
 
     def cost(self, backbone: nn.Module, way: Way) -> StepCost:
-        """Of a backbone as it is, or from two shorter ones where all its blocks are alike."""
+        """The cost of a step, of the whole backbone or from two shorter copies where all blocks are equal."""
         depth = depth_of(backbone)
         if depth is not None:
             name, blocks = depth
             try:
                 shorter, longer = (self._trace(shorten(backbone, name, n), way) for n in (SHORT, SHORT + 1))
                 return scale(longer, shorter, blocks - SHORT - 1)
-            except Exception:  # a model that counts its blocks: then as it is
+            except Exception:  # a model that counts its blocks is traced whole
                 pass
         return self._trace(copy.deepcopy(backbone), way)
 
@@ -154,12 +154,12 @@ class Tracer:
 
 
 def _bytes_of_meta(tensors: Iterable[Tensor]) -> int:
-    """What distinct tensors on the meta device would take."""
+    """Bytes of distinct tensors on the meta device."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
 def _nf4_saving(backbone: nn.Module) -> int:
-    """Bytes by which W0 in 4 bit is smaller than in 16: of every linear layer but the head."""
+    """Bytes that 4 bit saves over 16 in W0: in every linear layer but the head."""
     head = backbone.get_output_embeddings() if is_a(backbone, HF_MODEL) else None  # type: ignore[operator]
     weights = {id(m.weight): m.weight for m in backbone.modules() if isinstance(m, nn.Linear) and m is not head}
     frozen = [w for w in weights.values() if not w.requires_grad]
@@ -167,10 +167,10 @@ def _nf4_saving(backbone: nn.Module) -> int:
 
 
 def _fsdp2_peak(backbone: nn.Module, cost: StepCost, processes: int) -> int:
-    """What each process has at most under FSDP2.
+    """The peak of each process under FSDP2.
 
-    Its part of weights, gradients and optimizer; whole, what stands outside of the blocks, and two blocks, of which one
-    is computed while the next is gathered; and beside them the activations of its own batch.
+    It has its shard of weights, gradients and optimizer; whole, what is outside of the blocks, and two blocks, of which
+    one is computed while the next is gathered; and the activations of its batch.
     """
     blocks = groups_of(backbone)
     inside = {id(p) for block in blocks.values() for p in block.parameters()}

@@ -1,12 +1,12 @@
-"""What a piece of code allocates and computes, counted at torch's dispatcher, with stand-ins in place of W0.
+"""Counts the memory and the operations of a piece of code at torch's dispatcher, with stand-ins in place of W0.
 
-A stand-in (torch's FakeTensor) has a shape, a dtype and a device, and no numbers. Every storage that an operation makes
-is noted when it appears and struck off when it is freed, which happens at the same moments with stand-ins as with real
-tensors: autograd frees what it kept node by node, Python the rest. So the highest sum is what an allocator without
-waste would need at most. Not seen is what a kernel allocates within itself.
+A stand-in (torch's FakeTensor) has a shape, a dtype and a device, and no values. Each storage of an operation's result
+is added to the sum, and subtracted when it is freed, which happens at the same moments with stand-ins as with real
+tensors: autograd frees saved tensors node by node, Python the rest. So the largest sum is the peak of an allocator
+without waste. Memory within a kernel is not counted.
 
-What comes of the batch alone, such as masks and positions, is computed for real: it is small, and models ask its values
-which way to go. What comes of W0 is a shape.
+Tensors that depend on the batch alone, such as masks and positions, are computed for real: they are small, and models
+branch on their values. Tensors that depend on W0 are stand-ins.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ __all__ = ["FakeTensor", "FakeTensorMode", "MemoryTracker", "bytes_of", "fake_mo
 aten: Any = torch.ops.aten
 
 WHOLE = (aten.arange, aten.randint, aten.randperm)
-"""What makes whole numbers where no dtype is given."""
+"""Operations that return integers where no dtype is set."""
 REAL_AT_MOST = 2**24
-"""Elements of what is computed for real; larger it is a stand-in."""
+"""Elements up to which a tensor is computed for real; larger ones are stand-ins."""
 
 FLASH = "_scaled_dot_product_flash_attention"
 ALIKE = {"addmm_": "addmm", "baddbmm_": "baddbmm"}
@@ -43,67 +43,67 @@ FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     **{getattr(aten, name): flop_registry[getattr(aten, like)] for name, like in ALIKE.items()},
 }
-"""torch's own formulas, a multiplication and an addition as two, and four operations that its table leaves out."""
+"""torch's formulas, which count a multiplication and an addition as two, and four operations that its table lacks."""
 
 
 def fake_mode() -> FakeTensorMode:
-    """Under which operations on stand-ins give stand-ins; a real tensor among them is taken by its shape."""
+    """The mode in which operations on stand-ins return stand-ins; real tensors among them count by their shape."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def put_stand_ins(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
-    """In place of every parameter and buffer on the meta device, a stand-in on `device`; ties stay.
+    """Replace every parameter and buffer on the meta device by a stand-in on `device`; ties stay.
 
-    Real tensors, such as buffers that a model computes for itself, stay what they are.
+    Real tensors, such as buffers that a model computes, stay.
     """
-    made: dict[int, tuple[Tensor, Any]] = {}  # with the original, so that its id stays taken
+    stand_ins: dict[int, tuple[Tensor, Any]] = {}  # with the original, so that its id stays taken
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if tensor is None or not tensor.is_meta:
                     continue
-                if id(tensor) not in made:
+                if id(tensor) not in stand_ins:
                     with mode:
                         like: Any = torch.empty_strided(
                             tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
                         )
                     if isinstance(tensor, nn.Parameter):
                         like = nn.Parameter(like, requires_grad=tensor.requires_grad)
-                    made[id(tensor)] = tensor, like
-                store[name] = made[id(tensor)][1]  # type: ignore[index]
+                    stand_ins[id(tensor)] = tensor, like
+                store[name] = stand_ins[id(tensor)][1]  # type: ignore[index]
 
 
 def bytes_of(tensors: Iterable[Any]) -> int:
-    """What distinct tensors take together, each storage once."""
+    """Bytes of tensors together, each storage once."""
     storages = {id(s): s for s in (t.untyped_storage() for t in tensors if isinstance(t, Tensor))}
     return sum(storage.nbytes() for storage in storages.values())
 
 
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes held, and floating-point operations, of all that runs within.
+    """Counts the bytes in memory and the floating-point operations of all that runs within.
 
     Args:
-        known: tensors that were there before, which are not counted.
+        known: tensors that exist already, which are not counted.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.flops = 0
         self.curve: list[int] = []
-        """Bytes held after each operation."""
+        """Bytes in memory after each operation."""
         self._answers = 0
         self._known = [tensor.untyped_storage() for tensor in known]
         # A storage is one Python object as long as it lives.
         self._storages: dict[int, Any] = {id(storage): None for storage in self._known}
 
     def curve_since_last(self) -> list[int]:
-        """Bytes held after each operation since this was asked last."""
+        """Bytes in memory after each operation since the last call."""
         curve, self.curve = [*self.curve, self.now], []
         return curve
 
     @contextmanager
     def answer_ones(self) -> Iterator[None]:
-        """Within the block, a stand-in that is asked for its number says 1: an optimizer counts its steps so."""
+        """Within the block, the value of a stand-in reads as 1, as for an optimizer's count of steps."""
         self._answers += 1
         try:
             yield
@@ -134,10 +134,10 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key, size = id(storage), storage.nbytes()
         if key in self._storages:
             return
-        here = weakref.ref(self)
+        tracker_ref = weakref.ref(self)
 
         def free(_: Any) -> None:
-            tracker = here()
+            tracker = tracker_ref()
             if tracker is not None and tracker._storages.pop(key, None) is not None:
                 tracker.now -= size
 
@@ -146,7 +146,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_of_the_batch(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether nothing in this operation comes of W0, so that it can be done for real."""
+    """Whether nothing in this operation depends on W0, so that it can be computed for real."""
     tensors = list(tensors_in((args, kwargs)))
     if tensors:
         return all(not isinstance(t, FakeTensor) and t.numel() <= REAL_AT_MOST for t in tensors)

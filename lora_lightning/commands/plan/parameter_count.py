@@ -1,7 +1,7 @@
-"""The paper's count of trained parameters with a run's numbers in it, and what the shapes of its layers make of it.
+"""The paper's formula for trained parameters with a run's numbers, extended to the shapes of its layers.
 
-arXiv 2106.09685, section 4.2: |Theta| = 2 L d_model r for each kind of square matrix adapted in each of L layers. Of a
-matrix (m, k) it is L (k + m) r; a kind is what is alike but for the number of its block.
+arXiv 2106.09685, section 4.2: |Theta| = 2 L d_model r for each kind of square matrix adapted in each of L layers. For a
+matrix (m, k) it is L (k + m) r. Matrices of one kind differ only in the number of their block.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Term:
     """One kind of matrix, in L layers."""
 
     name: str
-    """Of its modules, with `*` for a number."""
+    """Its modules' name, with `*` for a number."""
     parts: int
     """Matrices in one module: parts of a fused projection, else 1."""
     inputs: int
@@ -33,9 +33,9 @@ class Term:
     count: int = 0
     """L."""
     factors: int = 0
-    """A and B together, of all."""
+    """Parameters of all A and B."""
     more: int = 0
-    """What trains beside A and B there: DoRA's magnitudes, B's bias."""
+    """Further parameters that train there: DoRA's magnitudes, B's bias."""
 
     @property
     def is_square(self) -> bool:
@@ -44,7 +44,7 @@ class Term:
 
     @property
     def formula(self) -> str:
-        """With the numbers in it."""
+        """The formula with the numbers in it."""
         parts = f"{self.parts} x " if self.parts > 1 else ""
         if self.is_square:
             return f"2 L d r = {parts}2 x {self.count} x {self.inputs:,} x {self.r}"
@@ -69,7 +69,7 @@ def terms_of(model: nn.Module, report: InjectionReport) -> list[Term]:
             factors = parts * (inputs + outputs) * row.r if is_matrix else row.parameters - more
             last = terms.get(kind, kind)
             terms[kind] = replace(last, count=last.count + 1, factors=last.factors + factors, more=last.more + more)
-            more = 0  # of the module, once
+            more = 0  # counted once for the module
     return list(terms.values())
 
 

@@ -1,4 +1,4 @@
-"""A plan as data: what trains, how large its files are, what a step computes and needs."""
+"""A plan as data: what trains, the size of its files, the operations and the memory of a step."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from lora_lightning.training.module import LoRAModule
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What of a config a plan goes by, beside the module."""
+class PlanOptions:
+    """What a plan uses of a config beside the module."""
 
     way: Way
-    """The config's own."""
+    """The config's."""
     strategy: str
     processes: int
-    """Over which DDP and FSDP2 are reckoned."""
+    """Number of processes of DDP and FSDP2."""
     device: torch.device
     precisions: tuple[str, ...] = PRECISIONS
 
 
 @dataclass(kw_only=True)
 class Plan:
-    """Exact counts, and what a step was found to need."""
+    """Exact counts, and the traced cost of a step."""
 
     backbone: str
     task: str
     batch: BatchSize
-    wanted: Wanted
+    wanted: PlanOptions
     report: InjectionReport
     terms: list[Term]
     adapter_file: int
@@ -47,21 +47,21 @@ class Plan:
     checkpoint: int
     """Bytes of a checkpoint's tensors: what trains, and the optimizer's state."""
     w0_file: int
-    """Bytes of W0 in the dtype that the backbone has."""
+    """Bytes of W0 in the backbone's dtype."""
     memory: list[MemoryRow] = field(default_factory=list)
     full: StepCost | None = None
     """A step of full fine-tuning."""
     notes: list[str] = field(default_factory=list)
 
-    def own_row(self) -> MemoryRow:
-        """The row of the config's own precision and checkpointing."""
+    def config_row(self) -> MemoryRow:
+        """The row of the config's precision and checkpointing."""
         return next(row for row in self.memory if row.way == self.wanted.way)
 
     def flops(self) -> dict[str, int] | None:
-        """Operations of a step of LoRA and of full fine-tuning; None where the step is not known."""
+        """Operations of a step of LoRA and of full fine-tuning; None where the step could not be traced."""
         if self.full is None:
             return None
-        lora, full = self.own_row().cost, self.full
+        lora, full = self.config_row().cost, self.full
         return {
             **{"forward": lora.forward, "backward": lora.backward, "step": lora.flops},
             **{"full_forward": full.forward, "full_backward": full.backward, "full_step": full.flops},
@@ -90,8 +90,8 @@ class Plan:
         }
 
 
-def plan_of(module: LoRAModule, size: BatchSize, wanted: Wanted, notes: list[str]) -> Plan:
-    """Count, and trace a step in every precision."""
+def plan_of(module: LoRAModule, size: BatchSize, wanted: PlanOptions, notes: list[str]) -> Plan:
+    """Count parameters and files, and trace a step in every precision."""
     backbone = module.backbone
     module.set_modes()
     base = {id(t): t for t in base_tensors(backbone).values()}.values()
@@ -112,7 +112,7 @@ def plan_of(module: LoRAModule, size: BatchSize, wanted: Wanted, notes: list[str
 
 
 def _trace(plan: Plan, module: LoRAModule) -> None:
-    """Fill in the memory and the operations; where the model cannot be run on stand-ins, say why."""
+    """Fill in the memory and the operations; where the model cannot run on stand-ins, add a note."""
     wanted = plan.wanted
     try:
         tracer = Tracer(module, batch_for(module.task, module.backbone, plan.batch), wanted.device)
@@ -125,4 +125,4 @@ def _trace(plan: Plan, module: LoRAModule) -> None:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         plan.notes.append(f"memory and operations are not known: the step cannot be run without numbers ({reason})")
         return
-    plan.checkpoint += plan.own_row().cost.optimizer
+    plan.checkpoint += plan.config_row().cost.optimizer

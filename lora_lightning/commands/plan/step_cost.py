@@ -1,4 +1,4 @@
-"""What one training step needs, found by running it on stand-ins: forward, backward and the optimizer's step."""
+"""The cost of one training step, traced on stand-ins: forward, backward and the optimizer's step."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lora_lightning.lora.layers.tracing import tracing
 
 @dataclass(frozen=True, kw_only=True)
 class StepCost:
-    """Bytes and operations of a step in which the optimizer's state is there already."""
+    """Bytes and operations of a step in which the optimizer's state exists already."""
 
     weights: int
-    """Of all parameters and buffers, the adapter included."""
+    """All parameters and buffers, the adapter included."""
     gradients: int
     optimizer: int
     """Its state, such as AdamW's two moments."""
     kept: int
-    """For backward, when forward is through."""
+    """Saved for backward at the end of forward."""
     in_forward: int
-    """Beside the weights, at most in forward: gradients, optimizer, what is kept, and what is there for a moment."""
+    """Peak in forward beside the weights: gradients, optimizer, saved and temporary tensors."""
     in_backward: int
     in_step: int
     """The same in backward, and in the optimizer's step."""
@@ -39,12 +39,12 @@ class StepCost:
 
     @property
     def peak(self) -> int:
-        """Bytes at most."""
+        """The largest number of bytes in memory."""
         return self.weights + max(self.in_forward, self.in_backward, self.in_step)
 
     @property
     def flops(self) -> int:
-        """Of forward and backward."""
+        """Operations of forward and backward."""
         return self.forward + self.backward
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,15 +66,15 @@ def step_cost(
 ) -> StepCost:
     """Run a step of `model`, whose tensors are stand-ins.
 
-    As Lightning has it: the gradients of the step before are let go between forward and backward.
+    As in Lightning, the gradients of the step before are freed between forward and backward.
 
     Args:
-        loss: forward, on a real batch.
+        loss: runs forward on a real batch.
         make_optimizer: over what trains.
         forward_context: around forward, such as autocast.
 
     Raises:
-        Exception: whatever a forward raises that asks stand-ins for numbers.
+        Exception: whatever a forward raises that reads values of stand-ins.
     """
     parameters, buffers = list(model.parameters()), list(model.buffers())
     trained = [p for p in parameters if p.requires_grad]
@@ -114,4 +114,4 @@ def step_cost(
 
 
 def _tensors_in(state: Any) -> list[Tensor]:
-    return [value for slots in state.values() for value in slots.values() if isinstance(value, Tensor)]
+    return [value for values in state.values() for value in values.values() if isinstance(value, Tensor)]

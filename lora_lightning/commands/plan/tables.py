@@ -13,7 +13,7 @@ from lora_lightning.reports.table import Table
 
 
 def show(plan: Plan, console: Console) -> None:
-    """Print it all."""
+    """Print the plan."""
     console.print(f"{plan.backbone}, {plan.task}: a batch of {plan.batch}", soft_wrap=True)
     for title, table in _tables(plan):
         console.print()
@@ -35,7 +35,7 @@ def _tables(plan: Plan) -> Iterator[tuple[str, Table]]:
 
 
 def _adapted_table(plan: Plan) -> Table:
-    """What trains, and how large it is."""
+    """The modules that train, and the sizes of files."""
     report = plan.report
     header, *rows = report.table()
     total = f"trainable {report.trainable:,} of {report.total:,} ({report.share:.3%})"
@@ -56,7 +56,7 @@ def _formula(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan, n: int) -> Table:
-    """Each precision, and each strategy beside it."""
+    """The memory of each precision, under each strategy."""
     rows = []
     for row in plan.memory:
         cost = row.cost
@@ -69,9 +69,9 @@ def _memory(plan: Plan, n: int) -> Table:
 
 
 def _work(plan: Plan) -> Table:
-    """Operations beside those of full fine-tuning."""
+    """The operations of LoRA and of full fine-tuning."""
     assert plan.full is not None
-    lora, full = plan.own_row().cost, plan.full
+    lora, full = plan.config_row().cost, plan.full
     rows = []
     for name, cost in (("LoRA", lora), ("full", full)):
         flops = (cost.forward, cost.backward, cost.flops)

@@ -1,1 +1,1 @@
-"""What `lora-lightning new` asks, checks and renders."""
+"""The checks, the template's origin and the rendering of `lora-lightning new`."""

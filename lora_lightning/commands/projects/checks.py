@@ -1,4 +1,4 @@
-"""What `new` is told, checked before anything is written."""
+"""Checks of the options of `new` before anything is written."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TAKEN = ("tests", "configs", "data")
 
 
 def check_name(name: str) -> str:
-    """The name, where a distribution, a folder and (with _ for -) a Python package can be called so.
+    """The name, if it can name a distribution, a folder and (with _ for -) a Python package.
 
     Raises:
-        LoRAError: they cannot, with a name that they can.
+        LoRAError: it cannot, with a similar name that can.
     """
     module = name.replace("-", "_")
     if not NAME.fullmatch(name):
@@ -47,10 +47,10 @@ def _mend(name: str) -> str:
 
 
 def refuse_occupied(target: Path) -> None:
-    """Raise where anything is in the way; a folder may be there if it is empty.
+    """Raise where `target` exists; an empty folder is allowed.
 
     Raises:
-        LoRAError: it is a file, or holds something.
+        LoRAError: it is a file, or a folder that is not empty.
     """
     if target.is_file() or target.is_symlink():
         raise LoRAError(f"'{target}' is there already and no folder: name a new one")
@@ -65,23 +65,23 @@ def questions() -> dict[str, Any]:
 
 
 def check_choices(answers: dict[str, str]) -> None:
-    """Raise where an answer is none of its question's choices.
+    """Raise for an answer that is none of its question's choices.
 
     Raises:
-        LoRAError: it is not, with the nearest.
+        LoRAError: names the nearest choice.
     """
-    asked = questions()
+    by_name = questions()
     for name, value in answers.items():
-        known = list(asked[name].get("choices", {}).values())
+        known = list(by_name[name].get("choices", {}).values())
         if known and value not in known:
             raise LoRAError(f"--{name} is one of {', '.join(known)}, got '{value}'{did_you_mean(value, known)}")
 
 
 def requirement(package: str | None) -> str:
-    """What a project asks pip for.
+    """The requirement by which a project installs this package.
 
     Args:
-        package: a folder or a file, an URL, versions such as `==0.1.0`; None for what this package was installed
+        package: a folder or a file, an URL, versions such as `==0.1.0`; None for where this package was installed
             from, or a range of versions where that was an index.
 
     Raises:

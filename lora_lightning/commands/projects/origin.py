@@ -1,4 +1,4 @@
-"""Where the template of an installed package came from, in the words of `.copier-answers.yml`, for `copier update`."""
+"""The origin of an installed package's template, as `.copier-answers.yml` has it, for `copier update`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PACKAGE = "lora_lightning"
 
 
 def origin(template: Path) -> dict[str, str]:
-    """`_src_path`, a git repository, and `_commit`, a tag or commit of it; empty where nobody knows.
+    """`_src_path`, a git repository, and `_commit`, a tag or commit of it; empty where they are unknown.
 
-    In this order: the repository and commit that pip installed from; the clone that the package was installed from or
-    lies in, by the address of its remote where that has the commit; the repository that the package's metadata name, at
-    the version's tag.
+    It is the first known of: the repository and commit that pip installed from; the clone that the package was
+    installed from or is in, by the address of its remote where that has the commit; the repository in the package's
+    metadata, at the version's tag.
 
     Args:
         template: the folder that was rendered.
@@ -28,17 +28,17 @@ def origin(template: Path) -> dict[str, str]:
 
 
 def _from_direct_url(template: Path) -> dict[str, str]:
-    """A repository's commit, or a folder, which may have moved on since."""
+    """The repository's commit or the folder that pip installed from, if the folder is unchanged."""
     direct_url = _direct_url()
     commit = direct_url.get("vcs_info", {}).get("commit_id")
     if commit:
         return {"_src_path": f"git+{direct_url['url']}", "_commit": commit}
-    there = Path(url2pathname(urlparse(direct_url.get("url", "")).path), "lora_lightning", "template")
-    return _from_clone(there) if "dir_info" in direct_url and _hold_the_same(there, template) else {}
+    source = Path(url2pathname(urlparse(direct_url.get("url", "")).path), "lora_lightning", "template")
+    return _from_clone(source) if "dir_info" in direct_url and _are_equal(source, template) else {}
 
 
 def installable() -> str | None:
-    """What pip installs this very package from, where it came from no index: a repository's commit, or a folder.
+    """Where pip can install this package from, if it did not come from an index: a repository's commit, or a folder.
 
     A clone is named by its remote where that has the commit, and by its folder otherwise.
     """
@@ -56,7 +56,7 @@ def installable() -> str | None:
 
 
 def _direct_url() -> dict[str, Any]:
-    """What pip leaves in direct_url.json of an installation that came from no index; else nothing."""
+    """The content of pip's direct_url.json; empty for an installation from an index."""
     try:
         text = importlib.metadata.distribution(PACKAGE).read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
@@ -65,15 +65,15 @@ def _direct_url() -> dict[str, Any]:
 
 
 def _remote_with_head(folder: Path) -> str | None:
-    """The address of a clone's remote that has the commit which is checked out."""
+    """The address of a clone's remote that has the current commit."""
     pushed = git("branch", "--remotes", "--contains", "HEAD", cwd=folder)
     return git("remote", "get-url", pushed.split("/")[0].strip(), cwd=folder) if pushed else None
 
 
-def _hold_the_same(folder: Path, other: Path) -> bool:
-    """Whether two folders hold the same files."""
-    held, others = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (folder, other))
-    return held == others
+def _are_equal(a: Path, b: Path) -> bool:
+    """Whether two folders have the same files."""
+    first, second = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (a, b))
+    return first == second
 
 
 def _from_clone(folder: Path) -> dict[str, str]:

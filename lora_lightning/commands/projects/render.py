@@ -1,4 +1,4 @@
-"""copier renders the template, and the answers remember where it came from."""
+"""Renders the template by copier, and writes the template's origin into the answers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ANSWERS = ".copier-answers.yml"
 def render(
     target: Path, data: dict[str, Any], template: str | None, ref: str | None, *, asking: bool
 ) -> dict[str, Any]:
-    """Let copier do it; where it fails, a folder that it made is taken away.
+    """Render by copier, which removes a folder that it made where it fails.
 
     Returns:
-        All answers, given, asked or taken by default.
+        All answers, defaults included.
 
     Raises:
         MissingPackageError: copier is not installed.
@@ -44,7 +44,7 @@ def render(
 
 
 def _note_origin(file: Path) -> None:
-    """Where `copier update` is to find this template: not in the folder that the package happens to be installed in."""
+    """Write where `copier update` finds this template, in place of the installed package's folder."""
     head, _, _ = file.read_text(encoding="utf-8").partition("\n")
     answers = yaml.safe_load(file.read_text(encoding="utf-8"))
     answers.pop("_src_path", None)

@@ -1,4 +1,4 @@
-"""git, where there is one."""
+"""Calls of git, where it is installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def git(*args: str, cwd: Path | None = None) -> str | None:
-    """What git says, or None where there is none or it fails."""
+    """git's output, or None where it is not installed or fails."""
     try:
         done = subprocess.run(["git", *args], cwd=cwd, capture_output=True, text=True, check=False)
     except OSError:
@@ -16,13 +16,13 @@ def git(*args: str, cwd: Path | None = None) -> str | None:
 
 
 def start_repository(target: Path) -> bool:
-    """A git repository with a first commit; what a person has not set up for git is left to them.
+    """Make a git repository with a first commit, as far as the user's git is set up.
 
     Returns:
         Whether there is a commit.
     """
     if git("rev-parse", "--is-inside-work-tree", cwd=target) == "true":
-        return False  # a project within a repository belongs to it
+        return False  # the project is part of an existing repository
     if git("init", "--quiet", "--initial-branch=main", cwd=target) is None:
         return False
     git("add", "--all", cwd=target)

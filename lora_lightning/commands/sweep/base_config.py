@@ -1,6 +1,6 @@
-"""The config that is swept over, as `fit` would take it: parsed, and built without its weights where it names a hub's.
+"""The config of a sweep, parsed as `fit` does, and built without weights where the model comes from the hub.
 
-What `fit` refuses is so refused before the first trial begins.
+So `fit`'s errors are raised before the first trial.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.inject import remove
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.preflight import own_figures_class, why_unlogged
+from lora_lightning.training.preflight import user_metrics_class, why_unlogged
 
 Goal = str
 """`min` or `max`."""
 NOT_COMPARED = ("config", "name", "runs_dir", "ckpt_path")
-"""Of a fit's config, what a sweep sets itself."""
+"""Parts of a fit's config that a sweep sets itself."""
 
 
 @functools.wraps(huggingface)
@@ -40,13 +40,13 @@ def build_without_weights(*args: Any, **kwargs: Any) -> nn.Module:
 
 
 def _without_weights(config: Any) -> None:
-    """`fit`'s module on the meta device where it comes from a hub, and a start that reads no data."""
+    """Build `fit`'s module on the meta device where it comes from the hub, with an init that reads no data."""
     model = config.model
     model.lora["init"], model["init_adapter"] = "gaussian", None
     backbone = model.backbone
     if backbone.get("class_path") and _import_path(backbone.class_path) is huggingface:
         backbone["class_path"] = f"{__name__}.build_without_weights"
-    config.trainer["precision"] = None  # which would say how a backbone is to load itself
+    config.trainer["precision"] = None  # it would set how the backbone loads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Base:
     """A config and what it monitors."""
 
     name: str
-    """Of the run that the config describes."""
+    """The run's name in the config."""
     config: dict[str, Any]
     """Resolved, as plain data."""
     lora: LoRAConfig
@@ -63,11 +63,11 @@ class Base:
     metric: str
     goal: Goal
     why_unlogged: Callable[[str], str | None]
-    """Of a metric: None, or why no fit of this config logs it."""
+    """Returns for a metric None, or why no fit of this config logs it."""
     trainer: Trainer | None = None
-    """Where one was asked for."""
+    """Only if requested."""
     parser: Any
-    """Of the command: what else `fit` is to be asked is looked at with it."""
+    """The command's parser, which checks further flags of `fit`."""
 
     def check(self, args: Sequence[str]) -> Any:
         """The config of `fit ARGS`, each value of its type.
@@ -79,7 +79,7 @@ class Base:
 
 
 def open_base(args: Sequence[str], *, trainer: bool = False) -> Base:
-    """What `fit ARGS` would begin with; with `trainer`, a Trainer that says in which processes.
+    """The config and the module of `fit ARGS`; with `trainer`, also the Trainer.
 
     Raises:
         LoRAError: an object refuses its arguments.
@@ -102,34 +102,37 @@ def open_base(args: Sequence[str], *, trainer: bool = False) -> Base:
 
 
 def _why_unlogged(metric: str, module: LoRAModule, config: Any) -> str | None:
-    given = config.trainer.callbacks or []
-    places = [callback.class_path for callback in (given if isinstance(given, list) else [given])]
-    ours = all(place.startswith(("lora_lightning.", "lightning.pytorch.")) for place in places)
-    return why_unlogged(metric, module) if ours and not own_figures_class(module) else None
+    paths = [callback.class_path for callback in _callbacks(config)]
+    ours = all(path.startswith(("lora_lightning.", "lightning.pytorch.")) for path in paths)
+    return why_unlogged(metric, module) if ours and not user_metrics_class(module) else None
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """JSON's types alone, and nothing that another process would write otherwise."""
+    """The config in JSON's types, without anything that differs between processes."""
     values = {key: value for key, value in config.as_dict().items() if key not in NOT_COMPARED}
     text = json.dumps(values, default=lambda thing: re.sub(r" at 0x[0-9a-f]+", "", str(thing)))
     return dict(json.loads(text))
 
 
 def _monitored_metric(config: Any, task: Task) -> tuple[str, Goal]:
-    """What chooses the best checkpoint: a callback of the config, else the task."""
-    given = config.trainer.callbacks or []
-    for callback in given if isinstance(given, list) else [given]:
+    """The metric that chooses the best checkpoint: a callback's in the config, else the task's."""
+    for callback in _callbacks(config):
         args = callback.get("init_args") or {}
         if args.get("monitor") not in (None, "auto") and _is_checkpoint(callback.class_path):
             return str(args["monitor"]), str(args.get("mode") or "min")
     return task.monitor, task.monitor_mode
 
 
+def _callbacks(config: Any) -> list[Any]:
+    callbacks = config.trainer.callbacks or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
+
+
 def _is_checkpoint(class_path: str) -> bool:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    target = _import_path(class_path)
-    return isinstance(target, type) and issubclass(target, ModelCheckpoint)
+    cls = _import_path(class_path)
+    return isinstance(cls, type) and issubclass(cls, ModelCheckpoint)
 
 
 def _import_path(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""A sweep as a person sees it: a line when a fit begins and when it ends, a bar, and the ranked table."""
+"""A sweep on the screen: a line when a fit begins and when it ends, a bar, and the ranked table."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from lora_lightning.training.population.population import Population
 from lora_lightning.training.strategies.collectives import rank
 
 
-def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
-    """Run a sweep and print what comes of it.
+def run_on_screen(*, seeds: str | None, **options: Any) -> None:
+    """Run a sweep and print its results.
 
     Raises:
-        LoRAError: it cannot be, or no fit of it came to a figure.
-        SystemExit: it was interrupted; the same command goes on.
+        LoRAError: the request is not valid, or no fit has a metric.
+        SystemExit: it was interrupted; the same command resumes it.
     """
-    sweep = prepare(Request(seeds=_seeds(seeds), **asked))
+    sweep = prepare(Request(seeds=_seeds(seeds), **options))
     with sweep.processes():
         if rank() > 0:
             sweep.follow()
@@ -48,7 +48,7 @@ def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
 
 
 def _run(sweep: Sweep) -> None:
-    screen = Console(soft_wrap=True, file=sys.stdout)  # also while what a member prints goes to its log
+    screen = Console(soft_wrap=True, file=sys.stdout)  # also while a member's output goes to its log
     for line in _notes(sweep):
         screen.print(line, highlight=False, markup=False)
     try:
@@ -71,7 +71,7 @@ def _print_outcome(screen: Console, outcome: Outcome) -> None:
 
 
 def _notes(sweep: Sweep) -> Iterator[str]:
-    """What is worth knowing before hours of fits."""
+    """Notes before hours of fits."""
     yield f"{sweep.count} fits, ranked by {sweep.metric} ({'largest' if sweep.goal == 'max' else 'smallest'} first)"
     alpha = sweep.base.config["model"]["lora"]["alpha"]
     if "model.lora.r" in sweep.keys and "model.lora.alpha" not in sweep.keys and alpha is not None:
@@ -82,7 +82,7 @@ def _notes(sweep: Sweep) -> Iterator[str]:
 
 
 class _Rate(ProgressColumn):
-    """Of the members' steps, of which each takes one before any takes the next."""
+    """The rate of steps, of which every member takes one in turn."""
 
     def render(self, task: Task) -> Text:
         return Text("" if task.speed is None else f"{task.speed:.2f} steps/s")
@@ -90,7 +90,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
-    """A line for each beginning and end, above a bar where the screen is a terminal."""
+    """Prints a line for each beginning and end, above a bar where the screen is a terminal."""
     names = short_names(sweep.keys)
     together = sweep.request.together
     columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(12 if together else 40)]

@@ -1,5 +1,5 @@
-"""The figures of a sweep: the paper's Table 6 (rank against which matrices), its Table 5 (which matrices at an equal
-number of parameters), the metric against any other flag, and how halving came to the members that it kept."""
+"""The figures of a sweep: the paper's Table 6 (rank against matrices), its Table 5 (matrices at an equal number of
+parameters), the metric against any other flag, and the course of halving."""
 
 from __future__ import annotations
 
@@ -30,49 +30,49 @@ def figures(
     budget: int | None,
     decisions: Sequence[Mapping[str, Any]] = (),
 ) -> Figures:
-    """Those that these flags make, of the complete points that have a value.
+    """The figures that suit the swept flags, of the complete points with a value.
 
     Args:
-        decisions: what halving found at each rung and whom it dropped, as `halving.json` has it.
+        decisions: the content of `halving.json`: the values at each rung, and the members that were dropped.
     """
     done = [point for point in points if point.state == "complete" and point.mean is not None]
-    made: Figures = {}
+    drawings: Figures = {}
     if decisions:
         caption = (
             f"{metric} of each member at the rungs; a cross is where it was dropped. The last is its best checkpoint."
         )
-        made["halving"] = Drawing("Halving", caption, halving_curves(decisions, points, keys, metric))
+        drawings["halving"] = Drawing("Halving", caption, halving_curves(decisions, points, keys, metric))
     if not done:
-        return made
+        return drawings
     others = [key for key in keys if key not in (RANK, MATRICES)]
     note = " Bars: standard deviation between seeds." if any(point.deviation for point in done) else ""
     note += " Of several points with one place the best is shown." if others else ""
     if budget is not None:
         title = "Which matrices, at an equal number of parameters"
         caption = f"Each set at the rank with which nearest to {budget:,} parameters train (the paper's Table 5)."
-        made["matrices"] = Drawing(title, caption + note, matrices(_best(done, [MATRICES, RANK]), metric))
+        drawings["matrices"] = Drawing(title, caption + note, matrices(_best(done, [MATRICES, RANK]), metric))
     elif RANK in keys and MATRICES in keys:
         figure_of = table6(_best(done, [MATRICES, RANK]), metric)
-        made["rank"] = Drawing("Rank against which matrices", "The paper's Table 6." + note, figure_of)
+        drawings["rank"] = Drawing("Rank against which matrices", "The paper's Table 6." + note, figure_of)
     elif RANK in keys:
-        made["rank"] = Drawing("Rank", f"{metric} by r." + note, rank_curve(_best(done, [RANK]), metric))
+        drawings["rank"] = Drawing("Rank", f"{metric} by r." + note, rank_curve(_best(done, [RANK]), metric))
     elif MATRICES in keys:
         figure_of = matrices(_best(done, [MATRICES]), metric)
-        made["matrices"] = Drawing("Which matrices", "All at the same rank." + note, figure_of)
+        drawings["matrices"] = Drawing("Which matrices", "All at the same rank." + note, figure_of)
     names = short_names(keys)
     for key in others:
-        made[names[key].replace(".", "-")] = Drawing(
+        drawings[names[key].replace(".", "-")] = Drawing(
             names[key],
             f"{metric} of every point by {key}.",
             scatter(done, key, metric),
         )
-    return made
+    return drawings
 
 
 def rank_curve(points: Sequence[Point], metric: str) -> Figure:
     """The metric over r, with the number of trained parameters beside each point."""
-    made = figure(COLUMN, 2.8)
-    axis = made.subplots()
+    canvas = figure(COLUMN, 2.8)
+    axis = canvas.subplots()
     _draw_line(axis, points, COLORS[0])
     axis.margins(y=0.2)
     for point in points:
@@ -83,25 +83,25 @@ def rank_curve(points: Sequence[Point], metric: str) -> Figure:
     _label_ranks(axis, points)
     axis.set_xlabel("rank r, with the number of parameters that train")
     axis.set_ylabel(metric)
-    return made
+    return canvas
 
 
 def table6(points: Sequence[Point], metric: str) -> Figure:
     """A line for each set of matrices over r, and beside it the table of means, coloured."""
-    made = figure(PAGE, 3.1)
-    left, right = made.subplots(1, 2, width_ratios=[1.1, 1])
+    canvas = figure(PAGE, 3.1)
+    left, right = canvas.subplots(1, 2, width_ratios=[1.1, 1])
     sets, ranks = _sets(points), sorted({int(float(point.values[RANK])) for point in points})
     cells = np.full((len(sets), len(ranks)), np.nan)
     for row, name in enumerate(sets):
-        line = [point for point in points if point.values[MATRICES] == name]
-        _draw_line(left, line, COLORS[row % len(COLORS)], readable_value(name))
-        for point in line:
+        of_set = [point for point in points if point.values[MATRICES] == name]
+        _draw_line(left, of_set, COLORS[row % len(COLORS)], readable_value(name))
+        for point in of_set:
             cells[row, ranks.index(int(float(point.values[RANK])))] = _mean(point)
     _label_ranks(left, points)
     left.set_xlabel("rank r")
     left.set_ylabel(metric)
     handles, labels = left.get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", ncols=min(len(sets), 3), frameon=False, handlelength=1.2)
+    canvas.legend(handles, labels, loc="outside lower center", ncols=min(len(sets), 3), frameon=False, handlelength=1.2)
     right.imshow(cells, cmap="viridis", aspect="auto")
     bright = np.nanmin(cells) + 0.6 * (np.nanmax(cells) - np.nanmin(cells))
     for (row, column), value in np.ndenumerate(cells):
@@ -114,15 +114,15 @@ def table6(points: Sequence[Point], metric: str) -> Figure:
     right.set_yticks(range(len(sets)), [_fold(name) for name in sets])
     right.set_xlabel("rank r")
     right.set_title(metric)
-    return made
+    return canvas
 
 
 def matrices(points: Sequence[Point], metric: str) -> Figure:
     """A bar for each set of matrices, with its rank and its number of trained parameters."""
     by_set = {point.values[MATRICES]: point for point in points}
     ordered = [by_set[name] for name in _sets(points)]
-    made = figure(PAGE if len(ordered) > 5 else COLUMN, 2.9)
-    axis = made.subplots()
+    canvas = figure(PAGE if len(ordered) > 5 else COLUMN, 2.9)
+    axis = canvas.subplots()
     means = np.array([_mean(point) for point in ordered])
     spread = np.array([point.deviation or 0.0 for point in ordered])
     error = {"elinewidth": 0.8, "capthick": 0.8, "capsize": 2}
@@ -135,13 +135,13 @@ def matrices(points: Sequence[Point], metric: str) -> Figure:
         axis.text(place, mean + deviation + 0.03 * room, _digits(mean), ha="center", fontsize=7)
     axis.set_xticks(range(len(ordered)), [_bar_label(point) for point in ordered])
     axis.set_ylabel(f"{metric} (axis cut)")
-    return made
+    return canvas
 
 
 def scatter(points: Sequence[Point], key: str, metric: str) -> Figure:
     """Every point by one flag; a number on a logarithmic axis where it spans more than a factor of ten."""
-    made = figure(COLUMN, 2.8)
-    axis = made.subplots()
+    canvas = figure(COLUMN, 2.8)
+    axis = canvas.subplots()
     numbers = [value for point in points if (value := number(point.values[key])) is not None]
     if len(numbers) < len(points):
         names = list(dict.fromkeys(point.values[key] for point in points))
@@ -153,35 +153,35 @@ def scatter(points: Sequence[Point], key: str, metric: str) -> Figure:
     axis.errorbar(numbers, means, _deviations(points), fmt="o", ms=4, color=COLORS[0], lw=0.8)
     axis.set_xlabel(key)
     axis.set_ylabel(metric)
-    return made
+    return canvas
 
 
 def halving_curves(
     decisions: Sequence[Mapping[str, Any]], points: Sequence[Point], keys: Sequence[str], metric: str
 ) -> Figure:
     """The metric of each member over the share of the steps, up to where it was dropped."""
-    made = figure(PAGE, 3.2)
-    axis = made.subplots()
+    canvas = figure(PAGE, 3.2)
+    axis = canvas.subplots()
     shares = [float(Fraction(decision["rung"])) for decision in decisions]
     names = short_names(keys)
     for place, point in enumerate(points):
         (trial,) = point.trials
         values = [decision["values"].get(trial.name) for decision in decisions]
-        curve = [(share, value) for share, value in zip(shares, values, strict=True) if value is not None]
-        left = next((decision["rung"] for decision in decisions if trial.name in decision["dropped"]), None)
-        if left is None and point.state == "complete" and point.mean is not None:
-            curve.append((1.0, point.mean))
-        if not curve:
+        reached = [(share, value) for share, value in zip(shares, values, strict=True) if value is not None]
+        dropped_at = next((decision["rung"] for decision in decisions if trial.name in decision["dropped"]), None)
+        if dropped_at is None and point.state == "complete" and point.mean is not None:
+            reached.append((1.0, point.mean))
+        if not reached:
             continue
         label = ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in point.values.items())
         style: dict[str, Any] = {
             "color": COLORS[place % len(COLORS)],
             "linestyle": "-" if place < len(COLORS) else "--",
         }
-        label += "" if left is None else f", dropped at {left}"
-        axis.plot(*zip(*curve, strict=True), marker="o", ms=3, lw=0.9 if left else 1.8, label=label, **style)
-        if left is not None:
-            axis.plot(*curve[-1], marker="x", ms=7, mew=1.6, color=style["color"])
+        label += "" if dropped_at is None else f", dropped at {dropped_at}"
+        axis.plot(*zip(*reached, strict=True), marker="o", ms=3, lw=0.9 if dropped_at else 1.8, label=label, **style)
+        if dropped_at is not None:
+            axis.plot(*reached[-1], marker="x", ms=7, mew=1.6, color=style["color"])
     axis.set_xscale("log", base=2)
     counts = [(len(decision["values"]), len(decision["dropped"])) for decision in decisions]
     ticks = [
@@ -191,14 +191,14 @@ def halving_curves(
     axis.set_xticks([*shares, 1.0], [*ticks, "the end"])
     axis.minorticks_off()
     axis.set_ylabel(metric)
-    made.legend(loc="outside right center", frameon=False)
-    return made
+    canvas.legend(loc="outside right center", frameon=False)
+    return canvas
 
 
 def _best(points: Sequence[Point], keys: Sequence[str]) -> list[Point]:
-    """Of points that agree in these flags the best, in the order of the flags' numbers, else of the sweep."""
+    """The best of the points that agree in these flags, in the order of the flags' numbers, else of the sweep."""
     best: dict[tuple[str, ...], Point] = {}
-    for point in points:  # the best come first
+    for point in points:  # best first
         best.setdefault(tuple(point.values.get(key, "") for key in keys), point)
 
     def place(point: Point) -> tuple[float, ...]:
@@ -228,10 +228,10 @@ def _deviations(points: Sequence[Point]) -> list[float] | None:
 
 
 def _draw_line(axis: Any, points: Sequence[Point], colour: str, label: str = "") -> None:
-    by_rank = sorted(points, key=lambda point: float(point.values[RANK]))
-    ranks, means = [float(point.values[RANK]) for point in by_rank], [_mean(point) for point in by_rank]
+    ordered = sorted(points, key=lambda point: float(point.values[RANK]))
+    ranks, means = [float(point.values[RANK]) for point in ordered], [_mean(point) for point in ordered]
     style = {"marker": "o", "markersize": 3.5, "linewidth": 1.4, "elinewidth": 0.8, "capsize": 2}
-    axis.errorbar(ranks, means, _deviations(by_rank), color=colour, label=label, **style)
+    axis.errorbar(ranks, means, _deviations(ordered), color=colour, label=label, **style)
 
 
 def _label_ranks(axis: Any, points: Sequence[Point]) -> None:
@@ -261,6 +261,6 @@ def _count(parameters: int) -> str:
 
 
 def _fold(text: str, width: int = 16) -> str:
-    """A list of names on as many lines as it takes; a long dotted name breaks behind its dots."""
+    """A list of names on several lines; a long dotted name breaks after its dots."""
     folded = textwrap.wrap(readable_value(text).replace(".", ".\u200b "), width, break_long_words=False)
     return "\n".join(folded).replace("\u200b ", "").replace("\u200b", "")

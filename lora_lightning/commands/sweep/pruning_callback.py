@@ -1,4 +1,4 @@
-"""What a trial tells while it trains: each validation's figures, for a pruner that reads them."""
+"""Writes each validation's metrics while a trial trains, for a pruner."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FILE = "validations.jsonl"
 
 
 class ReportValidations(Callback):
-    """Adds a line to `validations.jsonl` in the run's folder after each validation: its step and its figures."""
+    """Adds a line to `validations.jsonl` in the run's folder after each validation: its step and its metrics."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A fit that goes on from a checkpoint may write a step again."""
+        """Append a line; a resumed fit may write a step again."""
         folder = run.run_dir(trainer)
         if folder is None or trainer.sanity_checking or not trainer.is_global_zero:
             return
@@ -28,14 +28,14 @@ class ReportValidations(Callback):
 
 
 def reported_values(trial: Path, metric: str) -> list[float]:
-    """A metric after each validation of a trial's newest run, by step; a step's last line counts."""
+    """A metric's values after each validation of a trial's newest run, by step; a step's last line counts."""
     files = sorted(trial.glob(f"version_*/{FILE}"), key=lambda file: file.stat().st_mtime)
     if not files:
         return []
     text = files[-1].read_text(encoding="utf-8")
-    value_at: dict[int, float] = {}
+    by_step: dict[int, float] = {}
     for line in text[: text.rfind("\n") + 1].splitlines():
         figures = json.loads(line)
         if metric in figures:
-            value_at[int(figures["step"])] = float(figures[metric])
-    return [value_at[step] for step in sorted(value_at)]
+            by_step[int(figures["step"])] = float(figures[metric])
+    return [by_step[step] for step in sorted(by_step)]

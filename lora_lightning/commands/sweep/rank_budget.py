@@ -1,7 +1,7 @@
-"""`--budget`: for each set of matrices the rank whose trainable parameters come nearest to a number.
+"""`--budget`: for each set of matrices the rank whose trainable parameters are nearest to a number.
 
-The paper's Table 5 asks so which matrices a given number of parameters is spent on best. Counted is what `inject` makes
-of the model's shapes: A and B, and with them all else that trains, such as a new head, which every set has alike.
+The paper's Table 5 so compares sets of matrices at an equal number of parameters. The count is that of `inject` on the
+model's shapes: A and B, and all else that trains, such as a new head, which every set has.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from lora_lightning.lora.errors import LoRAError, TargetError
 from lora_lightning.lora.inject import inject, remove
 
 MOST = 2**16
-"""Ranks that are looked at: no layer is wider."""
+"""The largest rank that is tried: no layer is wider."""
 
 
 def trainable(backbone: nn.Module, config: LoRAConfig) -> int:
-    """Parameters that train with this config. The backbone, which may be on the meta device, is as before.
+    """Parameters that train with this config. The backbone, which may be on the meta device, does not change.
 
     Raises:
         TargetError: the config does not fit it.
@@ -31,17 +31,17 @@ def trainable(backbone: nn.Module, config: LoRAConfig) -> int:
 
 
 def rank_for(backbone: nn.Module, config: LoRAConfig, budget: int) -> int:
-    """The r with which this config's trainable parameters come nearest to `budget`, the smaller of two that are equal.
+    """The r with which this config's trainable parameters are nearest to `budget`; of two equal ones the smaller.
 
     They grow with r, so halving the interval finds the last r below the budget; it or the next is the nearest.
 
     Raises:
-        LoRAError: no rank of at least 1 comes near: at r = 1 there is more than twice the budget.
+        LoRAError: r = 1 already has more than twice the budget.
         TargetError: the config does not fit the backbone.
     """
 
     def count(r: int) -> int | None:
-        """None of a rank that a layer cannot hold."""
+        """The count; None for a rank that is too large for a layer."""
         try:
             return trainable(backbone, dataclasses.replace(config, r=r, alpha=None))
         except TargetError:

@@ -1,4 +1,4 @@
-"""What came of a sweep: its points ranked, as a table, a CSV file, `sweep.json`, and a page with the figures."""
+"""A sweep's ranked points as a table, a CSV file, `sweep.json`, and a page with the figures."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _faults(points: Sequence[Point]) -> list[str]:
 
 
 def next_command(points: Sequence[Point]) -> str:
-    """What is to be done with the best."""
+    """The command that tests the best fit."""
     best = next((trial for point in points[:1] for trial in point.trials if trial.run), None)
     return "" if best is None else f"lora-lightning test --ckpt_path {best.run}"
 
@@ -84,10 +84,10 @@ def write(
     *,
     plots: bool,
 ) -> None:
-    """All of it; figures of an earlier state that there are no more of are taken away.
+    """Write all files; figures of an earlier state are removed.
 
     Args:
-        about: what `sweep.json` begins with: the metric, its goal, the budget, the flags (`keys`), the config.
+        about: the beginning of `sweep.json`: the metric, its goal, the budget, the flags (`keys`), the config.
     """
     metric, goal, keys = about["metric"], about["goal"], about["keys"]
     drawings: Figures = {}
@@ -117,7 +117,7 @@ def write(
 
 
 def _read(file: Path) -> Any:
-    """What a file of JSON says; None where there is none that can be read."""
+    """The content of a JSON file; None where it cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

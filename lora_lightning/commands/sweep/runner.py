@@ -1,4 +1,4 @@
-"""Fits as processes, some at once, until the study has none left: started, watched, pruned, read at their end."""
+"""Runs fits as processes, several at once, until the study is done: starts, watches, prunes and records them."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from lora_lightning.training.checkpoints.run_folder import REPORT
 CALLBACK = f"{ReportValidations.__module__}.{ReportValidations.__name__}"
 LOG = "log.txt"
 BEAT = 30.0
-"""Seconds between two signs of life to the other processes of the study."""
+"""Seconds between two heartbeats for the other processes of the study."""
 Say = Callable[[Trial, str], None]
 
 
 class Stopped(BaseException):
-    """The sweep was asked to end, by SIGTERM."""
+    """SIGTERM ended the sweep."""
 
 
 @dataclass(kw_only=True)
 class Runner:
-    """How trials become fits.
+    """Runs trials as fits.
 
     Args:
-        folder: the sweep's, in which each trial has its own.
+        folder: the sweep's, with a folder for each trial.
         args: of `fit`, the same for all.
-        metric: that ranks, such as `val/accuracy`.
-        claim: takes the study's next trial, None where there is none at the moment.
+        metric: ranks the fits, such as `val/accuracy`.
+        claim: takes the study's next trial; None where there is none at the moment.
         watched: whether fits report each validation, for a pruner.
     """
 
@@ -52,12 +52,12 @@ class Runner:
     command: Sequence[str] = FIT
     gpus: int = 0
     wait: float = 0.2
-    """Seconds between two looks at the fits."""
+    """Seconds between two checks of the fits."""
     _running: dict[int, tuple[Trial, Fit]] = field(default_factory=dict)
     _beat: float = 0.0
 
     def run(self) -> None:
-        """All of them, also those that other processes leave. Where it is interrupted its fits save and end.
+        """Run all trials, also those that other processes leave. On an interruption the fits save and end.
 
         Raises:
             Stopped: by SIGTERM.
@@ -119,7 +119,7 @@ class Runner:
         )
 
     def _end_all(self) -> None:
-        """Ask all at once, so that they save side by side, and give their trials back."""
+        """End all fits at once, so that they save in parallel, and release their trials."""
         for _, fit in self._running.values():
             fit.ask_to_leave()
         for trial, fit in self._running.values():

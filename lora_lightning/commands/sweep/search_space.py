@@ -1,4 +1,4 @@
-"""What is swept: flags of `fit`, each with the values that it takes or the range that it is drawn from."""
+"""The search space: flags of `fit`, each with its values or its range."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from lora_lightning.lora.errors import LoRAError
 
 RANK, MATRICES = "model.lora.r", "model.lora.target_modules"
-OWN = {
+SET_BY_SWEEP = {
     "config": "-c",
     "name": "--name",
     "runs_dir": "--runs_dir",
     "ckpt_path": "nothing: a sweep goes on by itself",
     "seed_everything": "--seeds",
 }
-"""Flags of fit that a sweep sets itself, and how it is told."""
+"""Flags of fit that a sweep sets itself, and the sweep's flag for each."""
 OPEN, CLOSE = "[{(", "]})"
 
 
@@ -31,8 +31,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Range:
-    """A flag that is drawn from `low` to `high`, both included; whole numbers where `integer`, evenly in the logarithm
-    where `log`."""
+    """A flag that is sampled from `low` to `high`, both included: an integer if `integer`, log-uniformly if `log`."""
 
     key: str
     low: float
@@ -48,22 +47,22 @@ def choices(text: str) -> Choices:
     """`KEY=V1,V2,...`; a comma within brackets or quotes belongs to its value.
 
     Raises:
-        LoRAError: it is written otherwise, or names a value twice.
+        LoRAError: the form is wrong, or a value is repeated.
     """
     key, values = _key_and_rest(text, "--grid", "model.lora.r=1,2,4,8")
-    options = tuple(split(values))
-    if not all(options):
+    items = tuple(split(values))
+    if not all(items):
         raise LoRAError(f"--grid {text}: expected values with commas between, and one of them is empty")
-    if len(set(options)) < len(options):
+    if len(set(items)) < len(items):
         raise LoRAError(f"--grid {text}: a value is there twice; for repeats give --seeds 1,2,3")
-    return Choices(key, options)
+    return Choices(key, items)
 
 
 def interval(text: str) -> Range:
-    """`KEY=LOW..HIGH`, `KEY=LOW..HIGH:log`; both ends written without a point make whole numbers.
+    """`KEY=LOW..HIGH` or `KEY=LOW..HIGH:log`; integers where both ends are written without a point.
 
     Raises:
-        LoRAError: it is written otherwise, or the ends make no range.
+        LoRAError: the form is wrong, or LOW is not below HIGH.
     """
     key, rest = _key_and_rest(text, "--range", "model.optimizer.init_args.lr=1e-4..1e-2:log")
     ends, _, how = rest.partition(":")
@@ -78,49 +77,49 @@ def interval(text: str) -> Range:
 
 
 def space(grid: Sequence[str], ranges: Sequence[str]) -> list[Swept]:
-    """All that is swept, in the order in which it was given.
+    """All swept flags, in order.
 
     Raises:
         LoRAError: a flag is named twice, or is one that a sweep sets itself.
     """
-    dimensions: list[Swept] = [*map(choices, grid), *map(interval, ranges)]
-    keys = [swept.key for swept in dimensions]
+    flags: list[Swept] = [*map(choices, grid), *map(interval, ranges)]
+    keys = [swept.key for swept in flags]
     for key in keys:
         if keys.count(key) > 1:
             raise LoRAError(f"'{key}' is swept twice: give all its values in one --grid or --range")
-        if key in OWN:
-            raise LoRAError(f"'{key}' cannot be swept: a sweep sets it itself; say it with {OWN[key]}")
-    return dimensions
+        if key in SET_BY_SWEEP:
+            raise LoRAError(f"'{key}' cannot be swept: a sweep sets it itself; say it with {SET_BY_SWEEP[key]}")
+    return flags
 
 
 def first_values(swept: Sequence[Swept]) -> list[str]:
-    """One value of each, as flags of `fit`: such a fit can be looked at."""
-    return [f"--{one.key}={bounds(one)[0]}" for one in swept]
+    """One value of each, as flags of `fit`, for a check."""
+    return [f"--{flag.key}={bounds(flag)[0]}" for flag in swept]
 
 
-def bounds(one: Swept) -> list[str]:
+def bounds(flag: Swept) -> list[str]:
     """The values of a grid, or the two ends of a range, as on the command line."""
-    if isinstance(one, Choices):
-        return list(one.values)
-    return [str(int(end)) if one.integer else f"{end:.9g}" for end in (one.low, one.high)]
+    if isinstance(flag, Choices):
+        return list(flag.values)
+    return [str(int(end)) if flag.integer else f"{end:.9g}" for end in (flag.low, flag.high)]
 
 
 def grid_points(swept: Sequence[Swept]) -> list[dict[str, str]]:
     """Every combination of a grid, the last flag changing first.
 
     Raises:
-        LoRAError: a range has no end of points.
+        LoRAError: a flag has a range.
     """
-    for one in swept:
-        if isinstance(one, Range):
-            raise LoRAError(f"--range {one.key} has no grid: give --sampler random or tpe, and --trials N")
-    keys = [one.key for one in swept]
-    every = itertools.product(*(one.values for one in swept if isinstance(one, Choices)))
-    return [dict(zip(keys, values, strict=True)) for values in every]
+    for flag in swept:
+        if isinstance(flag, Range):
+            raise LoRAError(f"--range {flag.key} has no grid: give --sampler random or tpe, and --trials N")
+    keys = [flag.key for flag in swept]
+    combinations = itertools.product(*(flag.values for flag in swept if isinstance(flag, Choices)))
+    return [dict(zip(keys, values, strict=True)) for values in combinations]
 
 
 def split(text: str, at: str = ",") -> list[str]:
-    """The parts between commas that stand outside brackets and quotes."""
+    """The parts between commas outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:
@@ -137,27 +136,27 @@ def split(text: str, at: str = ",") -> list[str]:
 
 
 def number(text: str) -> float | None:
-    """A value as a number, None where it is none."""
+    """A value as a finite number, else None."""
     try:
-        value = float(text)
+        parsed = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return parsed if math.isfinite(parsed) else None
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """By key, its last part, with more of it where that alone would name two."""
+    """By key the shortest ending of its dotted name that tells all keys apart."""
     parts = {key: key.split(".") for key in keys}
     count = 1
     while True:
-        names = {key: ".".join(words[-count:]) for key, words in parts.items()}
+        names = {key: ".".join(names_of[-count:]) for key, names_of in parts.items()}
         if len(set(names.values())) == len(parts) or count >= max(map(len, parts.values())):
             return names
         count += 1
 
 
 def readable_value(value: str) -> str:
-    """A value for a person: `[query, value]` is query, value."""
+    """A value as text for people: `[query, value]` becomes query, value."""
     inner = value[1:-1] if value.startswith("[") and value.endswith("]") and "[" not in value[1:] else value
     return ", ".join(part.strip("'\"") for part in split(inner)) if inner is not value else value
 

@@ -5,13 +5,13 @@ One trial of Optuna's is one fit. Its user attributes hold what Optuna has no fi
     values     {flag: text}, as on the command line, with the r that a budget chose
     seed       of the fit; None where the config's own is taken
     name       of its folder in the sweep's
-    owner      [host, process of the sweep, process of the fit, beat]: who fits it; the beat grows while they live
+    owner      [host, process of the sweep, process of the fit, heartbeat]: the last grows while the processes live
     outcome    "complete", "failed" or "superseded", where Optuna's state is FAIL; a FAIL without one was interrupted
     trainable, seconds, run, error, value
 
-Several processes, on one machine or on many, work on one study when they name one storage. A trial belongs to whom
-Optuna handed it to. Where its owner dies, another process closes it and enters its values again: the fit goes on from
-its last checkpoint where the folder is shared, and begins anew where it is not.
+Several processes, on one machine or on many, work on one study when they name one storage. A trial belongs to the
+process that got it from Optuna. Where its owner dies, another process closes it and enters its values again: the fit
+resumes from its last checkpoint where the folder is shared, and begins anew where it is not.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ Values = dict[str, str]
 JOURNAL = "study.log"
 """Optuna's journal file in the sweep's folder, where no storage is named."""
 SILENCE = 300.0
-"""Seconds after which an owner whose beat does not grow counts as dead, wherever it runs."""
+"""Seconds after which an owner without a new heartbeat counts as dead, on any machine."""
 UNCLAIMED = 30.0
-"""Seconds after which a trial counts as left that some process took without saying who it is."""
+"""Seconds after which a trial that some process took without an owner counts as abandoned."""
 NAME_LENGTH = 60
-"""Characters of a folder's name that say the values."""
+"""Characters of the values in a folder's name."""
 
 
 @dataclass(kw_only=True)
 class Trial:
-    """One fit as the study knows it."""
+    """One fit in the study."""
 
     number: int
     values: Values
@@ -57,7 +57,7 @@ class Trial:
     value: float | None = None
     """The metric of the best checkpoint; None where it was not finite."""
     reported: list[float] = field(default_factory=list)
-    """The metric after each validation, where a pruner asked for it."""
+    """The metric after each validation, where there is a pruner."""
     trainable: int | None = None
     seconds: float | None = None
     run: str | None = None
@@ -75,7 +75,7 @@ class Trial:
 
 
 def folder_name(number: int, values: Values, seed: int | None) -> str:
-    """`003_r-4_dropout-0.1_seed-2`: the values as far as they fit."""
+    """A name such as `003_r-4_dropout-0.1_seed-2`, with as much of the values as fits."""
     names = short_names(list(values))
     text = "_".join(f"{names[key]}-{readable_value(value)}" for key, value in values.items())
     text = re.sub(r"[^\w.+-]+", "-", text).strip("-.")[:NAME_LENGTH]
@@ -83,7 +83,7 @@ def folder_name(number: int, values: Values, seed: int | None) -> str:
 
 
 class Study:
-    """Fits to be made, being made and made, shared by all processes that open the same storage and name."""
+    """All fits of a sweep, shared by all processes that open the same storage and name."""
 
     def __init__(
         self,
@@ -108,17 +108,17 @@ class Study:
             load_if_exists=True,
         )
         self.owned: dict[int, Any] = {}
-        """By number, Optuna's handle of each trial that this process fits."""
+        """Optuna's handle of each trial that this process fits, by number."""
         self._beats: dict[int, tuple[int, float]] = {}
-        """By number, the last beat of another process's trial and when it was seen first."""
+        """The last heartbeat of each other process's trial, and when it was seen first, by number."""
 
     # What the study is of
 
     def claim(self, about: dict[str, Any]) -> None:
-        """Note what the study is of, or see that it is of this.
+        """Write what the study is about, or check that it agrees.
 
         Raises:
-            LoRAError: it is of another config, metric, budget or set of flags; the first difference is named.
+            LoRAError: the study has another config, metric, budget or set of flags; names the first difference.
         """
         before = self.study.user_attrs.get("about")
         if before is None:
@@ -130,15 +130,15 @@ class Study:
             )
 
     def add(self, wanted: Iterable[tuple[Values, int | None]]) -> None:
-        """Enter the fits of a grid that are not in it, and again those that failed."""
+        """Enter the fits of a grid that are missing, and again those that failed."""
         known = {(trial.point, trial.seed): trial for trial in self.trials(waiting=True)}
         for values, seed in wanted:
-            present = known.get((tuple(values.items()), seed))
-            if present is None or present.state == "failed":
-                self._enter({}, values=values, seed=seed, name=present.name if present else None)
+            earlier = known.get((tuple(values.items()), seed))
+            if earlier is None or earlier.state == "failed":
+                self._enter({}, values=values, seed=seed, name=earlier.name if earlier else None)
 
     def add_proposals(self, number: int, seeds: Sequence[int | None]) -> None:
-        """Enter as many points for the sampler to choose as are missing to `number`, and what failed."""
+        """Enter points for the sampler to choose until there are `number`, and again fits that failed."""
         trials = self._optuna_trials()
         proposals = {t.user_attrs["proposal"] for t in trials if "proposal" in t.user_attrs}
         for proposal in range(number):
@@ -153,68 +153,68 @@ class Study:
     # The life of one fit
 
     def next(self, seeds: Sequence[int | None] = (None,), complete: Callable[[Values], Values] = dict) -> Trial | None:
-        """The next fit that is nobody's, now this process's; None where there is none at the moment.
+        """Take the next fit without an owner; None where there is none at the moment.
 
         Args:
-            seeds: with which each point that a sampler proposes is repeated.
-            complete: adds what follows from a proposal's values, such as the r of a budget.
+            seeds: repeat each point that a sampler proposes.
+            complete: adds values that depend on a proposal's, such as the r of a budget.
         """
         self._take_over()
         while any(trial.state == self.states.WAITING for trial in self._optuna_trials(deepcopy=False)):
-            asked = self.study.ask()
-            self.owned[asked.number] = asked
-            self.beat(asked.number, 0)
-            attributes = asked.user_attrs
+            handle = self.study.ask()
+            self.owned[handle.number] = handle
+            self.beat(handle.number, 0)
+            attributes = handle.user_attrs
             if "values" not in attributes:
                 if "proposal" not in attributes:  # another process took the last one first
-                    self._close(asked, "superseded")
+                    self._close(handle, "superseded")
                     return None
-                values = complete(self._suggest(asked))
-                asked.set_user_attr("values", values)
+                values = complete(self._suggest(handle))
+                handle.set_user_attr("values", values)
                 self._repeat(values, seeds[1:])
             elif self.sampler is not None:
-                self._suggest(asked)  # its values were fixed when it was entered; so the sampler learns of them
-            values, seed = asked.user_attrs["values"], attributes["seed"]
-            if self._has_twin(asked.number, values, seed):
-                self._close(asked, "superseded")
+                self._suggest(handle)  # its values were fixed when it was entered; this tells the sampler
+            values, seed = handle.user_attrs["values"], attributes["seed"]
+            if self._has_twin(handle.number, values, seed):
+                self._close(handle, "superseded")
                 continue
             if "name" not in attributes:
-                asked.set_user_attr("name", folder_name(asked.number, values, seed))
-            return self._view(self._optuna_trials()[asked.number])
+                handle.set_user_attr("name", folder_name(handle.number, values, seed))
+            return self._view(self._optuna_trials()[handle.number])
         return None
 
     def beat(self, number: int, process: int) -> None:
-        """Say that this process lives and that `process` fits the trial, 0 before it began."""
+        """Write a heartbeat of this process; `process` is the fit's, 0 before it began."""
         before = self.owned[number].user_attrs.get("owner")
         count = before[3] + 1 if before else 0
         self.owned[number].set_user_attr("owner", [socket.gethostname(), os.getpid(), process, count])
 
     def release(self, number: int) -> None:
-        """Give a trial back, unfinished: any process may go on with it."""
+        """Give up a trial, so that any process may go on with it."""
         self.owned.pop(number).set_user_attr("owner", ["", 0, 0, 0])
 
     def should_prune(self, trial: Trial) -> bool:
-        """Hand the pruner what is new, and ask it."""
-        asked = self.owned[trial.number]
+        """Report new values to the pruner, and return its decision."""
+        handle = self.owned[trial.number]
         known = len(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
         for step in range(known, len(trial.reported)):
-            asked.report(trial.reported[step], step + 1)
-        return bool(trial.reported) and bool(asked.should_prune())
+            handle.report(trial.reported[step], step + 1)
+        return bool(trial.reported) and bool(handle.should_prune())
 
     def finish(self, trial: Trial) -> None:
-        """Note what a fit came to."""
-        asked = self.owned.pop(trial.number)
+        """Write a fit's result."""
+        handle = self.owned.pop(trial.number)
         for name in ("trainable", "seconds", "run", "error", "value"):
-            asked.set_user_attr(name, getattr(trial, name))
+            handle.set_user_attr(name, getattr(trial, name))
         if trial.state == "pruned":
-            self.study.tell(asked, state=self.states.PRUNED)
+            self.study.tell(handle, state=self.states.PRUNED)
         elif trial.state == "complete" and trial.value is not None:
-            self.study.tell(asked, trial.value)
+            self.study.tell(handle, trial.value)
         else:
-            self._close(asked, trial.state)
+            self._close(handle, trial.state)
 
     def trials(self, *, waiting: bool = False) -> list[Trial]:
-        """The newest of each fit, in the order in which they began; with `waiting`, also those that have not begun."""
+        """The newest trial of each fit, in the order of their beginnings; with `waiting`, also fits not yet begun."""
         newest: dict[Any, Trial] = {}
         for frozen in self._optuna_trials():
             attributes = frozen.user_attrs
@@ -225,10 +225,10 @@ class Study:
         return sorted(newest.values(), key=lambda trial: trial.index)
 
     def unfinished(self) -> int:
-        """Fits that wait or that some process makes."""
+        """The number of fits that wait or run."""
         return sum(not trial.state.is_finished() for trial in self._optuna_trials(deepcopy=False))
 
-    # Inner parts
+    # Helpers
 
     def _optuna_trials(self, *, deepcopy: bool = True) -> list[Any]:
         trials: list[Any] = self.study.get_trials(deepcopy=deepcopy)
@@ -239,22 +239,22 @@ class Study:
         self.study.enqueue_trial(params, user_attrs=attributes)
 
     def _repeat(self, values: Values, seeds: Sequence[int | None]) -> None:
-        """Enter a sampler's point with the seeds that it was not entered with."""
+        """Enter a sampler's point with the seeds that are missing."""
         had = {t.user_attrs["seed"] for t in self._optuna_trials() if t.user_attrs.get("values") == values}
         for seed in seeds:
             if seed not in had:
                 self._enter(self._params(values), values=values, seed=seed)
 
-    def _close(self, asked: Any, outcome: str) -> None:
-        self.owned.pop(asked.number, None)
-        asked.set_user_attr("outcome", outcome)
-        self.study.tell(asked, state=self.states.FAIL)
+    def _close(self, handle: Any, outcome: str) -> None:
+        self.owned.pop(handle.number, None)
+        handle.set_user_attr("outcome", outcome)
+        self.study.tell(handle, state=self.states.FAIL)
 
     def _has_twin(self, number: int, values: Values, seed: int | None) -> bool:
-        """Whether the same fit is done, or begun under a smaller number: two processes may both have entered it."""
+        """Whether the same fit is done, or runs under a smaller number: two processes may both have entered it."""
         for other in self._optuna_trials():
-            mine = other.number == number or other.user_attrs.get("values") != values
-            if mine or other.user_attrs.get("seed") != seed or "outcome" in other.user_attrs:
+            differs = other.number == number or other.user_attrs.get("values") != values
+            if differs or other.user_attrs.get("seed") != seed or "outcome" in other.user_attrs:
                 continue
             earlier = other.state == self.states.RUNNING and other.number < number
             if earlier or other.state in (self.states.COMPLETE, self.states.PRUNED):
@@ -262,7 +262,7 @@ class Study:
         return False
 
     def _take_over(self) -> None:
-        """Enter again what a process that is dead, or that gave it back, left unfinished."""
+        """Enter again the unfinished fits of processes that died or released them."""
         for trial in self._optuna_trials():
             if trial.state != self.states.RUNNING or trial.number in self.owned or not self._is_left(trial):
                 continue
@@ -271,8 +271,8 @@ class Study:
             except ValueError:
                 continue  # another process was first
             names = {"values", "seed", "name", "proposal"} & set(trial.user_attrs)
-            kept = {name: trial.user_attrs[name] for name in names}
-            self.study.enqueue_trial(trial.params, user_attrs=kept)
+            attributes = {name: trial.user_attrs[name] for name in names}
+            self.study.enqueue_trial(trial.params, user_attrs=attributes)
 
     def _is_left(self, trial: Any) -> bool:
         host, sweep, fit, beat = trial.user_attrs.get("owner", [None, 0, 0, 0])
@@ -302,33 +302,31 @@ class Study:
             **{key: attributes.get(key) for key in ("trainable", "seconds", "run", "error")},
         )
 
-    def _suggest(self, asked: Any) -> Values:
-        """Let the sampler choose. Its seed is the trial's number, so that no two processes draw the same points."""
-        self.study.sampler = self._sampler(asked.number)
-        suggestion: Values = {}
-        for one in self.swept:
-            if isinstance(one, Choices):
-                suggestion[one.key] = asked.suggest_categorical(one.key, one.values)
-            elif one.integer:
-                suggestion[one.key] = str(asked.suggest_int(one.key, int(one.low), int(one.high), log=one.log))
+    def _suggest(self, handle: Any) -> Values:
+        """Let the sampler choose. Its seed is the trial's number, so that no two processes get the same points."""
+        self.study.sampler = self._sampler(handle.number)
+        values: Values = {}
+        for flag in self.swept:
+            if isinstance(flag, Choices):
+                values[flag.key] = handle.suggest_categorical(flag.key, flag.values)
+            elif flag.integer:
+                values[flag.key] = str(handle.suggest_int(flag.key, int(flag.low), int(flag.high), log=flag.log))
             else:  # nine digits tell any two values of a sweep apart
-                suggestion[one.key] = f"{asked.suggest_float(one.key, one.low, one.high, log=one.log):.9g}"
-        return suggestion
+                values[flag.key] = f"{handle.suggest_float(flag.key, flag.low, flag.high, log=flag.log):.9g}"
+        return values
 
     def _params(self, values: Values) -> dict[str, Any]:
-        """Values as Optuna takes them back; none where no sampler learns of them."""
+        """Values in Optuna's types; empty without a sampler."""
         if self.sampler is None:
             return {}
-        return {
-            one.key: values[one.key] if isinstance(one, Choices) else (int if one.integer else float)(values[one.key])
-            for one in self.swept
-        }
+        types = {flag.key: str if isinstance(flag, Choices) else int if flag.integer else float for flag in self.swept}
+        return {key: kind(values[key]) for key, kind in types.items()}
 
     def _sampler(self, seed: int) -> Any:
         samplers = self.optuna.samplers
         if self.sampler != "tpe":
             return samplers.RandomSampler(seed=seed)
-        # A third at random and at most Optuna's ten: of a dozen trials it would learn from the last two.
+        # A third at random, at most Optuna's ten: with ten of a dozen trials it would learn from two.
         random = max(2, min(10, self.count // 3))
         return samplers.TPESampler(seed=seed, n_startup_trials=random, constant_liar=True, multivariate=False)
 
@@ -339,7 +337,7 @@ class Study:
         return pruners.HyperbandPruner() if name == "hyperband" else pruners.NopPruner()
 
     def _storage(self, storage: str | None, folder: Path) -> Any:
-        """A journal file, which a shared folder is enough for, or any database that SQLAlchemy reaches."""
+        """Optuna's storage: a journal file, which may be in a shared folder, or a database of SQLAlchemy's."""
         if storage is None or "://" not in storage:
             file = folder / JOURNAL if storage is None else Path(storage)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -366,7 +364,7 @@ class Study:
             ) from error
 
     def _database(self, url: str) -> Any:
-        """Optuna's storage; tried again, since of processes that make its tables at once all but one fail."""
+        """Optuna's database storage, with retries: of processes that make its tables at once all but one fail."""
         for _ in range(2):
             try:
                 return self.optuna.storages.RDBStorage(url)
@@ -389,7 +387,7 @@ def first_difference(before: Any, now: Any, where: str = "") -> str | None:
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process of this machine lives; 0 is none. One that has ended and that nobody waited for does not."""
+    """Whether a process of this machine lives; 0 and zombies do not."""
     if not process:
         return False
     try:
@@ -402,7 +400,7 @@ def is_alive(process: int) -> bool:
 
 
 def import_optuna() -> Any:
-    """Optuna, quiet.
+    """Import Optuna and silence its log.
 
     Raises:
         MissingPackageError: it is not installed.

@@ -1,4 +1,4 @@
-"""The whole of a sweep: what is asked, checked; its fits, old and new; and what came of them."""
+"""A sweep: checks the request, runs the missing fits, and writes the results."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from lora_lightning.training.strategies.endings import in_all_processes
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a sweep is asked to do, checked before anything is opened.
+    """The options of a sweep, checked before anything is opened.
 
     Raises:
-        LoRAError: options that do not go together, or mean nothing.
-        MissingPackageError: figures are wanted, and matplotlib is not installed.
+        LoRAError: an option is invalid, or options exclude each other.
+        MissingPackageError: figures are requested, and matplotlib is not installed.
     """
 
     fit: Sequence[str]
@@ -59,7 +59,7 @@ class Request:
     seeds: Sequence[int] = ()
     budget: int | None = None
     storage: str | None = None
-    """Of Optuna: a file for its journal or a database; None is a journal in the sweep's folder."""
+    """Optuna's journal file or database; None is a journal in the sweep's folder."""
     name: str | None = None
     runs_dir: str = "runs"
     plots: bool = True
@@ -72,10 +72,10 @@ class Request:
         object.__setattr__(self, "swept", space(self.grid, self.ranges))
         if not self.swept:
             raise LoRAError("a sweep needs something to sweep: --grid model.lora.r=1,2,4,8")
-        keys = [one.key for one in self.swept]
+        keys = [flag.key for flag in self.swept]
         if self.budget is not None and RANK in keys:
             raise LoRAError(f"--budget chooses r for each set of matrices: leave {RANK} out of --grid and --range")
-        if self.budget is not None and not any(isinstance(one, Choices) and one.key == MATRICES for one in self.swept):
+        if self.budget is not None and not any(isinstance(x, Choices) and x.key == MATRICES for x in self.swept):
             raise LoRAError(
                 f'--budget compares sets of matrices: give --grid "{MATRICES}=[query],[query,value],all-linear"'
             )
@@ -97,28 +97,28 @@ class Request:
             refuse_missing()
 
     def _check_together(self) -> None:
-        given = {
+        options = {
             "--sampler": self.sampler != "grid",
             "--jobs": self.jobs > 1,
             "--seeds": bool(self.seeds),
             "--pruner": self.pruner != "none",
             "--storage": self.storage is not None,
         }
-        if unfit := [flag for flag, is_given in given.items() if is_given]:
+        if unfit := [flag for flag, is_set in options.items() if is_set]:
             raise LoRAError(f"--together fits one grid in one process: leave {', '.join(unfit)} out, or --together")
-        refuse_keys([one.key for one in self.swept], self.fit, self.grid)
+        refuse_keys([flag.key for flag in self.swept], self.fit, self.grid)
         if self.halving is not None:
             Halving(self.halving, self.rungs)
 
     @property
     def points(self) -> int:
-        """How many combinations of values it has when it is done."""
+        """The number of combinations of values."""
         return len(grid_points(self.swept)) if self.sampler == "grid" else self.trials or 0
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What a sweep came to."""
+    """The result of a sweep."""
 
     folder: Path
     points: list[Point]
@@ -139,8 +139,8 @@ class Sweep:
         if base.trainer is not None:
             refuse_strategy(base.trainer)
         self.ranks = self._ranks() if request.budget is not None else {}
-        self.keys = [*(one.key for one in request.swept), *([RANK] if self.ranks else [])]
-        """What is swept, and the r that a budget chose."""
+        self.keys = [*(flag.key for flag in request.swept), *([RANK] if self.ranks else [])]
+        """The swept flags, and r where a budget chooses it."""
         self.about: dict[str, Any] = {
             "metric": self.metric,
             "goal": self.goal,
@@ -148,25 +148,24 @@ class Sweep:
             "keys": self.keys,
             "config": _drop_swept(base.config, self.keys, seeds=bool(request.seeds)),
         }
-        if request.together:  # what was decided at a rung is not of other rungs
+        if request.together:  # decisions at rungs do not hold for other rungs
             self.about["together"] = {"halving": request.halving, "rungs": list(request.rungs)}
-        if request.sampler != "grid":  # Optuna's samplers keep the choices that they began with
-            self.about["choices"] = {one.key: list(one.values) for one in request.swept if isinstance(one, Choices)}
+        if request.sampler != "grid":  # Optuna's samplers keep their first choices
+            self.about["choices"] = {x.key: list(x.values) for x in request.swept if isinstance(x, Choices)}
 
     @property
     def count(self) -> int:
-        """Fits that it has when it is done."""
+        """The number of fits."""
         return self.request.points * len(self.seeds)
 
     def processes(self) -> AbstractContextManager[None]:
-        """Within the block all processes of the one fit are there, where it is one fit: the first runs the sweep, and
-        the others `follow`."""
+        """Within the block all processes of a sweep `together` run: rank 0 runs the sweep, the others `follow`."""
         trainer = self.base.trainer
         return nullcontext() if trainer is None else in_all_processes(trainer, unless=(Stopped, SystemExit))
 
     def follow(self) -> None:
-        """Go through the fits that the first process of several has taken from the study, and write nothing."""
-        with suppress(KeyboardInterrupt, Stopped):  # of which the first process tells
+        """Take part in the fits that rank 0 has taken from the study, and write nothing."""
+        with suppress(KeyboardInterrupt, Stopped):  # rank 0 reports them
             Together(folder=self.folder, args=self.request.fit, **self._together).run()
 
     @property
@@ -174,7 +173,7 @@ class Sweep:
         return {"metric": self.metric, "goal": self.goal, "eta": self.request.halving, "rungs": self.request.rungs}
 
     def run(self, say: Say, watch: Watch = lambda _: None) -> Outcome:
-        """Fit what is not done yet, and write what came of it, also where it is interrupted."""
+        """Run the fits that are not done, and write the results, also after an interruption."""
         request = self.request
         study = Study(
             self.folder,
@@ -218,24 +217,24 @@ class Sweep:
         return Outcome(folder=self.folder, points=points_of, keys=self.keys, metric=self.metric, goal=self.goal)
 
     def _complete(self, values: Values) -> Values:
-        """With the r that the budget chose."""
+        """The values with the r that the budget chose."""
         return {**values, RANK: str(self.ranks[values[MATRICES]])} if self.ranks else dict(values)
 
     def _check_values(self) -> None:
-        """Let fit's own parser see every value, so that a mistake is told before the first trial.
+        """Check every value with fit's parser before the first trial.
 
         Raises:
-            ConfigError: a field of `model.lora` has a value that means nothing.
+            ConfigError: a field of `model.lora` has an invalid value.
         """
-        for one in self.request.swept:
-            for value in bounds(one):
-                asked = [*self.request.fit, *first_values(self.request.swept), f"--{one.key}={value}"]
-                LoRAConfig(**self.base.check(asked).model.lora.as_dict())  # its own checks, beside its types
+        for flag in self.request.swept:
+            for value in bounds(flag):
+                args = [*self.request.fit, *first_values(self.request.swept), f"--{flag.key}={value}"]
+                LoRAConfig(**self.base.check(args).model.lora.as_dict())  # its checks, beside its types
 
     def _ranks(self) -> dict[str, int]:
-        """For each set of matrices the r that meets the budget."""
+        """For each set of matrices the r that is nearest to the budget."""
         assert self.request.budget is not None
-        sets = next(one for one in self.request.swept if one.key == MATRICES)
+        sets = next(flag for flag in self.request.swept if flag.key == MATRICES)
         assert isinstance(sets, Choices)
         ranks = {}
         for value in sets.values:
@@ -249,7 +248,7 @@ class Sweep:
 
 
 def prepare(request: Request) -> Sweep:
-    """Open the config and look at everything that can be looked at before the first fit.
+    """Open the config and check everything that can be checked before the first fit.
 
     Raises:
         LoRAError: the request does not fit the config.
@@ -273,7 +272,7 @@ def _metric(request: Request, base: Base) -> tuple[str, str]:
 
 
 def _drop_swept(config: dict[str, Any], keys: Sequence[str], *, seeds: bool) -> dict[str, Any]:
-    """The config less what is swept."""
+    """The config without the swept flags."""
     copy: dict[str, Any] = json.loads(json.dumps(config))
     for key in [*keys, *(["seed_everything"] if seeds else [])]:
         *above, last = key.split(".")

@@ -35,19 +35,19 @@ VARY = (
     "model.init_adapter",
     "trainer.gradient_clip_",
 )
-"""Flags that may differ between members; all else belongs to the one W0, the one set of data or the number of steps."""
+"""Flags that may differ between members; others belong to the shared W0, data or number of steps."""
 Watch = Callable[[Population], None]
 
 
 def refuse_keys(keys: Sequence[str], fit: Sequence[str], grid: Sequence[str]) -> None:
-    """Raise where a swept flag cannot vary within one fit.
+    """Raise for a swept flag that cannot vary within one fit.
 
     Raises:
-        LoRAError: its name, and the command that sweeps it.
+        LoRAError: names the flag, and the command that sweeps it.
     """
     for key in keys:
         if not key.startswith(VARY):
-            alone = shlex.join(["lora-lightning", "sweep", *fit, *(word for one in grid for word in ("--grid", one))])
+            alone = shlex.join(["lora-lightning", "sweep", *fit, *(word for x in grid for word in ("--grid", x))])
             raise LoRAError(
                 f"--together: '{key}' cannot differ between members, which share W0, data, precision, strategy and the"
                 f" number of steps; each in a fit of its own: {alone}"
@@ -56,14 +56,14 @@ def refuse_keys(keys: Sequence[str], fit: Sequence[str], grid: Sequence[str]) ->
 
 @dataclass(kw_only=True)
 class Together:
-    """The study's trials as one population.
+    """Runs the study's trials as one population.
 
     Args:
-        folder: the sweep's, in which each member has its own.
+        folder: the sweep's, with a folder for each member.
         args: of `fit`, the same for all.
-        metric, goal: what ranks, and what members are dropped by.
-        eta, rungs: of the halving; eta None drops nobody.
-        study: in the first process of several, which alone claims its trials and records what they came to.
+        metric, goal: by which members are ranked and dropped.
+        eta, rungs: of the halving; eta None drops no member.
+        study: in rank 0 alone, which claims trials and records their results.
     """
 
     folder: Path
@@ -79,7 +79,7 @@ class Together:
     _trials: dict[str, Trial] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Fit what is not done yet.
+        """Run the fits that are not done.
 
         Raises:
             Stopped: by SIGTERM, once all members have saved.
@@ -99,8 +99,8 @@ class Together:
                     population.fit(data, self._look)
                 except BaseException:
                     if any(member.is_left for member in members):
-                        raise  # else each has failed by itself, and what it said is recorded
-            self._look(population)  # where all that was left had been dropped before a kill
+                        raise  # else each has failed by itself, and its error is recorded
+            self._look(population)  # for members that were dropped before a kill
         except Interrupted as interrupted:
             raise (KeyboardInterrupt if interrupted.number == signal.SIGINT else Stopped) from None
         finally:
@@ -114,7 +114,6 @@ class Together:
         for name, trial in self._trials.items():
             flags = [f"--{key}={value}" for key, value in trial.values.items()]
             flags += [f"--runs_dir={self.folder}", f"--name={name}", "--ckpt_path=auto"]
-
             built = build_run(["fit", *self.args, *flags], functools.partial(_as_member, data=data))
             if data is None:
                 assert built.data is not None
@@ -135,12 +134,12 @@ class Together:
                 log=self.folder / name / LOG,
             )
             members.append(member)
-            share_w0(members[0], member)  # before the next one comes with a W0 of its own
+            share_w0(members[0], member)  # before the next member loads its W0
         assert data is not None
         return members, data
 
     def _look(self, population: Population) -> None:
-        """Record the members that have come to their end."""
+        """Record the members that have ended."""
         for member in population.members:
             if self.study is not None and member.name in self._trials and member.is_over:
                 self._record(self.study, self._trials.pop(member.name), member)
@@ -160,7 +159,7 @@ class Together:
 
 
 def _as_member(config: Namespace, data: LightningDataModule | None) -> None:
-    """What a member's config has of its own: no bar beside the one of all, and data that are there already."""
+    """Change a member's config: no progress bar, and the shared data."""
     config.trainer.enable_progress_bar = False
     if data is not None:
         config.data = data
@@ -168,7 +167,7 @@ def _as_member(config: Namespace, data: LightningDataModule | None) -> None:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Within the block Lightning's notes of each fit, such as that its steps are done, do not reach the screen."""
+    """Within the block Lightning's notes of each fit are not shown."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -179,7 +178,7 @@ def _quiet_lightning() -> Iterator[None]:
 
 
 def progress(population: Population) -> dict[str, Any]:
-    """What a progress bar shows of a population: members left, rung, and the step that is reached of all."""
+    """A progress bar's fields for a population: remaining members, rung, and the current step."""
     left = [member for member in population.members if member.is_left]
     text = f"{len(left)}/{len(population.members)} members"
     if rungs := population.rungs:

@@ -1,10 +1,9 @@
-"""Where the answers stand in a conversation as its chat template writes it, by character and by token.
+"""Finds the answers in a conversation's text as its chat template renders it, by character and by token.
 
-An answer is what the model would have to write itself: from where its generation prompt ends to the token that ends its
-turn. Both are found by rendering: the conversation up to the answer with a generation prompt, and the one with the
-answer in it, are beginnings of the whole. Templates that write earlier turns anew (Qwen3 leaves their thinking out,
-Mistral moves the system message to the last turn) break that; there a marker in the answer's place shows what stands
-before and after it.
+An answer is what the model would have to write: from the end of its generation prompt to the token that ends its turn.
+Both ends are found by rendering: the conversation up to the answer with a generation prompt, and the one with the
+answer, are prefixes of the whole. Templates that rewrite earlier turns (Qwen3 leaves out their thinking, Mistral moves
+the system message to the last turn) break that; there a marker in the answer's place shows the text before and after.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from typing import Any
 from lora_lightning.data.chat.conversations import Message
 
 Render = Callable[[Sequence[Message], bool], str]
-"""Messages, and whether a prompt for the next answer ends them, to text."""
+"""Renders messages, with or without a prompt for the next answer at their end, to text."""
 
 MARKER = "\ue000answer\ue000"
-"""Of the private use area: in no template and in no answer."""
+"""Characters of the private use area, which are in no template and in no answer."""
 
 
 class AnswerNotFoundError(Exception):
-    """The template rewrites a message so that it cannot be told from the rest. Messages count from 1."""
+    """The template rewrites a message so that it cannot be found. Messages count from 1."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"message {number}")
@@ -33,15 +32,15 @@ class AnswerNotFoundError(Exception):
 def answer_spans(
     render: Render, messages: Sequence[Message], answers: Sequence[int]
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Return the conversation's text, and of each of the `answers` its first character and the one after its turn.
+    """Return the conversation's text, and for each of the `answers` its first character and the one after its turn.
 
     Args:
-        render: the chat template; may raise where a beginning of a conversation is none by itself.
+        render: the chat template; it may raise for a part of a conversation.
         messages: the conversation.
-        answers: which of them, counted from 0.
+        answers: numbers of messages, from 0.
 
     Raises:
-        AnswerNotFoundError: the template does something else with a message than write it once.
+        AnswerNotFoundError: the template does not write a message exactly once.
     """
     text = render(messages, False)
     return text, [_span(render, messages, number, text) for number in answers]
@@ -59,14 +58,14 @@ def _span(render: Render, messages: Sequence[Message], number: int, text: str) -
 def _by_marker(
     render: Render, messages: Sequence[Message], number: int, text: str, before: str | None
 ) -> tuple[int, int]:
-    """Find an answer by the text around a marker in its place, in the whole conversation and where it is cut there."""
+    """Find an answer by the text around a marker in its place, in the whole conversation and in one that ends there."""
     marked = [*messages[:number], {**messages[number], "content": MARKER}, *messages[number + 1 :]]
     head, here, tail = (_render_or_none(render, marked, False) or "").partition(MARKER)
     alone, _, closing = (_render_or_none(render, marked[: number + 1], False) or "").partition(MARKER)
     if before is not None and text.startswith(before):
         start = len(before)
     elif text.startswith(head):
-        # What stands between the generation prompt and the answer, such as a blank, the model writes itself.
+        # The model writes the text between the generation prompt and the answer, such as a blank.
         lead = alone.removeprefix(before) if before and alone.startswith(before) else ""
         start = len(head.removesuffix(lead))
     else:
@@ -77,22 +76,22 @@ def _by_marker(
     return start, end + _common_length(closing, tail)
 
 
-def _common_length(one: str, other: str) -> int:
-    """Return how many characters both texts begin with."""
-    shorter = min(len(one), len(other))
-    return next((i for i in range(shorter) if one[i] != other[i]), shorter)
+def _common_length(a: str, b: str) -> int:
+    """Return the length of the common prefix of two texts."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
 
 def _render_or_none(render: Render, messages: Sequence[Message], prompt: bool) -> str | None:
-    """Render; None where the template refuses these messages, as some do where roles do not take turns."""
+    """Render; None where the template refuses these messages, as some do where roles do not alternate."""
     try:
         return render(messages, prompt) if messages else None
-    except Exception:  # a template raises what it likes
+    except Exception:  # a template may raise anything
         return None
 
 
 def tokens_within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Return of each token whether it begins within a span. One that begins in the prompt belongs to the prompt."""
+    """Return for each token whether it begins within a span. One that begins in the prompt belongs to the prompt."""
     marks, ahead = [], list(spans)
     for begins, _ in offsets:
         while ahead and begins >= ahead[0][1]:
@@ -104,12 +103,12 @@ def tokens_within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int,
 def up_to_turns_end(
     marks: Sequence[bool], ids: Sequence[int], special: set[int], blank: Callable[[int], bool]
 ) -> list[bool]:
-    """Let each answer end with the special token that ends its turn, if there is one: in it, or right behind it.
+    """Let each answer end with the special token that ends its turn, if there is one in it or right after it.
 
     Args:
-        marks: of each token, whether an answer holds it.
+        marks: whether each token belongs to an answer.
         special: control tokens.
-        blank: whether a token is white space alone, such as the line break behind the end of a turn.
+        blank: whether a token is only white space, such as the line break after the end of a turn.
     """
     marks = list(marks)
     for first, end in runs(marks):
@@ -124,7 +123,7 @@ def up_to_turns_end(
 
 
 def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
-    """Return each run of marks: the place of its first, and the one after its last."""
+    """Return each run of marks: the position of its first, and the one after its last."""
     spans, at = [], 0
     for mark, group in groupby(marks):
         size = len(list(group))

@@ -1,4 +1,4 @@
-"""Conversations to token ids, and which of them are trained on, by the model's own chat template."""
+"""Encodes conversations by the model's chat template to token ids, and labels of the tokens that are trained on."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from lora_lightning.tasks.losses.token_loss import IGNORED
 TrainOn = Literal["answers", "last_answer", "all"]
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""Where a template marks its answers itself."""
+"""A template's own mark of answers."""
 
 
 class TemplateError(Exception):
-    """A conversation that the chat template does not take."""
+    """The chat template refuses a conversation."""
 
 
 def _refusal(error: Exception) -> TemplateError:
@@ -50,7 +50,7 @@ class ChatTemplate:
     """Variables that the template reads, such as `enable_thinking`."""
 
     def text(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
-        """The conversation as the model reads it; `prompt` ends it where an answer would begin."""
+        """The conversation's text; `prompt` adds the beginning of an answer."""
         return str(
             self.tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
@@ -58,22 +58,22 @@ class ChatTemplate:
         )
 
     def prompt_ids(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
-        """Tokens of a conversation that an answer is to follow.
+        """Token ids of a conversation, up to the beginning of an answer.
 
         Raises:
             TemplateError: the template refuses the conversation.
         """
         try:
             text = self.text(messages, tools, prompt=True)
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise anything
             raise _refusal(error) from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, messages: Sequence[Message], tools: Any, train_on: TrainOn) -> tuple[list[int], list[int]]:
-        """Token ids up to the last answer's end, and labels: the ids themselves where trained on, else -100.
+        """Token ids up to the last answer's end, and labels: the ids where trained on, else -100.
 
         Raises:
-            TemplateError: the template refuses the conversation, or rewrites an answer so that it is not found.
+            TemplateError: the template refuses the conversation, or rewrites an answer so that it cannot be found.
         """
         try:
             ids, marks = self._ids_and_marks(messages, tools, train_on)
@@ -82,7 +82,7 @@ class ChatTemplate:
                 f"its answers to be found in what the chat template makes of it, which rewrites message {error.number}"
                 " (train_on: last_answer may do, or a chat_template with {% generation %})"
             ) from error
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise anything
             raise _refusal(error) from error
         return ids, [number if mark else IGNORED for number, mark in zip(ids, marks, strict=True)]
 
@@ -123,14 +123,14 @@ class ChatTemplate:
         return not str(self.tokenizer.decode([number])).strip()
 
 
-def give_template(tokenizer: PreTrainedTokenizerBase, given: str | None) -> None:
-    """Put a chat template into the tokenizer: the text of one or a file of it; None keeps its own.
+def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Set the tokenizer's chat template from a text or a file; None keeps the tokenizer's.
 
     Raises:
-        LoRAError: there is none, or the tokenizer cannot say where in a text its tokens are.
+        LoRAError: there is none, or the tokenizer has no offsets of its tokens.
     """
-    if given is not None:
-        tokenizer.chat_template = given if "{%" in given or "{{" in given else _read_template(given)
+    if template is not None:
+        tokenizer.chat_template = template if "{%" in template or "{{" in template else _read_template(template)
     if not tokenizer.chat_template:
         raise LoRAError(
             f"the tokenizer '{tokenizer.name_or_path}' has no chat template: give data.chat_template, a Jinja template"
@@ -143,10 +143,10 @@ def give_template(tokenizer: PreTrainedTokenizerBase, given: str | None) -> None
         )
 
 
-def _read_template(given: str) -> str:
-    file = Path(resolve(given))
+def _read_template(template: str) -> str:
+    file = Path(resolve(template))
     if not file.is_file():
-        raise LoRAError(f"chat_template: expected a Jinja template or a file of one, got '{given}'")
+        raise LoRAError(f"chat_template: expected a Jinja template or a file of one, got '{template}'")
     return file.read_text(encoding="utf-8")
 
 
@@ -161,8 +161,7 @@ def encode_conversations(
 ) -> dict[str, list[Any]]:
     """Token ids and labels of a batch of rows, cut to `max_length`.
 
-    `problem` says what is wrong with a row, `trained` how many tokens are left to train on and `whole` how many there
-    are without the cut.
+    `problem` is the error of a row, `trained` the number of tokens to train on after the cut, and `whole` that before.
     """
     columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "problem", "trained", "whole")}
     for messages, tools in conversations_of(rows, layout, system):
@@ -190,10 +189,10 @@ def encode_prompts(
     system: str | None,
     answered: bool,
 ) -> dict[str, list[Any]]:
-    """Return of each row the conversation up to its last answer, and that answer as the one reference.
+    """Return for each row the conversation up to its last answer, and that answer as the only reference.
 
     Args:
-        answered: False where a conversation may end with what is to be answered; then it is the prompt as it is.
+        answered: False where a conversation may end without an answer; then all of it is the prompt.
     """
     columns: dict[str, list[Any]] = {f"{PROMPT}input_ids": [], REFERENCES: [], "problem": []}
     for messages, tools in conversations_of(rows, layout, system):
@@ -213,12 +212,12 @@ def encode_prompts(
 def conversations_of(
     rows: Mapping[str, list[Any]], layout: Mapping[str, str], system: str | None
 ) -> Iterator[tuple[list[Message], Any]]:
-    """Messages and tools of each row."""
+    """The messages and the tools of each row."""
     for values in zip(*rows.values(), strict=True):
         row = dict(zip(rows, values, strict=True))
         yield conversation_of(row, layout, system), tools_of(row, layout)
 
 
 def _count_trained(labels: Sequence[int]) -> int:
-    """Return how many labels count. The first does not, since nothing predicts the first token."""
+    """Return the number of labels that count, without the first, since nothing predicts the first token."""
     return sum(label != IGNORED for label in labels[1:])

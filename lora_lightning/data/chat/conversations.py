@@ -1,4 +1,4 @@
-"""Rows as people keep them (OpenAI, ShareGPT, Alpaca, prompt and answer) to conversations in the OpenAI layout."""
+"""Converts rows of usual layouts (OpenAI, ShareGPT, Alpaca, prompt and answer) to conversations in OpenAI's layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_lightning.lora.errors import LoRAError, did_you_mean
 Message = dict[str, Any]
 
 PARTS = ("messages", "tools", "system", "prompt", "context", "answer")
-"""What a column can stand for."""
+"""The parts of a conversation that a column can have."""
 
 LAYOUTS: tuple[dict[str, str], ...] = (
     {"messages": "messages"},
@@ -25,21 +25,21 @@ LAYOUTS: tuple[dict[str, str], ...] = (
     {"prompt": "prompt", "answer": "response"},
     {"prompt": "question", "answer": "answer"},
 )
-"""Columns that are known by their names, the first that fits: OpenAI, ShareGPT, Alpaca, Dolly, TRL, question sets."""
+"""Known names of columns, of which the first match counts: OpenAI, ShareGPT, Alpaca, Dolly, TRL, question sets."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_NAMES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "observation": "tool", "function": "tool", "function_response": "tool", "function_call": "assistant",
 }  # fmt: skip
-"""How ShareGPT-like sets call the roles."""
+"""Names of roles in sets like ShareGPT."""
 
 
 class BadRow(Exception):
-    """What is wrong with a value of a row.
+    """A wrong value in a row.
 
     Args:
-        part: which of `PARTS` it stands in.
+        part: of `PARTS`, that with the value.
     """
 
     def __init__(self, part: str, expected: str, got: object, hint: str = "") -> None:
@@ -48,15 +48,15 @@ class BadRow(Exception):
 
 
 def layout_of(names: Sequence[str], given: Mapping[str, str] | None, *, answers: bool = True) -> dict[str, str]:
-    """Which column stands for what, by part.
+    """The column of each part.
 
     Args:
         names: the table's columns.
-        given: what the user says; the rest is known by its name or not used.
-        answers: whether rows must bring an answer; those of `predict` need none.
+        given: the user's columns by part; without them the known names are used.
+        answers: whether rows must have an answer; those of `predict` need none.
 
     Raises:
-        LoRAError: neither given nor known.
+        LoRAError: the columns are neither given nor known.
     """
     if given:
         return {part: name for part, name in given.items() if answers or part != "answer" or name in names}
@@ -72,7 +72,7 @@ def layout_of(names: Sequence[str], given: Mapping[str, str] | None, *, answers:
 
 
 def check_chat_columns(given: Mapping[str, str] | None) -> dict[str, str] | None:
-    """The user's `columns`, if each is of a known part and a conversation can be made of them.
+    """The user's `columns`, checked: each is of a known part, and they make a conversation.
 
     Raises:
         LoRAError: an unknown part; neither messages nor a prompt and an answer.
@@ -92,14 +92,14 @@ def check_chat_columns(given: Mapping[str, str] | None) -> dict[str, str] | None
 
 
 def conversation_of(row: Mapping[str, Any], layout: Mapping[str, str], system: str | None = None) -> list[Message]:
-    """The messages of a row, checked; an answer that is missing (rows of `predict`) ends them with the prompt.
+    """The messages of a row, checked; without an answer (rows of `predict`) they end with the prompt.
 
     Args:
-        layout: which column stands for what.
-        system: put in front where a conversation has no system message of its own.
+        layout: the column of each part.
+        system: a system message for conversations without one.
 
     Raises:
-        BadRow: a value is not what it should be.
+        BadRow: a value is wrong.
     """
     cells = {part: row.get(column) for part, column in layout.items()}
     if "messages" in layout:
@@ -120,24 +120,24 @@ def tools_of(row: Mapping[str, Any], layout: Mapping[str, str]) -> list[dict[str
     Raises:
         BadRow: it is neither.
     """
-    given = row.get(layout["tools"]) if "tools" in layout else None
-    if given is None or given in ("", []):
+    cell = row.get(layout["tools"]) if "tools" in layout else None
+    if cell is None or cell in ("", []):
         return None
-    tools = _json(given) if isinstance(given, str) else given
+    tools = _json(cell) if isinstance(cell, str) else cell
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRow("tools", "a list of tools, each a JSON schema", given)
+        raise BadRow("tools", "a list of tools, each a JSON schema", cell)
     return [without_nulls(tool) for tool in tools] or None
 
 
 def without_nulls(value: Any) -> Any:
-    """Without the keys that are None: a table gives each row the keys of all rows."""
+    """The value without keys that are None: a table gives each row the keys of all rows."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def last_answer(messages: Sequence[Message]) -> int | None:
-    """Where the last answer stands; None where there is none."""
+    """The index of the last answer; None where there is none."""
     return max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
 
 
@@ -151,50 +151,54 @@ def _messages_of_pair(cells: Mapping[str, Any], answered: bool) -> list[Message]
     prompt = f"{cells['prompt']}\n\n{context}" if context and context.strip() else cells["prompt"]
     if not prompt.strip():
         raise BadRow("prompt", "a text that is not empty", cells["prompt"])
-    asked = [{"role": "user", "content": prompt}]
-    return [*asked, {"role": "assistant", "content": cells["answer"]}] if answered else asked
+    messages = [{"role": "user", "content": prompt}]
+    return [*messages, {"role": "assistant", "content": cells["answer"]}] if answered else messages
 
 
-def _messages_of_list(given: Any) -> list[Message]:
-    if not isinstance(given, list):
-        raise BadRow("messages", "a list of messages, each with role and content", given)
-    if not given:
-        raise BadRow("messages", "at least one message", given)
-    return [_message(message, number) for number, message in enumerate(given, 1)]
+def _messages_of_list(messages: Any) -> list[Message]:
+    if not isinstance(messages, list):
+        raise BadRow("messages", "a list of messages, each with role and content", messages)
+    if not messages:
+        raise BadRow("messages", "at least one message", messages)
+    return [_message(message, number) for number, message in enumerate(messages, 1)]
 
 
-def _message(given: Any, number: int) -> Message:
-    if not isinstance(given, Mapping):
-        raise BadRow("messages", f"message {number} to be a mapping with role and content", given)
-    if given.get("role") is None and given.get("from") is not None:
-        given = _of_sharegpt(given, number)
-    role = given.get("role")
+def _message(source: Any, number: int) -> Message:
+    if not isinstance(source, Mapping):
+        raise BadRow("messages", f"message {number} to be a mapping with role and content", source)
+    if source.get("role") is None and source.get("from") is not None:
+        source = _of_sharegpt(source, number)
+    role = source.get("role")
     role = OTHER_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
         raise BadRow("messages", f"the role of message {number} to be one of {', '.join(ROLES)}", role, hint)
-    calls = given.get("tool_calls") or None
+    calls = source.get("tool_calls") or None
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
         raise BadRow("messages", f"tool_calls of message {number} to be a list of calls", calls)
-    message = {key: value for key, value in given.items() if value is not None and key != "tool_calls"}
-    message |= {"role": role, "content": _content(given.get("content"), number, optional=calls is not None)}
+    message = {key: value for key, value in source.items() if value is not None and key != "tool_calls"}
+    message |= {"role": role, "content": _content(source.get("content"), number, optional=calls is not None)}
     return message | ({"tool_calls": [_call(call) for call in calls]} if calls else {})
 
 
-def _content(given: Any, number: int, *, optional: bool) -> str:
-    """A message's text, of one piece or of several."""
-    if given is None and optional:
+def _content(content: Any, number: int, *, optional: bool) -> str:
+    """A message's text, from one part or several."""
+    if content is None and optional:
         return ""
-    if isinstance(given, list) and given and all(isinstance(p, Mapping) and p.get("type") == "text" for p in given):
-        given = "".join(str(part.get("text") or "") for part in given)
-    if not isinstance(given, str):
-        raise BadRow("messages", f"the content of message {number} to be text", given)
-    return given
+    if (
+        isinstance(content, list)
+        and content
+        and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content)
+    ):
+        content = "".join(str(part.get("text") or "") for part in content)
+    if not isinstance(content, str):
+        raise BadRow("messages", f"the content of message {number} to be text", content)
+    return content
 
 
-def _call(given: Mapping[str, Any]) -> dict[str, Any]:
+def _call(source: Mapping[str, Any]) -> dict[str, Any]:
     """A tool call whose arguments are a mapping, as templates expect them; OpenAI sends them as JSON text."""
-    call = without_nulls(given)
+    call = without_nulls(source)
     function = call.get("function", call)
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         arguments = _json(function["arguments"])
@@ -202,15 +206,15 @@ def _call(given: Mapping[str, Any]) -> dict[str, Any]:
     return call  # type: ignore[no-any-return]
 
 
-def _of_sharegpt(given: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """`from` and `value` as role and content; a function_call's value is the call as JSON."""
-    message = {"role": given["from"], "content": given.get("value")}
-    if given["from"] != "function_call":
+def _of_sharegpt(source: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A ShareGPT message, `from` and `value`, as role and content; a function_call's value is the call as JSON."""
+    message = {"role": source["from"], "content": source.get("value")}
+    if source["from"] != "function_call":
         return message
-    call = _json(given.get("value"))
+    call = _json(source.get("value"))
     if not isinstance(call, dict) or "name" not in call:
         raise BadRow(
-            "messages", f"message {number}, a function_call, to be JSON with name and arguments", given["value"]
+            "messages", f"message {number}, a function_call, to be JSON with name and arguments", source["value"]
         )
     return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]}
 

@@ -19,7 +19,7 @@ from lora_lightning.data.chat.chat_template import (
     TrainOn,
     encode_conversations,
     encode_prompts,
-    give_template,
+    set_template,
 )
 from lora_lightning.data.chat.conversations import (
     BadRow,
@@ -42,33 +42,33 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
 
 FEW = 50
-"""Rows that show how answers end."""
+"""Rows that are read to learn how answers end."""
 
 
 class ChatData(TextData, GivesPrompts):
-    """Files or a Hugging Face set of conversations to batches of token ids and labels, by the model's own template.
+    """Files or a Hugging Face set of conversations to batches of token ids and labels, by the model's chat template.
 
     A row is a list of `messages` (OpenAI's role, content and tool_calls, or ShareGPT's from and value), or a prompt
-    with its answer (Alpaca, Dolly, question and answer). Labels are the token ids themselves where a token is an
-    answer's, its turn's last one included, and -100 elsewhere.
+    with its answer (Alpaca, Dolly, question and answer). Labels are the token ids of answers, with the token that ends
+    the turn, and -100 elsewhere.
 
     Args:
-        columns: which columns a row's parts stand in, by part: `messages`, or `prompt` and `answer` with an optional
-            `context`; and `tools` and `system`. By default the names that such sets use.
-        train_on: `answers` all of a conversation's, the `last_answer` alone, or `all` tokens.
+        columns: the column of each part of a row: `messages`, or `prompt` and `answer` with an optional
+            `context`; and `tools` and `system`. By default the usual names.
+        train_on: all `answers` of a conversation, the `last_answer` alone, or `all` tokens.
         system: a system message for conversations without one.
-        chat_template: a Jinja template or a file of one, in place of the tokenizer's own.
+        chat_template: a Jinja template or a file of one, in place of the tokenizer's.
         template_options: variables that the template reads, such as `{enable_thinking: false}`.
-        max_length: tokens per conversation and row at most; what is over is cut off a conversation's end.
-        packing: put several conversations into one row; they do not see each other.
+        max_length: tokens per conversation and row at most; longer conversations are cut at their end.
+        packing: put several conversations into one row; they do not attend to each other.
         with_prompts: give batches of evaluation and prediction each conversation up to its last answer too, for
-            `TextGeneration` to answer; these are not packed. Rows of `predict` then need no answer of their own, and
-            their prompts are not cut.
+            `TextGeneration` to answer; these are not packed. Rows of `predict` then need no answer, and their prompts
+            are not cut.
         batch_size: conversations per batch and process in training.
         texts: arguments of `TextData`.
 
     Raises:
-        LoRAError: a missing file or column, a row that is no conversation, a template that does not take one.
+        LoRAError: a missing file or column, a row that is no conversation, or one that the template refuses.
     """
 
     def __init__(
@@ -93,16 +93,16 @@ class ChatData(TextData, GivesPrompts):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Loaded on first use, with the chat template that conversations are written by."""
+        """The tokenizer, loaded on first use, with the chat template."""
         fresh = self._tokenizer is None
         tokenizer = super().tokenizer
         if fresh:
-            give_template(tokenizer, self.chat_template)
+            set_template(tokenizer, self.chat_template)
         return tokenizer
 
     @property
     def template(self) -> ChatTemplate:
-        """How conversations are written."""
+        """The chat template with its options."""
         return ChatTemplate(self.tokenizer, self.template_options)
 
     def columns(self, split: str) -> Sequence[str | None]:
@@ -119,14 +119,14 @@ class ChatData(TextData, GivesPrompts):
         return self.with_prompts and kind_of(split) == "predict"
 
     def layout(self, split: str) -> dict[str, str]:
-        """Which column of a split stands for which part of a conversation."""
+        """The column of each part of a conversation in a split."""
         if split not in self._layouts:
             names, answers = self.tables[split].column_names, not self._only_prompts(split)
             self._layouts[split] = layout_of(names, self.given_columns, answers=answers)
         return self._layouts[split]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise at a row that is no conversation."""
+        """Raise for a row that is no conversation."""
         answers = not self._only_prompts(split)
         layout = layout_of(table.column_names, self.given_columns, answers=answers)
         check_columns(table, list(layout.values()), self.place(split))
@@ -149,12 +149,12 @@ class ChatData(TextData, GivesPrompts):
         )
 
     def conversations(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Token ids and labels of each conversation that has something left to train on; others are said aloud."""
+        """Token ids and labels of the conversations with tokens to train on; a warning counts the others."""
         encoded = self._encode_rows(
             encode_conversations, table, split, train_on=self.train_on, max_length=self.max_length
         )
-        kept = self._trainable(encoded, table[ROW], split)
-        return encoded.select(kept).select_columns(["input_ids", "labels"])
+        trainable = self._trainable(encoded, table[ROW], split)
+        return encoded.select(trainable).select_columns(["input_ids", "labels"])
 
     def _with_prompts(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         answered = kind_of(split) != "predict"
@@ -163,14 +163,14 @@ class ChatData(TextData, GivesPrompts):
             return prompts.remove_columns(REFERENCES)
         options = {"train_on": self.train_on, "max_length": self.max_length}
         encoded = self._encode_rows(encode_conversations, table, split, **options)
-        kept = self._trainable(encoded, table[ROW], split)
-        both = [encoded.select_columns(["input_ids", "labels"]), prompts]
-        return datasets.concatenate_datasets(both, axis=1).select(kept)
+        trainable = self._trainable(encoded, table[ROW], split)
+        columns = [encoded.select_columns(["input_ids", "labels"]), prompts]
+        return datasets.concatenate_datasets(columns, axis=1).select(trainable)
 
     def _encode_rows(
         self, function: Callable[..., Any], table: datasets.Dataset, split: str, **options: Any
     ) -> datasets.Dataset:
-        """`encode_by` a function of conversations, and an error for the first row that the template does not take."""
+        """`encode_by` a function of conversations, with an error for the first row that the template refuses."""
         layout = self.layout(split)
         shared = {"template": self.template, "layout": layout, "system": self.system}
         encoded = self.encode_by(function, table, split, **shared, **options)
@@ -181,25 +181,25 @@ class ChatData(TextData, GivesPrompts):
         return encoded
 
     def _trainable(self, encoded: datasets.Dataset, rows: Sequence[int], split: str) -> list[int]:
-        """Return the conversations that have an answer left to train on after the cut."""
+        """Return the numbers of conversations with tokens to train on after the cut."""
         trained, whole = (list(values_of(encoded, name)) for name in ("trained", "whole"))
         lost = [left < all_ for left, all_ in zip(trained, whole, strict=True)]
         self._cut_shares[split] = {"answers cut": sum(lost) / len(lost)}
-        kept = [number for number, count in enumerate(trained) if count]
-        if len(kept) < len(encoded):
+        fit = [number for number, count in enumerate(trained) if count]
+        if len(fit) < len(encoded):
             first = next(number for number, count in enumerate(trained) if not count)
             cut = sum(not left and short for left, short in zip(trained, lost, strict=True))
             message = (
-                f"{self.place(split)}: {len(encoded) - len(kept)} of {len(encoded)} conversations have nothing to train"
+                f"{self.place(split)}: {len(encoded) - len(fit)} of {len(encoded)} conversations have nothing to train"
                 f" on, the first in row {rows[first]}; {cut} of them because their answers begin behind max_length,"
                 f" {self.max_length} tokens"
             )
-            if not kept:
+            if not fit:
                 raise LoRAError(f"{message}: raise max_length, or see what the chat template makes of them")
             rank_zero_warn(f"{message}. They are left out")
         if split == "train":
             self._warn_of_open_ends(values_of(encoded, "labels"))
-        return kept
+        return fit
 
     def _warn_of_open_ends(self, labels: Any) -> None:
         ends = special_ids(self.tokenizer)
@@ -214,25 +214,25 @@ class ChatData(TextData, GivesPrompts):
         return partial(pad_batch, pad_token_id=self.pad_token_id or 0)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """A row for each conversation, never packed."""
+        """Return a loader with a row for each conversation, never packed."""
         if not self.packing or self.with_prompts or "predict" in self.tables:
             return super().predict_dataloader()
-        self.encoded_rows("test")  # says where there is none
+        self.encoded_rows("test")  # raises where there is none
         return self._loader(self.conversations(self.tables["test"], "test"), self.eval_batch_size)
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Return the tokens that end answers in the first rows, and the tokenizer's own end."""
+        """Return the tokens that end answers in the first rows, and the tokenizer's end token."""
         controls, ends, layout = special_ids(self.tokenizer), set(), self.layout("train")
         for row in self.tables["train"].select(range(min(len(self.tables["train"]), FEW))):
             messages = conversation_of(row, layout, self.system)
-            with contextlib.suppress(TemplateError):  # such as one whose answers are not found, where all is trained on
+            with contextlib.suppress(TemplateError):  # answers may not be found where all tokens are trained on
                 ids, labels = self.template.encode(messages, tools_of(row, layout), "answers")
                 ends |= {ids[end - 1] for _, end in runs([label != IGNORED for label in labels])} & controls
         return sorted({*ends, *super().stop_token_ids})
 
     def prompts(self, count: int) -> list[Prompt]:
-        """Held-out conversations up to their last answer, from all over the validation set (test, train without one).
+        """Held-out conversations up to their last answer, spread over the validation set (else test, else train).
 
         Args:
             count: how many at most.
@@ -249,7 +249,7 @@ class ChatData(TextData, GivesPrompts):
 
 
 def _question(messages: Sequence[Message]) -> str:
-    """What a person reads as the question: one message's text, of several each with its role."""
+    """The prompt's messages as text: one message's text, or several with their roles."""
     turns = [message for message in messages if message["role"] not in ("system", "developer")]
     if len(turns) == 1:
         return str(turns[0]["content"])

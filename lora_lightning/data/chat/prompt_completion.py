@@ -1,4 +1,4 @@
-"""Prompts and completions for a decoder-only model, each written by a template over a table's columns."""
+"""Prompts and completions for a decoder-only model, each from a template over a table's columns."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from lora_lightning.tasks.losses.token_loss import IGNORED
 class PromptCompletionData(TargetData):
     """Files or a Hugging Face set to batches of prompts with their completions; the loss is on the completions alone.
 
-    A completion ends with the tokenizer's end token, which is trained on as well. Prompt and completion are tokenised
-    apart, so that a prompt's tokens are the same with and without what follows. In evaluation a prompt is written for
-    once and held to all of its completions.
+    A completion ends with the tokenizer's end token, which is trained on too. Prompt and completion are tokenized
+    separately, so that a prompt's tokens do not depend on the completion. In evaluation a text is generated once for
+    each prompt and compared with all of its completions.
 
     Args:
         prompt: a template with columns in braces, such as `{meaning_representation} || `. Special tokens may be
             written out. `{{` is a brace.
-        completion: a template of the completion. Its column may hold a list of texts, each as good. Byte-level
-            tokenizers such as GPT-2's want a blank before the first word.
-        max_length: tokens of prompt and completion at most; of what is over, the prompt loses its beginning, then the
-            completion its end.
+        completion: a template of the completion. Its column may have a list of equally good texts. Byte-level
+            tokenizers such as GPT-2's need a blank before the first word.
+        max_length: tokens of prompt and completion at most; first the prompt's beginning is cut, then the completion's
+            end.
         texts: arguments of `TextData`.
 
     Raises:
@@ -103,10 +103,10 @@ class PromptCompletionData(TargetData):
 
 
 def columns_of(what: str, template: str) -> list[str]:
-    """The columns that a template names, each once.
+    """The names of columns in a template, each once.
 
     Raises:
-        LoRAError: it is no template, or wants more of a column than to stand there.
+        LoRAError: it is no template, or has more than a name in its braces.
     """
     try:
         parts = list(Formatter().parse(template))
@@ -154,10 +154,12 @@ def encode_prompts(
         completions = [ids[: max_length - 1] for ids in ended]
         encoded["completion_cut"] = [len(ids) >= max_length for ids in ended]
         encoded["prompt_cut"] = [len(ids) + len(o) > max_length for ids, o in zip(prompts, completions, strict=True)]
-        kept = [ids[-(max_length - len(completion)) :] for ids, completion in zip(prompts, completions, strict=True)]
-        encoded["input_ids"] = [[*ids, *completion] for ids, completion in zip(kept, completions, strict=True)]
+        cut_prompts = [
+            ids[-(max_length - len(completion)) :] for ids, completion in zip(prompts, completions, strict=True)
+        ]
+        encoded["input_ids"] = [[*ids, *completion] for ids, completion in zip(cut_prompts, completions, strict=True)]
         encoded["labels"] = [
-            [*([IGNORED] * len(ids)), *completion] for ids, completion in zip(kept, completions, strict=True)
+            [*([IGNORED] * len(ids)), *completion] for ids, completion in zip(cut_prompts, completions, strict=True)
         ]
     if REFERENCES in rows:
         encoded[REFERENCES] = rows[REFERENCES]

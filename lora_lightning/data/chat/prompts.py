@@ -1,4 +1,4 @@
-"""What a language model is asked to go on from, to see what it has learnt."""
+"""Prompts from held-out rows for a language model to continue."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 LONGEST = 32
-"""Tokens of a text that a model is asked to go on from, at most."""
+"""Tokens at most of a prompt from the beginning of a text."""
 SHOWN = 64
-"""Tokens of what follows there."""
+"""Tokens of its reference, the text that follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,24 +20,24 @@ class Prompt:
     """One prompt from rows that are not trained on."""
 
     text: str
-    """As a person reads it."""
+    """Its text."""
     input_ids: list[int]
-    """As the model does."""
+    """Its token ids."""
     reference: str
-    """What follows it in the set."""
+    """The text that follows it in the set."""
 
 
 class GivesPrompts(ABC):
-    """A DataModule whose rows can be asked of a language model."""
+    """A DataModule with prompts for a language model."""
 
     @property
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """What the prompts are tokenised with."""
+        """The tokenizer of the prompts."""
 
     @abstractmethod
     def prompts(self, count: int) -> list[Prompt]:
-        """Some that are not trained on, the same each time.
+        """Prompts from held-out rows, the same each time.
 
         Args:
             count: how many at most.
@@ -45,24 +45,24 @@ class GivesPrompts(ABC):
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Tokens that end what the model writes."""
+        """Tokens that end the model's answer."""
         number = self.tokenizer.eos_token_id
         return [] if number is None else [int(number)]
 
 
 def held_out_split(splits: Mapping[str, object]) -> str:
-    """The split that prompts are from: validation, test where there is none, and train where there is no other."""
+    """The split of the prompts: validation, else test, else train."""
     return next(name for name in ("validation", "test", "train") if name in splits)
 
 
 def rows_from_all_over(table: datasets.Dataset, count: int) -> datasets.Dataset:
-    """At most `count` rows at like distances, so that a file in order of topics gives some of each."""
+    """At most `count` equally spaced rows, so that a file sorted by topic gives some of each."""
     step = max(len(table) // count, 1)
     return table.select(range(0, len(table), step)[:count])
 
 
 def beginning_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """A text's first half, or its first `LONGEST` tokens, to go on from."""
+    """A prompt of a text's first half, or of its first `LONGEST` tokens."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
     half = max(min(len(ids) // 2, LONGEST), 1)

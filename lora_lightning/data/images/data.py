@@ -39,15 +39,15 @@ class ImageData(OneLabel, ImageTable):
             directory or an imagefolder with its metadata file; or a set on the hub with an `Image` column.
         image_column: the image.
         label_column: the label, a name or a number.
-        label_names: names in the order of their numbers. By default the set's own, else the sorted values in train.
-        reader: for other forms, a function of your own by its `module.name`: from `path` to (images, labels), or to
+        label_names: names in the order of their numbers. By default the set's, else the sorted values in train.
+        reader: for other forms, a function of yours by its `module.name`: from `path` to (images, labels), or to
             such pairs by split. Images are arrays (h, w), (h, w, 3) or (h, w, 4) of uint8, or (h, w) of uint16.
         drop_duplicates: keep the first of images with the same content.
         images: arguments of `ImageTable` and `TableData` by name.
 
     Raises:
         LoRAError: an image that does not open, an empty folder of a class, a missing column, a label that is missing or
-            that training never saw, with file, row and column.
+            not in train, with file, row and column.
     """
 
     def __init__(
@@ -123,12 +123,12 @@ class ImageData(OneLabel, ImageTable):
         return table if len(rows) == len(table) else table.select(rows)
 
     def majority_share(self, split: str) -> float:
-        """Accuracy on `split` of always saying the label that is most common in train."""
+        """Accuracy on `split` of always predicting the most common label of train."""
         train, labels = (list(self.encoded_rows(s).labels) for s in ("train", split))  # type: ignore[attr-defined]
         return labels.count(max(set(train), key=train.count)) / len(labels)
 
     def encode(self, table: datasets.Dataset, split: str) -> Any:
-        """Nothing yet: `Rows` decodes as batches are made."""
+        """Return rows that are decoded when batches are made."""
         return Rows(
             self.cells(table, split, self.image_column),
             evaluation=evaluation_transform(self.preprocessing),
@@ -139,7 +139,7 @@ class ImageData(OneLabel, ImageTable):
 
 
 def _image_folders(root: Path) -> dict[str, Path]:
-    """The folders of a directory by split; none where it holds tables, a saved set or an imagefolder's metadata."""
+    """The folders of a directory by split; empty where it has tables, a saved set or an imagefolder's metadata."""
     if not root.is_dir() or (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
         return {}
     names = [f.name.split(".")[0] for f in root.iterdir() if f.is_file() and set(f.suffixes) & set(READERS)]
@@ -149,7 +149,7 @@ def _image_folders(root: Path) -> dict[str, Path]:
 
 
 def _digest(source: Any) -> bytes:
-    """Of an image's content as it is stored."""
+    """The digest of an image's stored content."""
     if isinstance(source, np.ndarray):
         data = repr((source.shape, source.dtype.str)).encode() + source.tobytes()
     elif isinstance(source, Mapping) and source.get("bytes") is not None:

@@ -1,4 +1,4 @@
-"""From a file, bytes or an array to an RGB image, whatever the file's own colours, depth and orientation."""
+"""Decodes a file, bytes or an array to an RGB image, whatever the file's colors, depth and orientation."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 
 from lora_lightning.lora.errors import MissingPackageError
 
-try:  # here, first of all that handles images
+try:  # other modules of images import this one first
     import torchvision  # noqa: F401
     from PIL import Image, ImageOps
 except ImportError as error:
     raise MissingPackageError("images need torchvision and pillow: pip install 'lora_lightning[vision]'") from error
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Of image files in a folder: those of torchvision's ImageFolder. Others are passed over."""
+"""Suffixes of image files, as in torchvision's ImageFolder. Other files are skipped."""
 
 
 def open_image(source: Any) -> Image.Image:
-    """Open an image and decode nothing yet, beyond what its header says.
+    """Open an image and read only its header.
 
     Args:
         source: a path; `{"bytes": ..., "path": ...}` as `datasets` stores images; an array (h, w), (h, w, 1), (h, w, 3)
@@ -37,7 +37,7 @@ def open_image(source: Any) -> Image.Image:
         data, path = source.get("bytes"), source.get("path")
         if data is not None:
             return Image.open(io.BytesIO(data))
-        if path is not None and "://" in path:  # inside an archive or on a server: datasets knows how to read it
+        if path is not None and "://" in path:  # inside an archive or on a server: datasets can read it
             import datasets
 
             image: Image.Image = datasets.Image().decode_example({"path": path, "bytes": None})
@@ -54,10 +54,10 @@ def open_image(source: Any) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Three channels of 8 bits, the right way up as EXIF has it. Transparency is left out, 16 bits are scaled to 8.
+    """Convert to three channels of 8 bits, rotated as EXIF says. Transparency is dropped, 16 bits are scaled to 8.
 
     Raises:
-        OSError, ValueError: what is in the file cannot be decoded, or has no known range.
+        OSError, ValueError: the content cannot be decoded, or its range is unknown.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -73,7 +73,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_rgb(source: Any) -> Image.Image:
-    """`open_image` and `to_rgb`."""
+    """Open an image and convert it to RGB."""
     with open_image(source) as image:
         return to_rgb(image)
 
@@ -81,8 +81,8 @@ def read_rgb(source: Any) -> Image.Image:
 def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    colours = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
-    if not colours and not (array.ndim == 2 and array.dtype in (np.uint8, np.uint16)):
+    has_colors = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
+    if not has_colors and not (array.ndim == 2 and array.dtype in (np.uint8, np.uint16)):
         raise ValueError(
             f"expected an array (h, w), (h, w, 3) or (h, w, 4) of uint8, or (h, w) of uint16, got {array.shape} of"
             f" {array.dtype}"

@@ -1,4 +1,4 @@
-"""Folders of images as tables: one row for each file, its label the folder that it lies in."""
+"""Folders of images as tables: one row for each file, with its folder's name as the label."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lora_lightning.data.io.tables import NAMES
 from lora_lightning.lora.errors import LoRAError, first_few
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Beside images, such a file makes a folder what `datasets` calls an imagefolder."""
+"""A folder of images with such a file is an imagefolder of `datasets`."""
 
 
 def image_files(folder: Path) -> list[Path]:
-    """All images below a folder, however deep, in an order of their names. Hidden files and folders are passed over."""
+    """All images below a folder at any depth, sorted by name, without hidden files and folders."""
     files_found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -29,34 +29,34 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def visible_folders(folder: Path) -> list[Path]:
-    """The folders in a folder, but for hidden ones, by name."""
+    """The folders in a folder without hidden ones, sorted by name."""
     return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
 def folders_by_split(root: Path) -> dict[str, Path]:
-    """`train`, `val` or `validation`, `test` and `predict` in a folder; itself as train where it has none."""
+    """The folders of splits (`train`, `val`, `test`, `predict`) in a folder; without `train` the folder itself."""
     named = {NAMES.get(f.name.lower(), f.name.lower()): f for f in visible_folders(root)}
     splits = {split: folder for split, folder in named.items() if split in (*SPLITS, "predict")}
     return splits if "train" in splits else {"train": root}
 
 
 def is_imagefolder(root: Path) -> bool:
-    """Whether a `metadata.csv` or the like lies in a folder or in one of its splits."""
+    """Whether a folder or one of its splits has a metadata file."""
     return any((folder / name).is_file() for folder in (root, *visible_folders(root)) for name in METADATA)
 
 
 def read_class_folders(folder: Path, split: str, columns: Sequence[str]) -> datasets.Dataset:
-    """One row for each image: its path, and the name of the folder of its class.
+    """A table with a row for each image: its path, and the name of its class's folder.
 
-    The builder `imagefolder` of `datasets` is not taken for it: it calls a class by the innermost folder, says nothing
-    of a class without images, and takes a class whose name holds `test` or `val` for a split.
+    The builder `imagefolder` of `datasets` is not used: it names a class by the innermost folder, ignores a class
+    without images, and takes a class whose name contains `test` or `val` for a split.
 
     Args:
-        split: images of `predict` need no folder of their class.
+        split: images of `predict` need no folders of classes.
         columns: names of the two columns.
 
     Raises:
-        LoRAError: there is no folder of a class, or one holds no image.
+        LoRAError: there is no folder of a class, or one without an image.
     """
     image, label = columns
     if not folder.is_dir():
@@ -70,8 +70,8 @@ def read_class_folders(folder: Path, split: str, columns: Sequence[str]) -> data
     if not classes:
         loose = " but loose images" if image_files(folder) else ""
         raise LoRAError(f"{folder} holds no folders{loose}: expected one for each class, with its images in it")
-    rows = [(str(file), one.name) for one in classes for file in image_files(one)]
-    empty = sorted({one.name for one in classes} - {name for _, name in rows})
+    rows = [(str(file), cls.name) for cls in classes for file in image_files(cls)]
+    empty = sorted({cls.name for cls in classes} - {name for _, name in rows})
     if empty:
         raise LoRAError(
             f"{folder} has folders without an image ({', '.join(SUFFIXES)}): {first_few(empty)}; remove them, or put"
@@ -81,7 +81,7 @@ def read_class_folders(folder: Path, split: str, columns: Sequence[str]) -> data
 
 
 def read_mask_folders(folder: Path, split: str, columns: Sequence[str], names: Sequence[str]) -> datasets.Dataset:
-    """One row for each image: its path, and that of the mask of the same name.
+    """A table with a row for each image: its path, and that of the mask with the same name.
 
     Args:
         split: images of `predict` need no masks.
@@ -121,10 +121,10 @@ def _stem(file: Path, root: Path) -> str:
 
 
 def read_imagefolder(root: Path) -> datasets.DatasetDict:
-    """What `datasets` makes of images with a metadata file: a table with the column `image`, undecoded."""
+    """Read images with a metadata file by `datasets`: tables with the column `image`, undecoded."""
     try:
         loaded = datasets.load_dataset("imagefolder", data_dir=str(root))
-    except Exception as error:  # datasets wraps what it meets in many kinds of its own
+    except Exception as error:  # datasets wraps errors in many types
         cause = error.__cause__ or error
         raise LoRAError(f"{root} cannot be read as an imagefolder: {str(cause).strip().splitlines()[0]}") from error
     assert isinstance(loaded, datasets.DatasetDict)

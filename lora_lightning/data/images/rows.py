@@ -1,4 +1,4 @@
-"""Rows of images as examples, decoded when they are asked for and augmented as (seed, epoch, row) say."""
+"""Rows of images as examples, decoded on access and augmented by (seed, epoch, row)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from lora_lightning.lora.errors import LoRAError
 PIXELS = "pixel_values"
 
 Key = int | tuple[int, int]
-"""A row's place in its split; with the epoch in front where it is to be augmented."""
+"""A row's index in its split; with the epoch in front where it is augmented."""
 
 
 class BadImageError(LoRAError):
     """An image that does not open, or does not fit its mask."""
 
     def __init__(self, message: str = "") -> None:
-        # From a worker process torch makes the error anew, with that process's traceback in front of what it said.
+        # Torch makes the error of a worker process anew, with the traceback in front of the message.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class AugmentedOrder(EpochSampler):
-    """An `EpochSampler` that gives each row together with the epoch, so that workers need not be told of it."""
+    """An `EpochSampler` that yields each row with the epoch, so that workers know it."""
 
     def __iter__(self) -> Iterator[Any]:
         return ((self.epoch, row) for row in super().__iter__())
@@ -43,18 +43,18 @@ class AugmentedOrder(EpochSampler):
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """One column of images of a table, and how an error names one of them."""
+    """One column of images of a table, and the images' names in errors."""
 
     table: datasets.Dataset
     column: str
     root: Path
-    """What relative paths start from."""
+    """The folder of relative paths."""
     arrays: Sequence[Any]
-    """What whole numbers in the column stand for."""
+    """Images to which integers in the column refer."""
     rows: Sequence[int]
-    """Of each example, its row in its file."""
+    """Each example's row in its file."""
     place: str | None
-    """The file and split as an error names them; None where each example is a file of its own."""
+    """The file and split in errors; None where each example is a separate file."""
 
     def source(self, i: int) -> Any:
         """Return the example's image in a form that `open_image` takes."""
@@ -68,7 +68,7 @@ class Cells:
         return cell
 
     def name(self, i: int) -> str:
-        """The file of an example, where it has one."""
+        """The file of an example, else its row."""
         cell = self.table[i][self.column]
         path = cell.get("path") if isinstance(cell, Mapping) else cell
         return str(path) if path is not None and not isinstance(cell, int) else f"number {self.rows[i]}"
@@ -81,18 +81,18 @@ class Cells:
         return BadImageError(f"{where}: expected {expected}, got '{self.name(i)}': {got}")
 
     def rgb(self, i: int) -> Image.Image:
-        """One image, decoded.
+        """Decode one image.
 
         Raises:
-            BadImageError: it cannot be.
+            BadImageError: it cannot be decoded.
         """
         try:
             return read_rgb(self.source(i))
-        except Exception as error:  # decoders fail in as many ways as there are formats
+        except Exception as error:  # each decoder has its errors
             raise self.fault(i, "an image that opens", reason_of(error)) from error
 
     def verify(self, i: int, *, decode: bool) -> None:
-        """Open an image, or decode it, and let it go."""
+        """Open an image, or decode it, and discard it."""
         if decode:
             self.rgb(i)
             return
@@ -103,7 +103,7 @@ class Cells:
 
 
 def reason_of(error: Exception) -> str:
-    """Return what an error says, without the address of a buffer."""
+    """Return an error's message without the address of a buffer."""
     text = " ".join(str(error).split())
     return (
         "it is no image, or of a kind that is not known" if "cannot identify" in text else text or type(error).__name__
@@ -115,8 +115,8 @@ class Rows(Dataset[dict[str, Any]]):
 
     Args:
         images: the column of images.
-        evaluation: of examples asked for by a place alone.
-        training: of those asked for by an epoch and a place.
+        evaluation: the transform of examples without an epoch in their key.
+        training: the transform of examples with an epoch in their key.
         seed: of the augmentation.
         labels: the number of each row's label.
     """
@@ -143,11 +143,11 @@ class Rows(Dataset[dict[str, Any]]):
         return example if self.labels is None else {**example, "labels": self.labels[i]}
 
     def read(self, i: int) -> dict[str, Any]:
-        """Return what is transformed together, by name."""
+        """Return an example's images by name, which are transformed together."""
         return {PIXELS: as_tensor(self.images.rgb(i))}
 
     def transform(self, key: Key, read: dict[str, Any]) -> dict[str, Any]:
-        """Transform an example: the same (seed, epoch, row) gives the same result in whatever process and order."""
+        """Transform an example: the same (seed, epoch, row) gives the same result in any process and order."""
         if isinstance(key, int):
             return dict(self.evaluation(read))
         epoch, i = key

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 
-from lora_lightning.data.images.decoding import open_image  # first, for it says what to install
+from lora_lightning.data.images.decoding import open_image  # first: its error says what to install
 from lora_lightning.data.io.rows import values_of
 
 # isort: split
@@ -29,7 +29,7 @@ from lora_lightning.data.io.tables import NAMES
 from lora_lightning.lora.errors import LoRAError, first_few
 
 ONE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
-"""Pillow's modes whose pixels are one number: of a palette its index, which is what masks mean by it."""
+"""Pillow's modes whose pixels are one number; of a palette it is the index, as masks use it."""
 
 
 class SegmentationData(LabelNames, ImageTable):
@@ -45,12 +45,12 @@ class SegmentationData(LabelNames, ImageTable):
             `datasets` directory, or a set on the hub with two `Image` columns.
         image_column: the image.
         mask_column: its mask.
-        image_folder: where images are in a folder.
-        mask_folder: where masks are; an image's own mask has its name, whatever the suffix.
+        image_folder: the folder of images in a folder.
+        mask_folder: the folder of masks; an image's mask has the same name with any suffix.
         label_names: names in the order of their numbers.
-        num_classes: how many labels there are; their number of names by default. One of the two is needed.
+        num_classes: the number of labels; by default that of the names. One of the two is needed.
         ignore_index: value of pixels without a label.
-        reduce_labels: for sets whose 0 is what has no label, such as ADE20K: 0 is ignored and 1 is the first label.
+        reduce_labels: for sets where 0 means no label, such as ADE20K: 0 is ignored and 1 is the first label.
         batch_size: images per batch and process in training.
         images: arguments of `ImageTable` and `TableData` by name; the whole image is always shown.
 
@@ -111,7 +111,7 @@ class SegmentationData(LabelNames, ImageTable):
         return [self.image_column, None if split == "predict" else self.mask_column]
 
     def encode(self, table: datasets.Dataset, split: str) -> Any:
-        """Nothing yet: `MaskRows` decodes as batches are made."""
+        """Return rows that are decoded when batches are made."""
         images = self.cells(table, split, self.image_column)
         transforms = {
             "evaluation": evaluation_transform(self.preprocessing),
@@ -137,9 +137,9 @@ class MaskRows(Rows):
 
     Args:
         images: the column of images.
-        masks: that of masks.
-        allowed: number of labels, the value of pixels without one, and whether 0 is such a value.
-        transforms: as `Rows` takes them.
+        masks: the column of masks.
+        allowed: number of labels, the value of pixels without one, and whether 0 is such a value too.
+        transforms: arguments of `Rows`.
     """
 
     def __init__(self, images: Cells, masks: Cells, allowed: tuple[int, int, bool], **transforms: Any) -> None:
@@ -151,7 +151,7 @@ class MaskRows(Rows):
         image = self.images.rgb(i)
         try:
             mask = read_mask(self.masks.source(i))
-        except Exception as error:  # decoders fail in as many ways as there are formats
+        except Exception as error:  # each decoder has its errors
             raise self.masks.fault(i, "a mask that opens", reason_of(error)) from error
         if mask.shape != (image.height, image.width):
             got = f"{mask.shape[1]} x {mask.shape[0]}"
@@ -159,10 +159,10 @@ class MaskRows(Rows):
         return {PIXELS: as_tensor(image), "labels": tv_tensors.Mask(torch.from_numpy(self._labels(i, mask)))}
 
     def _labels(self, i: int, mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Values as the task takes them.
+        """The mask's values as labels.
 
         Raises:
-            BadImageError: one of them is no label.
+            BadImageError: a value is no label.
         """
         ignored = mask == self.ignore_index
         if self.reduce_labels:
@@ -177,10 +177,10 @@ class MaskRows(Rows):
 
 
 def read_mask(source: Any) -> np.ndarray[Any, Any]:
-    """The numbers in an image of one channel, (h, w) int64.
+    """The values of an image of one channel, (h, w) int64.
 
     Raises:
-        OSError, ValueError: it is no image, or one of colours.
+        OSError, ValueError: it is no image, or has several channels.
     """
     with open_image(source) as image:
         if image.mode not in ONE_CHANNEL:

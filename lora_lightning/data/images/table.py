@@ -1,4 +1,4 @@
-"""What every DataModule over images has: files or cells that hold them, a check, preprocessing and augmentation."""
+"""Bases of DataModules over images: files or cells with images, a check, preprocessing and augmentation."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from lora_lightning.lora.errors import LoRAError
 Verify = Literal["open", "decode", "none"]
 
 SHOWN_FROM = 20_000
-"""Images from which on a check shows a progress bar."""
+"""From this number of images on, a check shows a progress bar."""
 
 
 class ImageCells(TableData):
     """A `TableData` whose rows have images, which are decoded only when a batch needs them.
 
     Args:
-        path: as `TableData` takes it.
-        image_root: what relative paths in a table start from; the table's own folder by default.
-        verify: before training, whether each file opens as an image (its header: quick), decodes (all of it), or none.
+        path: as in `TableData`.
+        image_root: the folder of relative paths in a table; the table's folder by default.
+        verify: check before training that each file can be opened (`open`, the header alone) or decoded (`decode`).
         table: arguments of `TableData` by name.
     """
 
@@ -42,31 +42,31 @@ class ImageCells(TableData):
     ) -> None:
         super().__init__(path, length_grouped=False, num_proc=None, **table)
         self.image_root, self.verify = image_root, verify
-        self.files: dict[str, list[str]] = {}  # by split, where each row is a file of a folder, and names itself
+        self.files: dict[str, list[str]] = {}  # by split, where each row is a file of a folder
         self._arrays: list[Any] = []
         self._verified = False
 
     @property
     @abstractmethod
     def image_columns(self) -> Sequence[str]:
-        """Columns that hold images."""
+        """Columns of images."""
 
     def read(self) -> dict[str, datasets.Dataset]:
         return self._without_decoding(self.read_images())
 
     def read_images(self) -> dict[str, datasets.Dataset]:
-        """Tables by split, as `read` gives them, with images in whatever form."""
+        """Tables by split, with images in any form."""
         return super().read()
 
     def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
-        """Where each row is a file, the error names it in place of its row."""
+        """Return the error for a value; where each row is a file, it names the file in place of the row."""
         if not self.files:
             return super().bad_cell(split, row, column, expected, got, hint)
         file = self.files.get(split, self.files.get("train", []))[row - 1]
         return LoRAError(f"{file}: expected {expected}, got {got!r}{hint}")
 
     def _without_decoding(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
-        """The tables with their images as paths and bytes: `datasets` would decode each row that is looked at."""
+        """The tables with images as paths and bytes: `datasets` would decode each row on access."""
         for split, table in tables.items():
             for column in self.image_columns:
                 if column in table.column_names and is_image(table.features[column]):
@@ -74,9 +74,9 @@ class ImageCells(TableData):
         return tables
 
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise where an image's cell is neither a path nor an image."""
+        """Raise for a cell that is neither a path nor an image."""
         for column in self.image_columns:
-            if column not in table.column_names:  # masks, where there is nothing but to predict
+            if column not in table.column_names:  # rows of predict have no masks
                 continue
             feature = table.features[column]
             if isinstance(feature, datasets.Image) or (self._arrays and getattr(feature, "dtype", "") == "int64"):
@@ -86,7 +86,7 @@ class ImageCells(TableData):
                     raise self.bad_cell(split, row, column, "the path of an image", cell)
 
     def prepare_data(self) -> None:
-        """Read, and look at each image's header, once in one process."""
+        """Read the tables, and verify the images once in one process."""
         super().prepare_data()
         if self.verify == "none" or self._verified:
             return
@@ -95,12 +95,12 @@ class ImageCells(TableData):
         self._verified = True
 
     def verify_rows(self, table: datasets.Dataset, split: str) -> None:
-        """Raise at the first image of a split that does not open, or decode."""
+        """Raise for the first image of a split that cannot be opened or decoded."""
         decode = self.verify == "decode"
         for column in self.image_columns:
             inside = isinstance(table.features.get(column), datasets.Image) and not self.files
             if column not in table.column_names or (inside and not decode):
-                continue  # images inside a table would all be read for it
+                continue  # it would have to read all images inside a table
             cells = self.cells(table, split, column)
             for i in self.with_progress(range(len(table)), split):
                 cells.verify(i, decode=decode)
@@ -122,7 +122,7 @@ class ImageCells(TableData):
         )
 
     def _root(self, split: str) -> Path:
-        """What a split's paths start from: `image_root`, or its table's folder; those read off folders are whole."""
+        """The folder of a split's paths: `image_root`, or the table's folder; paths from folders are complete."""
         if self.files:
             return Path()
         if self.image_root:
@@ -140,22 +140,21 @@ class ImageCells(TableData):
 
 
 class ImageTable(ImageCells):
-    """Images alone, prepared as the backbone was shown its images in pretraining, and augmented in training.
+    """Images, preprocessed as in the backbone's pretraining, and augmented in training.
 
     Args:
-        path: as `TableData` takes it, or a folder of images.
-        preprocessing: whose size, mean, standard deviation and resizing to take: `timm:NAME`,
-            `torchvision:ResNet50_Weights.DEFAULT`, or a transformers model's name or directory. ImageNet's usual
-            ones by default.
+        path: as in `TableData`, or a folder of images.
+        preprocessing: the source of size, mean, standard deviation and resizing: `timm:NAME`,
+            `torchvision:ResNet50_Weights.DEFAULT`, or a transformers model's name or directory. ImageNet's by default.
         image_size: of the backbone's input in pixels, one number or height and width.
         mean: of red, green and blue in [0, 1].
-        std: the same.
+        std: of red, green and blue.
         interpolation: of resizing images; masks take the nearest pixel.
-        crop_share: how much of the resized image's shorter side the center crop shows; 1 squeezes the whole image into
+        crop_share: the center crop's share of the resized image's shorter side; 1 squeezes the whole image into
             `image_size`.
-        augment: what changes at random in training: a function of (seed, epoch, row), the same with any number of
-            workers and processes; null for nothing.
-        max_train_rows: of training rows at most so many, drawn once by `split.seed`.
+        augment: random changes in training, a function of (seed, epoch, row), the same with any number of workers and
+            processes; null for none.
+        max_train_rows: training rows at most, chosen once by `split.seed`.
         table: arguments of `ImageCells` by name.
     """
 
@@ -187,7 +186,7 @@ class ImageTable(ImageCells):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What is done to an image in evaluation."""
+        """The preprocessing of evaluation."""
         if self._preprocessing is None:
             how = Preprocessing() if self.preprocessing_name is None else preprocessing_of(self.preprocessing_name)
             how = how.at(self.image_size)
@@ -195,18 +194,18 @@ class ImageTable(ImageCells):
                 how = how.whole()
             elif self.crop_share is not None:
                 how = replace(how, resize=round(min(how.size) / self.crop_share))
-            given: dict[str, Any] = {name: value for name, value in self.given.items() if value is not None}
+            options: dict[str, Any] = {name: value for name, value in self.given.items() if value is not None}
             for name in ("mean", "std"):
-                if name in given:
-                    given[name] = tuple(float(x) for x in given[name])
-                    if len(given[name]) != 3:
-                        raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {given[name]}")
-            self._preprocessing = replace(how, **given)
+                if name in options:
+                    options[name] = tuple(float(x) for x in options[name])
+                    if len(options[name]) != 3:
+                        raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {options[name]}")
+            self._preprocessing = replace(how, **options)
         return self._preprocessing
 
     @property
     def image_processor(self) -> Any:
-        """The same as a transformers image processor, which an export saves."""
+        """The preprocessing as a transformers image processor, which an export saves."""
         return self.preprocessing.processor()
 
     def _with_splits(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
@@ -222,12 +221,12 @@ class ImageTable(ImageCells):
         return collate
 
     def every(self, split: str) -> DataLoader[Any]:
-        """All images of a split as evaluation sees them, in this process alone."""
+        """All images of a split with evaluation's preprocessing, in this process alone."""
         return DataLoader(self.encoded_rows(split), batch_size=self.eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def is_image(feature: Any) -> bool:
-    """Whether a column holds images as `datasets` stores them: by its feature, by its parts, or as bytes."""
+    """Whether a column has images as `datasets` stores them: by its feature, by its parts, or as bytes."""
     if isinstance(feature, datasets.Image) or feature == datasets.Value("binary"):
         return True
     return isinstance(feature, dict) and set(feature) == {"bytes", "path"}

@@ -1,4 +1,4 @@
-"""Images and the texts that say what is on them, for models of two towers such as CLIP and SigLIP."""
+"""Images and their descriptions, for two-tower models such as CLIP and SigLIP."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lora_lightning.lora.errors import LoRAError
 
 
 class ImageTextData(ImageCells):
-    """Rows of an image and a text to batches of `pixel_values`, `input_ids` and whatever else the processor makes.
+    """Rows of an image and a text to batches of `pixel_values`, `input_ids` and the processor's other results.
 
-    Images are opened as they are needed, texts tokenised with them. Rows with the same text, or that agree in
-    `group_column`, are not taken for one another's negatives.
+    Images are opened as they are needed, and texts tokenized with them. Rows with the same text, or that agree in
+    `group_column`, are not used as each other's negatives.
 
     Args:
         path: a table (CSV, TSV, JSONL, Parquet), tables by split, a saved `datasets` directory, or a set on the hub
             with an `Image` column. A file to predict on needs both columns.
         processor: of the model: a hub name, a directory or `package:NAME/path`.
-        image_column: the image: a path, bytes, or what `datasets` holds as an image.
-        text_column: what is on it.
+        image_column: the image: a path, bytes, or an image of `datasets`.
+        text_column: its description.
         group_column: rows that agree in it belong together.
-        max_length: tokens per text at most; the tokenizer's own limit by default.
+        max_length: tokens per text at most; the tokenizer's limit by default.
         padding: to the `longest` text of a batch, or to `max_length`, as SigLIP was trained.
-        images: arguments of `ImageCells` and `TableData` by name. Of `batch_size` pairs, the more the more negatives.
+        images: arguments of `ImageCells` and `TableData` by name. A larger `batch_size` gives more negatives.
 
     Raises:
         LoRAError: a missing file or column, an image that does not open, an empty text, with file, row and column.
@@ -62,7 +62,7 @@ class ImageTextData(ImageCells):
 
     @property
     def processor(self) -> Any:
-        """Loaded on first use; an export saves it beside the model."""
+        """The processor, loaded on first use; an export saves it beside the model."""
         if self._processor is None:
             try:
                 self._processor = AutoProcessor.from_pretrained(resolve(self.processor_name))  # type: ignore[no-untyped-call]
@@ -73,12 +73,12 @@ class ImageTextData(ImageCells):
 
     @property
     def tokenizer(self) -> Any:
-        """The processor, images and all."""
+        """The processor, which handles images too."""
         return self.processor
 
     @property
     def pad_token_id(self) -> int | None:
-        """The number that fills short texts up."""
+        """The id of the padding token."""
         number = self.processor.tokenizer.pad_token_id
         return None if number is None else int(number)
 

@@ -1,4 +1,4 @@
-"""What is done to an image before the backbone sees it: the backbone's own preprocessing, and augmentation."""
+"""Transforms of an image before the backbone: the backbone's preprocessing, and augmentation."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from lora_lightning.lora.errors import LoRAError
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 PIL_FILTERS: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers, which transformers' processors keep."""
+"""Pillow's filters by number, as transformers' processors store them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Resize, crop in the centre, scale to [0, 1] and normalise: how a backbone was shown its images in pretraining."""
+    """Resize, crop in the center, scale to [0, 1] and normalize, as in a backbone's pretraining."""
 
     size: tuple[int, int] = (224, 224)
-    """Height and width of what the backbone gets."""
+    """Height and width of the backbone's input."""
     resize: int | tuple[int, int] = 256
-    """The shorter side before the crop; or height and width, whatever the image's proportions."""
+    """The shorter side before the crop; or height and width, regardless of the image's proportions."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Of each channel, subtracted. ImageNet's own by default."""
+    """Subtracted from each channel. ImageNet's by default."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Of each channel, divided by."""
+    """Divides each channel."""
     interpolation: Interpolation = "bilinear"
     """Of the resizing, with antialiasing."""
 
     def at(self, size: int | Sequence[int] | None) -> Preprocessing:
-        """The same for another size of the backbone's input: the crop keeps its share of the image."""
+        """The preprocessing for another input size; the crop keeps its share of the image."""
         if size is None:
             return self
         height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
@@ -49,11 +49,11 @@ class Preprocessing:
         return replace(self, size=(height, width), resize=scaled)
 
     def whole(self) -> Preprocessing:
-        """Without a crop, for tasks that need every pixel."""
+        """The preprocessing without a crop, for tasks that need every pixel."""
         return replace(self, resize=self.size)
 
     def processor(self) -> Any:
-        """A transformers image processor that does the same, to be saved beside a model."""
+        """An equal transformers image processor, to be saved beside a model."""
         import transformers
 
         height, width = self.size
@@ -73,15 +73,15 @@ class Preprocessing:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What changes at random in training, and in training alone."""
+    """Random changes in training."""
 
     crop_scale: float | None = 0.5
-    """Least share of the image's area that a random crop shows, resized to the backbone's input (Inception's crop,
-    arXiv 1409.4842, which takes 0.08); null crops in the centre as evaluation does."""
+    """Least share of the image's area in a random crop, which is resized to the backbone's input (Inception's crop,
+    arXiv 1409.4842, which takes 0.08); null crops in the center as evaluation does."""
     flip: float = 0.5
     """Probability of a mirror image, left to right."""
     rand_augment: int | None = None
-    """Magnitude, 0 to 30, of two random operations out of RandAugment's (arXiv 1909.13719; 9 is usual); null does none.
+    """Magnitude, 0 to 30, of two random operations of RandAugment (arXiv 1909.13719; 9 is usual); null for none.
     Not for segmentation."""
 
     def __post_init__(self) -> None:
@@ -94,12 +94,12 @@ class Augmentation:
 
 
 def evaluation_transform(p: Preprocessing) -> v2.Transform:
-    """A uint8 image (3, h, w) to float32 (3, *size), and a mask beside it to its size."""
+    """A transform of a uint8 image (3, h, w) to float32 (3, *size), and of a mask to the same size."""
     return v2.Compose([*_to_size(p), *_to_numbers(p)])
 
 
 def training_transform(p: Preprocessing, augment: Augmentation) -> v2.Transform:
-    """The same with augmentation, drawn from torch's global generator."""
+    """The same with augmentation, by torch's global generator."""
     steps: list[Any] = _to_size(p)
     if augment.crop_scale is not None:
         mode = v2.InterpolationMode(p.interpolation)
@@ -122,14 +122,14 @@ def _to_numbers(p: Preprocessing) -> list[Any]:
 
 
 def preprocessing_of(name: str) -> Preprocessing:
-    """How a backbone was shown its images.
+    """The preprocessing of a backbone's pretraining.
 
     Args:
-        name: `timm:NAME`, `torchvision:WEIGHTS` such as `torchvision:ResNet50_Weights.DEFAULT`, or what
-            `AutoImageProcessor.from_pretrained` takes.
+        name: `timm:NAME`, `torchvision:WEIGHTS` such as `torchvision:ResNet50_Weights.DEFAULT`, or an argument of
+            `AutoImageProcessor.from_pretrained`.
 
     Raises:
-        LoRAError: there is no such model, or it prepares its images in a way that is not known here.
+        LoRAError: there is no such model, or its preprocessing is not supported here.
     """
     kind, _, rest = name.partition(":")
     if kind == "timm":

@@ -1,1 +1,1 @@
-"""Reading: tables, streams, splits, and faults that name file, row and column."""
+"""Reading of tables, streams and splits, with errors that name file, row and column."""

@@ -13,26 +13,26 @@ from lora_lightning.lora.errors import LoRAError
 
 SUFFIXES = (".conll", ".iob", ".iob2", ".bio", ".txt")
 DOCUMENT = "-DOCSTART-"
-"""The first field of a line that begins a document and holds no word."""
+"""The first field of a line that begins a document and has no word."""
 REMARK = re.compile(r"#\s*(id|sent_id|text|newdoc|newpar|global)\b|#\s+\S+\s+=\s")
-"""Lines of CoNLL-U and MultiCoNER that tell of the sentence below them."""
+"""Comment lines of CoNLL-U and MultiCoNER about the sentence below."""
 
 Line = tuple[int, list[str]]
 """A line's number, from 1, and its fields."""
 
 
 def read_conll(file: str, words: str = "tokens", tags: str = "ner_tags", tag_field: int = -1) -> datasets.Dataset:
-    """A row for each sentence, with a list of words and a list of tags.
+    """Read a row for each sentence, with a list of words and a list of tags.
 
-    Fields stand between tabs, or between blanks where the file has no tab. The word is the first. A file with one field
-    a line has no tags.
+    Fields are separated by tabs, or by blanks where the file has no tab. The word is the first. A file with one field
+    per line has no tags.
 
     Args:
         words, tags: the columns' names.
-        tag_field: which field is the tag, from 0; -1 is the last.
+        tag_field: the tag's field, from 0; -1 is the last.
 
     Raises:
-        LoRAError: the file is no text in UTF-8, holds no words, or a line has more or fewer fields than the others.
+        LoRAError: the file is no text in UTF-8, has no words, or a line has more or fewer fields than the others.
     """
     sentences = list(_sentences(file))
     if not sentences:
@@ -59,7 +59,7 @@ def _sentences(file: str) -> Iterator[list[Line]]:
         raise LoRAError(f"{file} is no text in UTF-8: {error}") from error
     separator = "\t" if "\t" in text else None
     sentence: list[Line] = []
-    # By "\n" alone: splitlines would also cut at characters such as U+2028, which a word may hold.
+    # By "\n" alone: splitlines would also split at characters such as U+2028, which a word may contain.
     for number, line in enumerate([*text.split("\n"), ""], start=1):
         line = line.rstrip("\r")  # noqa: PLW2901
         fields = [field.strip() for field in line.split(separator)]

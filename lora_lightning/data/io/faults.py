@@ -1,4 +1,4 @@
-"""Where a file is broken that its reader refuses: the readers of tables seldom name the row."""
+"""Finds the row at which a file is broken, since readers of tables seldom name it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ WANTED = 'expected an object such as {"text": ...}'
 
 
 def fault_in(file: str, reader: str, error: BaseException, delimiter: str = ",") -> str:
-    """What is wrong, in one line, with the row, counted from 1, where it can be found.
+    """The error in one line, with the row, counted from 1, where it can be found.
 
     Args:
-        file: also compressed.
+        file: may be compressed.
         reader: `csv`, `json` or `parquet`.
-        error: what the reader said.
+        error: the reader's.
         delimiter: between a CSV's fields.
     """
     reason = " ".join(str(error).split()) or type(error).__name__
@@ -31,27 +31,26 @@ def fault_in(file: str, reader: str, error: BaseException, delimiter: str = ",")
                 place = _in_json(opened)
             elif reader == "csv":
                 place = _in_csv(opened, reason, delimiter)
-    except (OSError, EOFError, csv.Error):  # of the unpacking, or of a CSV that Python reads otherwise
+    except (OSError, EOFError, csv.Error):  # from decompression, or Python's reader of CSV
         pass
     return place or f"cannot be read as {reader}: {reason}"
 
 
 def wide_first_row(file: str, delimiter: str = ",") -> str | None:
-    """What is wrong where a CSV's first row has more fields than its header.
+    """The error where a CSV's first row has more fields than its header; else None.
 
-    pandas takes what is over on the left for an index, in every row, and says nothing: of an unquoted `a, b` it keeps
-    `b`.
+    pandas silently takes the surplus fields on the left for an index in every row: of an unquoted `a, b` it keeps `b`.
     """
     try:
         with fsspec.open(file, "rb", compression="infer") as opened:
             rows = csv.reader((line.decode() for line in opened), delimiter=delimiter)
             return _too_wide(1, next(rows, []), next(rows, []), delimiter)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error):  # which the reader says
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error):  # the reader raises it
         return None
 
 
 def header_of(file: str, delimiter: str = ",") -> list[str]:
-    """The names in a CSV's first row; none where it cannot be read."""
+    """The names in a CSV's first row; empty where it cannot be read."""
     try:
         with fsspec.open(file, "rb", compression="infer") as opened:
             return next(csv.reader((line.decode("utf-8-sig") for line in opened), delimiter=delimiter), [])
@@ -67,14 +66,14 @@ def _too_wide(row: int, header: list[str], fields: list[str], delimiter: str) ->
 
 
 def separator_advice(header: Sequence[str]) -> str:
-    """What to say of a header that is one field with another sign in it; else an empty text."""
+    """Advice for a header of one field with another separator in it; else an empty text."""
     sign = next((sign for sign in (";", "\t", "|") if sign in header[0]), None) if len(header) == 1 else None
     advice = f"its cells seem to be separated by {sign!r}; a .csv is separated by commas, a .tsv by tabs"
     return advice if sign else ""
 
 
 def _in_json(opened: Any) -> str | None:
-    """In a line of JSON Lines, or in one array of all rows."""
+    """The error in a line of JSON Lines, or in one array of all rows."""
     row = 0
     for line in opened:
         if not line.strip():

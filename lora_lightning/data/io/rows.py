@@ -1,4 +1,4 @@
-"""Rows of a table of texts on their way to token ids."""
+"""Reading of a table's values, and tokenizing of its texts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pyarrow.compute
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 ROW = "__row__"
-"""A column that keeps each example's row in its file, counted from 1, so that an error can name it."""
+"""The column with each example's row in its file, counted from 1, for errors."""
 
 
 def values_of(table: datasets.Dataset, column: str) -> Iterator[Any]:
-    """A column's values in their order, read by the thousand: `table[column]` reads row by row, 300 times as slow."""
+    """A column's values in order, read by the thousand: `table[column]` reads row by row, which is 300 times slower."""
     for rows in table.select_columns(column).iter(batch_size=1_000):
         yield from rows[column]
 
@@ -26,7 +26,7 @@ def cells_of(table: datasets.Dataset, *columns: str) -> Iterator[tuple[Any, ...]
 
 
 def lengths_of(table: datasets.Dataset, column: str = "input_ids") -> list[int]:
-    """How many entries each row's list has, without reading them."""
+    """The length of each row's list, without reading the lists."""
     batches = table.select_columns(column).with_format("arrow").iter(10_000)
     return [n for batch in batches for n in pyarrow.compute.list_value_length(batch[column]).to_pylist()]
 
@@ -43,10 +43,10 @@ def encode_rows(
 def tokenize_cut(
     tokenizer: PreTrainedTokenizerBase, max_length: int | None, **texts: Any
 ) -> tuple[BatchEncoding, list[bool]]:
-    """What the tokenizer makes of texts, cut at `max_length` (None: its own limit), and which of them were cut."""
+    """Tokenize texts, cut at `max_length` (None: the tokenizer's limit), and return which of them were cut."""
     tokens = tokenizer(**texts, truncation=True, max_length=max_length)
     if tokens.encodings is not None:
-        return tokens, [bool(one.overflowing) for one in tokens.encodings]
+        return tokens, [bool(encoding.overflowing) for encoding in tokens.encodings]
     whole, limit = tokenizer(**texts, verbose=False), max_length or tokenizer.model_max_length
     return tokens, [len(ids) > limit for ids in whole["input_ids"]]
 

@@ -1,4 +1,4 @@
-"""Rows of a table into train, validation and test, the same each time."""
+"""Splits of a table into train, validation and test, the same each time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lora_lightning.lora.errors import LoRAError
 SPLITS = ("train", "validation", "test")
 CALLED = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation"}
 CALLED |= {"validation": "validation", "test": "test", "predict": "predict"}
-"""What splits are called in files and sets."""
+"""Splits by their names in files and sets."""
 
 
 def split_name(name: str) -> str | None:
-    """The split that is called so, None where it is none.
+    """The split with this name; None where it is none.
 
-    `dev_matched` is `validation_matched`, one of several sets to validate on; there are several to test and predict on
-    too, and one to train on.
+    `dev_matched` is `validation_matched`, one of several validation sets; there may be several sets for test and
+    predict too, but only one for train.
     """
     first, _, rest = name.partition("_")
     split = CALLED.get(first)
@@ -28,12 +28,12 @@ def split_name(name: str) -> str | None:
 
 
 def kind_of(split: str) -> str:
-    """`validation` of `validation_mismatched`: what one of several sets is for."""
+    """The kind of a set: `validation` of `validation_mismatched`."""
     return split.partition("_")[0]
 
 
-def first_in_place(names: Sequence[str]) -> dict[str, str]:
-    """New names by old: where sets to validate on have names and none is plainly `validation`, the first one is it."""
+def rename_first_sets(names: Sequence[str]) -> dict[str, str]:
+    """New names of sets by old: without a set named just `validation`, the first of its named sets gets that name."""
     renamed: dict[str, str] = {}
     for split in ("validation", "test", "predict"):
         further = [name for name in names if name.startswith(f"{split}_")]
@@ -44,7 +44,7 @@ def first_in_place(names: Sequence[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """How to split a set that has no splits of its own."""
+    """How to split a set without splits."""
 
     validation: float = 0.1
     """Share of the groups for validation."""
@@ -64,10 +64,10 @@ class SplitConfig:
 
 
 def split_rows(groups: Sequence[object], config: SplitConfig) -> dict[str, list[int]]:
-    """Row numbers per split, in the table's order. `groups` names each row's group.
+    """Row numbers by split, in the table's order. `groups` has each row's group.
 
     Raises:
-        LoRAError: too few groups to give each split one.
+        LoRAError: there are too few groups for each split.
     """
     names = sorted({str(group) for group in groups})
     random.Random(config.seed).shuffle(names)

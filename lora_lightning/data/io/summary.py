@@ -1,4 +1,4 @@
-"""What the rows of a set would tell a person before the first step, as plain data: counts, and what looks wrong."""
+"""A summary of a set's rows before the first step, as plain data: counts and warnings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lora_lightning.data.io.rows import values_of
 from lora_lightning.lora.errors import first_few
 
 MOST_COMPARED = 200_000
-"""Rows whose columns are no texts, such as conversations, are compared among so many at most: each is read for it."""
+"""Columns that are no texts, such as conversations, are compared up to so many rows, since each row must be read."""
 FEW = 2
-"""A class with fewer rows in train is not learnt."""
+"""A warning names classes with fewer rows in train."""
 MUCH = 0.05
-"""From this share of cut texts on it is said aloud."""
+"""From this share of cut texts on, there is a warning."""
 
 
 class Rows(Protocol):
-    """What is asked of a DataModule, after its setup."""
+    """What `summarize` reads of a DataModule after its setup."""
 
     cut_by: Mapping[str, str | None]
 
@@ -39,13 +39,13 @@ class Rows(Protocol):
 
 
 def summarize(data: Rows) -> dict[str, Any]:
-    """Rows by split, labels with counts, the share of texts cut, and lines on what looks wrong, each with its cure.
+    """Rows by split, labels with counts, the share of texts that are cut, and warnings with advice.
 
     Vectorized over Arrow: a million rows of texts take about a second.
 
     Returns:
-        `rows` by split; `labels`: by split the rows of each; `cut`: by split and by what that is (`sources cut`) the
-        share of texts that `max_length` cuts; `in_two_splits`: how many rows of a split stand in another, by
+        `rows` by split; `labels`: by split the rows of each; `cut`: by split and kind (`sources cut`) the share of
+        texts that `max_length` cuts; `in_two_splits`: how many rows of a split are in another too, by
         `"test in train"`; `warnings`.
     """
     inputs, targets = {}, {}
@@ -122,7 +122,7 @@ def _of_labels(summary: dict[str, Any]) -> Iterator[str]:
 
 
 def _texts(table: datasets.Dataset, names: Sequence[str]) -> dict[str, Any]:
-    """These columns as Arrow has them, lists of words as one text each; without those of other types."""
+    """These columns in Arrow, lists of words as one text each; columns of other types are left out."""
     columns = {}
     for name in names:
         if name not in table.column_names or isinstance(table.features[name], datasets.Image):
@@ -142,14 +142,14 @@ def _texts(table: datasets.Dataset, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _in_two(texts: dict[str, dict[str, Any]]) -> Iterator[tuple[str, int]]:
-    """Of each two splits, how many rows of the later one stand in the earlier one too."""
+    """For each two splits, how many rows of the later one are in the earlier one too."""
     keys = {}
     for split, columns in texts.items():
         parts = [column.cast(pa.large_binary()) for column in columns.values()]
         if parts:
             keys[split] = (set(columns), parts[0] if len(parts) == 1 else _join(parts))
-    for (first, (names, one)), (second, (others, other)) in combinations(keys.items(), 2):
-        if names == others and (count := _count(pc.is_in(other, value_set=one.combine_chunks().unique()))):
+    for (first, (names, rows)), (second, (others, later)) in combinations(keys.items(), 2):
+        if names == others and (count := _count(pc.is_in(later, value_set=rows.combine_chunks().unique()))):
             yield f"{second} in {first}", count
 
 

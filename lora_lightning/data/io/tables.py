@@ -24,15 +24,15 @@ READERS = {
     ".txt": "text",
 }
 TextBy = Literal["line", "paragraph", "document"]
-"""What a row of a .txt is: a line, what stands between blank lines, or the whole file."""
+"""The rows of a .txt: lines, paragraphs between blank lines, or the whole file."""
 NAMES = CALLED
 NO_ROWS = "corresponds to no data"
-"""In what datasets says of a file without rows."""
+"""Part of datasets' error for a file without rows."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 
 
 Readers = Mapping[str, Callable[[str], datasets.Dataset]]
-"""Ways to read a file, by its suffix."""
+"""Readers of files by suffix."""
 
 
 def read_tables(
@@ -43,19 +43,19 @@ def read_tables(
     *,
     streaming: bool = False,
 ) -> dict[str, Any]:
-    """Tables by split; with `streaming` streams, of which nothing is read yet.
+    """Tables by split; with `streaming`, streams that are not read yet.
 
     Args:
         path: one file; files by split (`train`, `validation`, `test`, `predict`, and further sets such as
-            `validation_mismatched`); a directory made by `save_to_disk` or holding one file per split; or a set's
-            name on the hub. `package:NAME/path` is a file inside an installed package. In the place of a split's
-            file, `SET@PART` is a part of a hub set in the words of `datasets`, such as `org/set@test_sft[:500]`.
-        name: which configuration of a hub set.
-        text_by: what a row of a .txt is; its one column is `text`.
-        readers: ways to read files of other suffixes, or of these in another way.
+            `validation_mismatched`); a directory made by `save_to_disk` or with one file per split; or a set's
+            name on the hub. `package:NAME/path` is a file inside an installed package. In place of a split's file,
+            `SET@PART` is a part of a hub set in the notation of `datasets`, such as `org/set@test_sft[:500]`.
+        name: the configuration of a hub set.
+        text_by: the rows of a .txt; its one column is `text`.
+        readers: readers of files by suffix, beside or in place of the usual ones.
 
     Raises:
-        LoRAError: a file that is missing, empty, or of a kind that is not read here.
+        LoRAError: a file is missing, empty, or of an unknown kind.
     """
     user_readers = readers or {}
     if isinstance(path, dict):
@@ -76,7 +76,7 @@ def read_tables(
 
 
 def files_read(path: str | dict[str, str], more: Collection[str] = ()) -> dict[str, Path]:
-    """The files that rows are read from, by split; none of a set on the hub. `more` as in `reader_of`."""
+    """The files of rows by split; empty for a set on the hub. `more` as in `reader_of`."""
     if isinstance(path, dict):
         return {known_split(split): Path(resolve(file)) for split, file in path.items()}
     location = Path(resolve(path))
@@ -86,7 +86,7 @@ def files_read(path: str | dict[str, str], more: Collection[str] = ()) -> dict[s
 
 
 def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()) -> str:
-    """Where a split's rows come from, as a person would name it: its file, or the set."""
+    """The source of a split's rows for errors: its file, or the set."""
     files = files_read(path, more)
     file = files.get(split, files.get("train"))
     if file is not None:
@@ -97,7 +97,7 @@ def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()
 
 
 def doubled_columns(path: str | dict[str, str]) -> dict[str, list[str]]:
-    """By split the names that stand twice in the header of its CSV: pandas calls the second of them `name.1`."""
+    """By split the names that are in its CSV's header twice: pandas names the second of them `name.1`."""
     by_split = {}
     for split, file in files_read(path).items():
         if _kind(file) in (".csv", ".tsv") and file.is_file():
@@ -110,14 +110,14 @@ def doubled_columns(path: str | dict[str, str]) -> dict[str, list[str]]:
 def check_columns(
     table: datasets.Dataset, columns: Sequence[str | None], where: str, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise where a named column is not there; `where` is the set as an error names it, `settings` whose they are."""
+    """Raise for a missing column; `where` is the set's name in errors, `settings` are the options with column names."""
     check_names(table.column_names, columns, where, settings)
 
 
 def check_names(
     names: Sequence[str], columns: Sequence[str | None], where: str, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """The same for the names of a table's columns."""
+    """The same for a table's column names."""
     known = [name for name in names if name != ROW]
     for column in columns:
         if column is not None and column not in names:
@@ -135,7 +135,7 @@ def known_split(split: str) -> str:
     """`split_name` of a split that a config names.
 
     Raises:
-        LoRAError: it is none.
+        LoRAError: it is no split.
     """
     name = split_name(split)
     if name is None:
@@ -147,13 +147,13 @@ def known_split(split: str) -> str:
 
 
 def _kind(path: Path) -> str:
-    """A file's suffix less that of its compression."""
+    """A file's suffix without that of its compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
     return suffixes[-1] if suffixes else ""
 
 
 def _files_by_split(folder: Path, more: Collection[str] = ()) -> dict[str, Path]:
-    """The files in a folder that are called as a split is and can be read, those with suffixes in `more` too."""
+    """The readable files in a folder that are named like a split, also those with suffixes in `more`."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and _kind(file) in (*READERS, *more)]
     named = {split: file for file in files if (split := split_name(file.name.split(".")[0]))}
     return dict(sorted(named.items()))
@@ -170,8 +170,8 @@ def _read_file(file: str, text_by: TextBy, user_readers: Readers, streaming: boo
     try:
         table = datasets.load_dataset(kind, data_files={"train": file}, **options)["train"]
         if kind == "json":
-            table.data.table.validate(full=True)  # its reader takes bytes that are no text, and they fail when used
-    except Exception as error:  # datasets wraps each reader's own errors in its own
+            table.data.table.validate(full=True)  # its reader accepts bytes that are no text, which fail later
+    except Exception as error:  # datasets wraps each reader's errors
         cause = error.__cause__ or error
         cause = cause.__cause__ or cause
         if NO_ROWS in str(cause):
@@ -184,7 +184,7 @@ def _read_file(file: str, text_by: TextBy, user_readers: Readers, streaming: boo
 
 
 def check_file(file: str) -> None:
-    """Raise where a file is not there or is empty."""
+    """Raise where a file is missing or empty."""
     path = Path(file)
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
@@ -196,15 +196,15 @@ def check_file(file: str) -> None:
 
 
 def reader_of(file: str, text_by: TextBy = "line", more: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
-    """Which of the readers of `datasets` reads a file, and with what options.
+    """The reader of `datasets` for a file, and its options.
 
     Args:
-        file: which may be compressed.
-        text_by: what a row of a .txt is.
-        more: suffixes that the caller reads in its own way.
+        file: may be compressed.
+        text_by: the rows of a .txt.
+        more: suffixes that the caller reads itself.
 
     Raises:
-        LoRAError: it is not there, is empty, of a kind that is not read here, or a CSV that pandas would misread.
+        LoRAError: it is missing, empty, of an unknown kind, or a CSV that pandas would misread.
     """
     check_file(file)
     path = Path(file)
@@ -224,10 +224,10 @@ def files_of(path: Path, more: Collection[str] = ()) -> dict[str, Path]:
 
     Args:
         path: the directory.
-        more: suffixes that the caller reads in its own way.
+        more: suffixes that the caller reads itself.
 
     Raises:
-        LoRAError: none of them is for training.
+        LoRAError: there is no file for training.
     """
     files = _files_by_split(path, more)
     if "train" not in files:
@@ -243,7 +243,7 @@ def _read_part(file: str, name: str | None, text_by: TextBy, user_readers: Reade
     on_hub, _, part = file.partition("@")
     if not part or Path(file).exists():
         location = resolve(file)
-        if (Path(location) / "state.json").is_file():  # what save_to_disk made of one table
+        if (Path(location) / "state.json").is_file():  # one table of save_to_disk
             return _from_disk(location, streaming)["train"]
         return _read_file(location, text_by, user_readers, streaming)
     refuse_not_there("set", on_hub)
@@ -264,7 +264,7 @@ def _from_hub(path: str, name: str | None, streaming: bool) -> dict[str, Any]:
 
 
 def _from_disk(path: str, streaming: bool) -> dict[str, Any]:
-    """What `save_to_disk` made."""
+    """Read a directory of `save_to_disk`."""
     loaded = datasets.load_from_disk(path)
     tables = _by_split({"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded)
     return {split: table.to_iterable_dataset() for split, table in tables.items()} if streaming else tables

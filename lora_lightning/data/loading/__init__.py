@@ -1,1 +1,1 @@
-"""Samplers, loaders and packing; a resumed loader goes on where it stopped."""
+"""Samplers, resumable loaders, packing and padding."""

@@ -1,4 +1,4 @@
-"""Rows of token ids of unlike length to one batch."""
+"""Pads rows of token ids of different lengths to one batch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.token_loss import IGNORED
 
 FILL = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED, "word_ids": -1}
-"""What a short row's entry of each name is filled up with; `input_ids` are with the padding token."""
+"""Padding values by name; `input_ids` get the padding token."""
 
 
 def pad_batch(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, side: str = "right") -> dict[str, Any]:
-    """Rows by name to a batch by name: lists of token ids become (n, t), single numbers (n,); lists of texts stay.
+    """Rows to a batch by name: lists of token ids become (n, t), single numbers (n,); lists of texts stay.
 
-    `input_ids` get an `attention_mask` beside them. Not so in packed rows, which are those with `position_ids`: there
-    the filling is one more document, of which nothing is trained on. Entries whose names begin with `prompt_` are
-    filled up on the left, for texts to go on from.
+    `input_ids` get an `attention_mask`, except in packed rows, which have `position_ids`: there the padding is one more
+    document, without labels. Entries whose names begin with `prompt_` are padded on the left, for generation.
     """
     batch: dict[str, Any] = {}
     for name in rows[0]:

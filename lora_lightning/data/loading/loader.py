@@ -1,4 +1,4 @@
-"""A DataLoader that knows how far an epoch has come, and can go on from there."""
+"""A DataLoader that can resume in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from lora_lightning.lora.errors import LoRAError
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader over an `EpochSampler`, whose place Lightning keeps in a checkpoint and puts back from it.
+    """A DataLoader over an `EpochSampler`, whose state Lightning saves in a checkpoint and restores.
 
-    Batches that were given before are skipped in the sampler, so that none of their rows is loaded. The sampler is
-    asked for its order when the first batch is, also where worker processes fetch ahead.
+    The sampler skips batches from before the checkpoint, so that none of their rows is loaded. Its order is computed
+    with the first batch, also where worker processes prefetch.
     """
 
     _epoch = 0
-    _given = 0
-    _came_to: dict[str, Any] | None = None
+    _count = 0
+    _loaded_state: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self._epoch = getattr(self.sampler, "epoch", 0)  # the sampler may be told the next one before this is saved
-        self._given = self._skip_to_place()
+        self._epoch = getattr(self.sampler, "epoch", 0)  # the sampler may get the next epoch before this is saved
+        self._count = self._skip_to_place()
         for batch in super().__iter__():
-            self._given += 1  # in front of the batch: once it is trained on, it counts
+            self._count += 1  # before the batch, so that it counts once it is trained on
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, how many of its batches were given, and what its order hangs on."""
-        return {"epoch": self._epoch, "batches": self._given, "order": self._order()}
+        """The epoch, the number of its batches so far, and the settings of its order."""
+        return {"epoch": self._epoch, "batches": self._count, "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there once an iteration over that epoch begins."""
-        self._came_to = dict(state_dict)
+        """Resume there when an iteration over that epoch begins."""
+        self._loaded_state = dict(state_dict)
         if isinstance(self.sampler, EpochSampler):
             self.sampler.set_epoch(int(state_dict["epoch"]))
 
     @property
     def keeps_place(self) -> bool:
-        """Another sampler, as Lightning puts in for `overfit_batches`, cannot be told what to leave out."""
+        """Whether the loader can resume; other samplers, such as Lightning's for `overfit_batches`, cannot skip."""
         return isinstance(self.sampler, EpochSampler)
 
     def _order(self) -> dict[str, Any]:
@@ -50,12 +50,12 @@ class ResumableLoader(DataLoader[Any]):
         return {"sampler": type(self.sampler).__name__} if order is None else dict(order)
 
     def _skip_to_place(self) -> int:
-        """Put the sampler to the place that was loaded, if it is in the epoch that begins.
+        """Let the sampler skip to the loaded position, if it is in the epoch that begins.
 
         Raises:
-            LoRAError: the order is another one than that in which the place was taken.
+            LoRAError: the order of rows has changed since.
         """
-        state = self._came_to
+        state = self._loaded_state
         sampler = self.sampler
         if state is None or not isinstance(sampler, EpochSampler) or sampler.epoch != state["epoch"]:
             return 0
@@ -70,9 +70,9 @@ class ResumableLoader(DataLoader[Any]):
         return int(state["batches"])
 
 
-def own_generator(seed: int) -> torch.Generator:
-    """For a loader: each iteration draws a seed for its workers, and would draw it from everyone's random numbers.
+def seeded_generator(seed: int) -> torch.Generator:
+    """A loader's generator: each iteration takes a seed for its workers, by default from the global generator.
 
-    How often that happens hangs on whether workers are kept, and so on where a fit was interrupted.
+    How often that happens depends on whether workers persist, and so on where a fit was interrupted.
     """
     return torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""In which order examples come: a function of (seed, epoch) alone, so that a run can be repeated."""
+"""The order of examples, a function of (seed, epoch) alone, so that a run can be repeated."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.utils.data import DistributedSampler
 from lora_lightning.lora.errors import LoRAError
 
 WINDOW = 50
-"""Batches within which examples are sorted by length; transformers' value. Larger pads less and shuffles less."""
+"""Batches within which examples are sorted by length; transformers' value. A larger one pads and shuffles less."""
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """Shuffled order, optionally with texts of like length in one batch.
+    """Shuffled order, optionally with texts of similar length in one batch.
 
-    `num_replicas` processes take turns within one order, so together their batches are those of one process
-    with batches `num_replicas` times as large. In training all must have as many batches: where some would be one
-    short, they get one that is `padding`, an example over again that is to count for nothing.
-    Being a `DistributedSampler`, Lightning leaves it alone.
+    `num_replicas` processes take turns within one order, so that together their batches are those of one process with
+    batches `num_replicas` times as large. In training all must have equally many batches: where some would be one
+    short, they get a padding batch, a repeated example that counts for nothing. Lightning does not replace a
+    `DistributedSampler`.
 
     Args:
         data: the dataset, for its length.
         batch_size: examples per batch and process.
-        lengths: of each example; given, batches hold examples of like length, and the longest batch comes first, so
-            that a lack of memory shows at once.
-        shuffle: draw a new order each epoch; without it, the data's own, each example once and none repeated.
+        lengths: of each example; with them, batches have examples of similar length, and the longest batch comes first,
+            so that a lack of memory shows at once.
+        shuffle: use a new order each epoch; without it, the data's order, with each example once.
         seed: of the order.
     """
 
@@ -56,12 +56,12 @@ class EpochSampler(DistributedSampler[Any]):
         return iter(self.order()[self.rank :: self.num_replicas][first if epoch == self.epoch else 0 :])
 
     def skip(self, batches: int) -> None:
-        """Leave out this epoch's first batches; other epochs are whole. The length stays that of a whole epoch."""
+        """Skip this epoch's first batches; other epochs are whole. The length stays that of a whole epoch."""
         self._skip = (self.epoch, batches * self.block // self.num_replicas)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that the order of an epoch hangs on, as plain values."""
+        """The settings that determine an epoch's order, as plain values."""
         lengths = None if self.lengths is None else zlib.crc32(self.lengths.long().numpy().tobytes())
         return {
             "rows": self.count,
@@ -86,24 +86,24 @@ class EpochSampler(DistributedSampler[Any]):
         return order.repeat(self.num_replicas)[: self._padded_length()].tolist()
 
     def is_padding(self, batch: int) -> bool:
-        """Whether this process's batch of this number in the epoch, from 0, is there only to keep step with others."""
+        """Whether this process's batch of this number, from 0, is only padding."""
         last = len(self) - 1
         return batch * self.batch_size == last and self.rank + last * self.num_replicas >= self.count
 
     def _padded_length(self) -> int:
-        """Examples of all processes, with those over again that give each as many batches."""
+        """The number of examples of all processes, with repeated ones that give each equally many batches."""
         turns, left = divmod(self.count, self.num_replicas)
         short = self.shuffle and left > 0 and turns % self.batch_size == 0
         return self.count + (self.num_replicas - left if short else 0)
 
     def _by_length(self, order: torch.Tensor, lengths: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Sort within windows, then deal out whole batches in random order, the longest first."""
+        """Sort within windows, then order whole batches at random, the longest first."""
         windows = torch.split(order, WINDOW * self.block)
         batches = [
             b for w in windows for b in torch.split(w[lengths[w].argsort(descending=True, stable=True)], self.block)
         ]
         whole = [b for b in batches if len(b) == self.block]
-        rest = [b for b in batches if len(b) < self.block]  # of the last window only: it stays last
+        rest = [b for b in batches if len(b) < self.block]  # at most one, which stays last
         if not whole:
             return order
         whole = [whole[i] for i in torch.randperm(len(whole), generator=generator)]

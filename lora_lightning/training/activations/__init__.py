@@ -1,4 +1,4 @@
-"""What a training step does with activations: blocks that are computed again, tensors that wait elsewhere, compiling.
+"""Options of a training step's forward: activation checkpointing, offloading, compilation.
 
 Imports lora.
 """

@@ -1,9 +1,8 @@
-"""Activation checkpointing: backward computes a block's insides again, so that forward keeps its inputs alone.
+"""Activation checkpointing: forward stores only a block's inputs, and backward computes its activations again.
 
-For any backbone and in either mode, where transformers' own `gradient_checkpointing_enable` knows its own models, and
-those in train mode only: a backbone that is kept in eval mode, as LoRA's is by default, it leaves as it was without a
-word. Here a block's `forward` is stood in for while a training step runs forward, and at no other time: validation,
-generation, copies, merges and files know nothing of it.
+It works for any backbone in either mode. transformers' `gradient_checkpointing_enable` is for its own models, and
+silently does nothing in eval mode, LoRA's default. A block's `forward` is replaced only during a training step's
+forward: validation, generation, copies, merges and files are not affected.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
 from lora_lightning.lora.targets.blocks import repeated_blocks
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache")
-"""Arguments by which layers are handed what earlier tokens left; a block that runs twice would add to it twice."""
+"""Arguments that pass a layer its cache of earlier tokens; a block that runs twice would add to it twice."""
 
 
 class Recomputation:
-    """The blocks of a backbone, run so that backward computes them again.
+    """Runs the blocks of a backbone so that backward computes them again.
 
     Raises:
         LoRAError: the backbone has no repeated blocks.
@@ -44,7 +43,7 @@ class Recomputation:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Within the block, forward keeps no block's insides."""
+        """Within the block, forward stores only the blocks' inputs."""
         before = {name: vars(block).get("forward") for name, block in self.blocks.items()}
         try:
             for name, block in self.blocks.items():
@@ -58,7 +57,7 @@ class Recomputation:
                     block.__dict__["forward"] = before[name]
 
     def _forward_of(self, name: str, block: nn.Module) -> Callable[..., Any]:
-        """The same object in each step: torch.compile would compile anew for another."""
+        """The checkpointed forward, the same object in each step: torch.compile would compile anew for another."""
         cls, forward = self._forwards.get(name, (None, None))
         if forward is None or cls is not type(block) or "forward" in vars(block):
             _refuse_moving_statistics(name, block)
@@ -67,7 +66,7 @@ class Recomputation:
         return forward
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to these very blocks."""
+        """Without the wrapped forwards, which belong to these blocks."""
         return {**self.__dict__, "_forwards": {}}
 
 
@@ -92,7 +91,7 @@ def _is_cache(value: Any) -> bool:
 
 @contextmanager
 def without_cache(backbone: nn.Module) -> Iterator[None]:
-    """Within the block, no transformers model in `backbone` fills a cache unless it is told to."""
+    """Within the block, no transformers model in `backbone` fills a cache unless the call says so."""
     configs: list[Any] = [getattr(module, "config", None) for module in backbone.modules()]
     configs = [config for config in configs if getattr(config, "use_cache", False) is True]
     try:
@@ -105,7 +104,7 @@ def without_cache(backbone: nn.Module) -> Iterator[None]:
 
 
 def _refuse_moving_statistics(name: str, block: nn.Module) -> None:
-    """A batch norm that trains would count each batch twice."""
+    """Raise for a batch norm that trains: it would count each batch twice."""
     for inner, module in block.named_modules():
         if (
             isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm)

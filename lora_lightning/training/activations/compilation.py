@@ -1,7 +1,7 @@
-"""How a training step runs its forward: with blocks that are computed again, saved tensors moved away, or compiled.
+"""How a training step runs its forward: with checkpointing, with offloading, or compiled.
 
-All of it is on while a training step runs forward and off at any other time, so that validation, generation, export and
-checkpoints meet the backbone as it is.
+All of it is active only during a training step's forward: validation, generation, export and checkpoints see the plain
+backbone.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lora_lightning.training.activations.checkpointing import Recomputation
 from lora_lightning.training.activations.offloading import Offload
 
 COMPILE_OPTIONS = ("backend", "dynamic", "fullgraph", "mode", "options")
-"""What `compile` may say of `torch.compile`'s arguments."""
+"""Arguments of `torch.compile` that `compile` may set."""
 
 
 class TrainingForward:
-    """The three flags of `LoRAModule` that cost time or memory and change no result but by rounding.
+    """Three flags of `LoRAModule` that trade time for memory or for compilation, and change results by rounding alone.
 
     Raises:
-        LoRAError: no blocks to checkpoint, or an option that torch.compile has not.
+        LoRAError: no blocks to checkpoint, or an unknown option of torch.compile.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class TrainingForward:
 
 
 class Compilation:
-    """`nn.Module.compile` in place, which renames no key, as it is called in training steps.
+    """Compiles the backbone for training steps by `nn.Module.compile`, which renames no key.
 
-    A transformers language model is compiled without its head, whose loss is then still taken in chunks, without all
-    logits in memory (`tasks/lm_head.py`).
+    A transformers language model is compiled without its head, so that the loss is still computed in chunks, without
+    all logits in memory (`tasks/losses/lm_head.py`).
     """
 
     def __init__(self, backbone: nn.Module, options: Mapping[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Compilation:
         rank_zero_info("compile: the first training step takes the time that compiling takes")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was compiled of this very backbone."""
+        """Without the compiled calls, which belong to this backbone."""
         return {**self.__dict__, "_compiled": []}
 
 

@@ -1,8 +1,7 @@
-"""What backward needs waits in the CPU's memory until it is needed.
+"""Keeps what backward needs in CPU memory until then.
 
-`torch.autograd.graph.save_on_cpu` moves whatever is saved, the frozen weights too. Here weights stay where they are,
-what is small is not worth a transfer, and a tensor that several operations save, as the input of query, key and value,
-is moved once.
+`torch.autograd.graph.save_on_cpu` moves all saved tensors, the frozen weights too. Here weights and small tensors stay,
+and a tensor that several operations save, such as the input of query, key and value, is moved once.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ SMALL = 2**20
 
 
 class Waiting:
-    """A tensor's copy in the CPU's memory, pinned where it came from a GPU; brought back once for all who ask."""
+    """A tensor's copy in CPU memory, pinned for a GPU; copied back once for all operations that need it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.device = tensor.device
@@ -34,20 +33,20 @@ class Waiting:
         self._back: weakref.ref[Tensor] | None = None
 
     def back(self) -> Tensor:
-        """On its own device."""
-        there = None if self._back is None else self._back()
-        if there is None:
-            there = self.copy.to(self.device, non_blocking=self.device.type == "cuda")
-            self._back = weakref.ref(there)
-        return there
+        """The tensor on its device."""
+        tensor = None if self._back is None else self._back()
+        if tensor is None:
+            tensor = self.copy.to(self.device, non_blocking=self.device.type == "cuda")
+            self._back = weakref.ref(tensor)
+        return tensor
 
 
 class Offload:
-    """Moves what is saved for backward, on any device but those in `stays_on`.
+    """Moves tensors that are saved for backward to the CPU.
 
     Args:
         small: bytes below which a tensor stays.
-        stays_on: devices whose tensors are where they would be moved to.
+        stays_on: devices whose tensors stay.
     """
 
     def __init__(self, model: nn.Module, small: int = SMALL, stays_on: tuple[str, ...] = ("cpu", "meta")) -> None:
@@ -58,7 +57,7 @@ class Offload:
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Within the block, what operations save for backward is moved; nothing where the model itself is there."""
+        """Within the block, tensors that operations save for backward are moved, unless all the model is on the CPU."""
         if all(p.device.type in self.stays_on for p in self.model.parameters()):
             if not self._has_warned:
                 self._has_warned = True
@@ -67,7 +66,7 @@ class Offload:
             return
         tensors = (*self.model.parameters(), *self.model.buffers())
         weights = {tensor.untyped_storage().data_ptr() for tensor in tensors if _is_plain(tensor)}
-        # By the tensor's identity: the reference says whether it is still the same one.
+        # By the tensor's id: the reference says whether it is still the same tensor.
         seen: dict[int, tuple[weakref.ref[Tensor], int, Waiting]] = {}
         self.moved = 0
 

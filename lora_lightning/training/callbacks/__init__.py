@@ -1,4 +1,4 @@
-"""What watches a run: W0's guard, guards of gradients, figures of steps, samples, the export at the end, the report.
+"""Callbacks: guards of W0 and of gradients, metrics of steps, samples, the export at the end, the report.
 
-Each file is one callback with all it needs. Imports `module`, `checkpoints`, `strategies.base`, export and reports.
+Each file has one callback. Imports `module`, `checkpoints`, `strategies.base`, export and reports.
 """

@@ -29,16 +29,16 @@ from lora_lightning.training.strategies.collectives import gather
 class DriftMonitor(EveryNSteps):
     """Logs how far the model has moved from its base, which is the model with its adapter switched off.
 
-    Of causal language models `drift/kl`, the mean KL(base || adapted) per token, `drift/perplexity_base`,
-    `drift/perplexity` and `drift/changed`, the share of tokens whose top prediction changed; of others `drift/cosine`,
-    one minus the cosine of the pooled output, and `drift/relative_l2`. They go to every logger of the run. Nothing that
-    trains is touched and nothing random is drawn. docs/analyze.md says what each means.
+    For causal language models `drift/kl`, the mean KL(base || adapted) per token, `drift/perplexity_base`,
+    `drift/perplexity` and `drift/changed`, the share of tokens whose top prediction changed; for others `drift/cosine`,
+    one minus the cosine of the pooled output, and `drift/relative_l2`. Weights and random states do not change.
+    docs/analyze.md says what each metric means.
 
     Args:
-        every_n_steps: optimizer steps between two looks; left out, one at each epoch's end.
+        every_n_steps: optimizer steps between two measurements; by default one at each epoch's end.
         texts: a file of texts, a set, `neutral` for this package's own text, or `run` for inputs of the validation
             set. Left out, `neutral` for a causal language model and `run` for others.
-        text_column: the column that holds the texts.
+        text_column: the column with the texts.
         count: texts or inputs at most.
 
     Raises:
@@ -53,12 +53,12 @@ class DriftMonitor(EveryNSteps):
             raise LoRAError(f"DriftMonitor.count must be at least 1, got {count}")
         self.texts, self.text_column, self.count = texts, text_column, count
         self.last: dict[str, float] = {}
-        """What the last look found."""
+        """The last measurement."""
         self._batches: list[Batch] = []
         self._names: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse before the fit what cannot be looked at.
+        """Raise before the fit where the drift cannot be measured.
 
         Raises:
             LoRAError: a module that is no LoRAModule; texts without a tokenizer, or a file that cannot be read.
@@ -81,26 +81,24 @@ class DriftMonitor(EveryNSteps):
         return read_texts(source, self.text_column, self.count)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The batches, on the module's device: the same in every process."""
+        """Prepare the batches on the module's device, the same in every process."""
         assert isinstance(pl_module, LoRAModule)  # see setup
         super().on_train_start(trainer, pl_module)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self._source(pl_module) == RUN:
             loader = next(loaders_of(data))
-            first_loader = loader[0] if isinstance(loader, list | tuple) else loader
-            batches = [
-                trainer.precision_plugin.convert_input(move_data_to_device(b, pl_module.device)) for b in first_loader
-            ]
+            first = loader[0] if isinstance(loader, list | tuple) else loader
+            batches = [trainer.precision_plugin.convert_input(move_data_to_device(b, pl_module.device)) for b in first]
             tokenizer = getattr(data, "tokenizer", None)
             self._batches, self._names = run_batches(batches, pl_module.task, pl_module.backbone, tokenizer, self.count)
-            # A sharded model runs in all processes at once, of which one may have a batch less.
+            # A sharded model runs in all processes at once; one of them may have a batch less.
             self._batches = self._batches[: min(gather(len(self._batches)))]
         else:
             longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
             self._batches = text_batches(self._names, data.tokenizer, pl_module.task, pl_module.backbone, longest)
 
     def look(self, trainer: Trainer, module: LoRAModule, step: int) -> None:
-        """All processes run the model, since a sharded one needs them all; each logger writes in the first."""
+        """Measure in all processes, since a sharded model needs them all; loggers write in the first."""
         forward = trainer.precision_plugin.forward_context
         (drift,) = measure_drift(module.backbone, self._batches, self._names, forward=forward).values()
         self.last = {f"drift/{name}": mean.value for name, mean in drift.figures.items()}

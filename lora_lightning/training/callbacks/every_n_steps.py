@@ -1,4 +1,4 @@
-"""A look at the model every n optimizer steps, or at each epoch's end."""
+"""The base of callbacks that measure the model every n optimizer steps, or at each epoch's end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lora_lightning.training.module import LoRAModule
 
 
 class EveryNSteps(Callback):
-    """Calls `look` in every process; a subclass says what is looked at.
+    """Calls `look`, which a subclass implements, in every process.
 
     Args:
-        every_n_steps: optimizer steps between two looks; None looks at each epoch's end.
+        every_n_steps: optimizer steps between two calls; None calls it at each epoch's end.
 
     Raises:
         LoRAError: `every_n_steps` below 1.
@@ -28,11 +28,11 @@ class EveryNSteps(Callback):
         self._step = -1
 
     def look(self, trainer: Trainer, module: LoRAModule, step: int) -> None:
-        """Measure, and log under the number `step`."""
+        """Measure the model, and log under the number `step`."""
         raise NotImplementedError
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse before the fit what cannot be looked at.
+        """Raise before the fit where the model cannot be measured.
 
         Raises:
             LoRAError: a module that is no LoRAModule.
@@ -41,13 +41,13 @@ class EveryNSteps(Callback):
             raise LoRAError(f"{type(self).__name__} looks at a LoRAModule, got {type(pl_module).__name__}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In a run that goes on, the step that it goes on from was looked at."""
+        """Skip the step that a fit resumes from: it was measured before."""
         self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After an optimizer step that is to be looked at."""
+        """Call `look` after every n-th optimizer step."""
         step = trainer.global_step
         if self.every_n_steps is not None and step != self._step and step % self.every_n_steps == 0:
             assert isinstance(pl_module, LoRAModule)  # see setup

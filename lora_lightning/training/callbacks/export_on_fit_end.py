@@ -31,16 +31,16 @@ from lora_lightning.training.strategies.base import is_sharded
 
 
 class ExportAtEnd(Callback):
-    """What `lora-lightning export` does, at the end of fit; its figures go to the run's loggers too.
+    """Does at the end of fit what `lora-lightning export` does, and logs the comparison's figures.
 
     Args:
-        formats: `adapter`, `merged` or both, in a list or with commas between.
+        formats: `adapter`, `merged` or both, as a list or separated by commas.
         output_dir: where to write; `export/` in the run folder by default.
-        dtype: of the merged model; `auto` is the backbone's own. Sums are taken in float32 in any case.
+        dtype: of the merged model; `auto` is the backbone's. Sums are taken in float32 in any case.
         max_shard_size: split a merged transformers model into files of at most this size, such as `5GB`.
         serving: `vllm` writes the adapter with one rank and one alpha for all modules, as vLLM reads them.
 
-    What can be refused is refused before the fit.
+    Options, the target folder and the server's limits are checked before the fit.
 
     Raises:
         LoRAError: an option has a value that means nothing.
@@ -60,11 +60,11 @@ class ExportAtEnd(Callback):
         self.options["serving"] = serving
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse before the fit what could not be exported after it; nothing is wrapped or sharded yet.
+        """Raise before the fit where the export would fail after it; nothing is wrapped or sharded yet.
 
         Raises:
-            LoRAError: another kind of module, a folder in the way that is no export, an
-                adapter that the server does not take.
+            LoRAError: the module is no LoRAModule, the target is a folder that is no export, or the server does not
+                take the adapter.
         """
         if stage != "fit":
             return
@@ -74,14 +74,14 @@ class ExportAtEnd(Callback):
             check_target(self._target(folder))
         if self.options["serving"] == "vllm":
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # said when it is written
+                warnings.simplefilter("ignore")  # the export shows them
                 vllm_targets(pl_module.backbone, fold_for_vllm(pl_module.backbone, layer_layouts(pl_module.backbone)))
 
     def _target(self, folder: Path) -> Path:
         return Path(self.output_dir) if self.output_dir else folder / run.EXPORT
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the last checkpoint is written, by one process."""
+        """Export in one process, after the last checkpoint is written."""
         folder = run.run_dir(trainer)
         if folder is None or not trainer.is_global_zero:
             return
@@ -93,8 +93,8 @@ class ExportAtEnd(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         with best_in(trainer, pl_module):
             result = export_module(pl_module, data, self._target(folder), batch=batch, **self.options)
-        closes = any(isinstance(c, RunReport) for c in trainer.callbacks)  # type: ignore[attr-defined]  # with all of it
-        show_report(record_export(folder, result), Console(quiet=closes))
+        has_report = any(isinstance(c, RunReport) for c in trainer.callbacks)  # type: ignore[attr-defined]  # it shows all
+        show_report(record_export(folder, result), Console(quiet=has_report))
         for logger in trainer.loggers:
             logger.log_metrics(result.metrics(), step=trainer.global_step)
             logger.save()
@@ -104,40 +104,39 @@ def export_module(
     module: LoRAModule, datamodule: Any, target: Path, *, batch: dict[str, Any] | None, **options: Any
 ) -> ExportReport:
     """Export the module's backbone, with the DataModule's tokenizer, image processor and labels beside it."""
-    extras: dict[str, Any] = {
-        name: getattr(datamodule, name, None) for name in ("tokenizer", "image_processor", "label_names")
-    }
+    names = ("tokenizer", "image_processor", "label_names")
+    preprocessing: dict[str, Any] = {name: getattr(datamodule, name, None) for name in names}
     w0, example = module.w0_fingerprint(), module.example_input_array
-    return export(module.backbone, module.task, w0, target, batch=batch, example=example, **options, **extras)
+    return export(module.backbone, module.task, w0, target, batch=batch, example=example, **options, **preprocessing)
 
 
 def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
-    """Put an export's figures into the run's report, in the place of an earlier one's, and return the whole of it.
+    """Write an export's figures into the run's report, and return the whole report.
 
-    Where the run's folder cannot be written, as on a disk to read from, the export stands without that, with a warning.
+    Where the run's folder cannot be written, as on a read-only disk, this warns and the export stands.
     """
     values = {**result.facts(), "run_dir": str(folder)}
     try:
-        known = run.update_report(folder, values)
+        report = run.update_report(folder, values)
         write_page(folder)
     except OSError as error:
         rank_zero_warn(f"the export is whole, and the run's report in '{folder}' is as it was: {error.strerror}")
         return values
-    return known
+    return report
 
 
 @contextmanager
 def best_in(trainer: Trainer, module: LoRAModule) -> Iterator[bool]:
-    """The best checkpoint's adapter in the module, then again the one that training ended with.
+    """Within the block the module has the best checkpoint's adapter; afterwards again the last one.
 
-    Yields whether the two are the same.
+    Yields whether the two are equal.
     """
-    ended = {key: tensor.detach().clone() for key, tensor in adapter_tensors(module.backbone).items()}
+    last = {key: tensor.detach().clone() for key, tensor in adapter_tensors(module.backbone).items()}
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     try:
         if best:
             module.load_state_dict(run.load_checkpoint(best)["state_dict"])
-        yield all(torch.equal(ended[key], tensor) for key, tensor in adapter_tensors(module.backbone).items())
+        yield all(torch.equal(last[key], tensor) for key, tensor in adapter_tensors(module.backbone).items())
     finally:
         for key, tensor in adapter_tensors(module.backbone).items():
-            tensor.data.copy_(ended[key])
+            tensor.data.copy_(last[key])

@@ -1,4 +1,4 @@
-"""W0 is frozen, and proven not to have moved; what trains is said and logged."""
+"""Freezes W0, proves that it has not moved, and shows and logs what trains."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class FreezeBase(Callback):
         self._best: object = None
         self.before: Fingerprint | None = None
         self.after: Fingerprint | None = None
-        self._own: Fingerprint | None = None
-        """Of this process's parts of a sharded W0, at the start."""
+        self._shards_before: Fingerprint | None = None
+        """The fingerprint of this process's shards of W0 at the start."""
         self._first_backward_seen = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -63,11 +63,11 @@ class FreezeBase(Callback):
             freeze(_lora_module(pl_module).backbone)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse an adapter that is no longer whole, take the fingerprint, say what trains."""
+        """Check that the adapter is whole, take the fingerprint, show what trains."""
         module = _lora_module(pl_module)
         refuse_lost(module.report, module.backbone)
         self.before = module.w0_fingerprint()
-        self._own = shard_fingerprint(module.backbone) if is_sharded(module.backbone) else None
+        self._shards_before = shard_fingerprint(module.backbone) if is_sharded(module.backbone) else None
         self._first_backward_seen = False
         report = module.report
         if self.show_table and trainer.is_global_zero:
@@ -88,16 +88,16 @@ class FreezeBase(Callback):
         """Law 4: after the first backward every adapter has a finite gradient."""
         if not self._first_backward_seen:
             self._first_backward_seen = True
-            # A loss scaler starts too high on purpose, skips the steps that overflow and comes down.
+            # A loss scaler starts too high on purpose, and lowers its scale with each step that overflows.
             scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
             check_gradients(pl_module, finite=not scaled)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Law 2 before a file is written: where W0 has moved, the one before it stays."""
+        """Law 2 before a checkpoint is written: where W0 has moved, the earlier file stays."""
         if trainer.state.fn != TrainerFn.FITTING or self.before is None or self.proves_at == "end":
             return
-        kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
-        scores = [(c.best_model_path, c.best_model_score) for c in kept]
+        monitors = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+        scores = [(c.best_model_path, c.best_model_score) for c in monitors]
         best, self._best = self._best, scores
         if self.proves_at == "checkpoint" or best != scores:
             self._prove(pl_module)
@@ -109,11 +109,11 @@ class FreezeBase(Callback):
     def _prove(self, pl_module: LightningModule) -> None:
         module = _lora_module(pl_module)
         assert self.before is not None
-        if self._own is None:
+        if self._shards_before is None:
             self.after = fingerprint(module.backbone)
             changed = self.before.differences(self.after)
-        else:  # all parts as they were: so is the whole
-            changed = moved_tensors(self._own, shard_fingerprint(module.backbone))
+        else:  # W0 is unchanged if every shard is
+            changed = moved_tensors(self._shards_before, shard_fingerprint(module.backbone))
             self.after = None if changed else self.before
         if message := first_problem(_message(changed) if changed else None):
             raise W0MovedError(message)
@@ -135,15 +135,15 @@ def freeze(backbone: nn.Module) -> None:
 
 
 def refuse_lost(report: InjectionReport, backbone: nn.Module) -> None:
-    """Raise where an adapter that was put in is gone, or token rows no longer train.
+    """Raise where an injected adapter is gone, or token rows no longer train.
 
     Raises:
-        LoRAError: names what was replaced since, as `resize_token_embeddings` does with a head.
+        LoRAError: names what was replaced, as `resize_token_embeddings` replaces a head.
     """
-    there = {layer.lora_name(path) for path, layer in adapted_layers(backbone)}
-    there |= {name for name, _ in grafted_modules(backbone, SavedCopy)}
-    there |= {name for name, rows in grafted_modules(backbone, TokenRows) if rows.lora_tokens.requires_grad}
-    lost = [n for n in (*[row.module for row in report.modules], *report.saved, *report.tokens) if n not in there]
+    present = {layer.lora_name(path) for path, layer in adapted_layers(backbone)}
+    present |= {name for name, _ in grafted_modules(backbone, SavedCopy)}
+    present |= {name for name, rows in grafted_modules(backbone, TokenRows) if rows.lora_tokens.requires_grad}
+    lost = [n for n in (*[row.module for row in report.modules], *report.saved, *report.tokens) if n not in present]
     if lost:
         raise LoRAError(
             f"what was to train of {first_few([repr(name) for name in lost])} is gone: the model was changed after it"
@@ -152,14 +152,14 @@ def refuse_lost(report: InjectionReport, backbone: nn.Module) -> None:
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
-    """Raise unless the optimizers hold all parameters that train and no others.
+    """Raise unless the optimizers have all trainable parameters and no others.
 
     Raises:
-        LoRAError: names what is missing or frozen.
+        LoRAError: names the first that is missing or frozen.
     """
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
-    surplus = [name for name, p in module.named_parameters() if not p.requires_grad and id(p) in held]
+    optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in optimized]
+    surplus = [name for name, p in module.named_parameters() if not p.requires_grad and id(p) in optimized]
     if missing:
         raise LoRAError(f"the optimizer lacks {len(missing)} parameters that train, first '{missing[0]}'")
     if surplus:
@@ -170,32 +170,35 @@ def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
     """Raise where a trainable parameter got no gradient or one that is not finite.
 
     Args:
-        finite: ask for finite ones.
+        finite: also require finite gradients.
 
     Raises:
         LoRAError: with the list.
     """
-    trains = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    without = [name for name, p in trains if p.grad is None]
-    without = without or _missed_shards(trains)
+    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    without = [name for name, p in trainable if p.grad is None]
+    without = without or _missed_shards(trainable)
     if without:
         raise LoRAError(
-            f"{len(without)} of {len(trains)} trainable tensors got no gradient in the first backward: the model's"
+            f"{len(without)} of {len(trainable)} trainable tensors got no gradient in the first backward: the model's"
             f" forward goes past them. {', '.join(without[:6])}: exclude these modules"
         )
-    infinite = [name for name, p in trains if p.grad is not None and not torch.isfinite(local_shard(p.grad)).all()]
+    infinite = [name for name, p in trainable if p.grad is not None and not torch.isfinite(local_shard(p.grad)).all()]
     if finite and infinite:
         raise LoRAError(f"the first gradient of {len(infinite)} tensors is not finite: {', '.join(infinite[:6])}")
 
 
-def _missed_shards(trains: list[tuple[str, nn.Parameter]]) -> list[str]:
-    """FSDP2 gives zeros to what no process's backward reached; of a fresh adapter A has them too, for B is zero."""
-    shards = [(name, p) for name, p in trains if isinstance(p.grad, DTensor) and not name.endswith("lora_A")]
-    if not shards:
+def _missed_shards(trainable: list[tuple[str, nn.Parameter]]) -> list[str]:
+    """Sharded tensors that no process's backward reached: FSDP2 gives them zeros.
+
+    A is left out: while B is zero its gradient is zero too.
+    """
+    sharded = [(name, p) for name, p in trainable if isinstance(p.grad, DTensor) and not name.endswith("lora_A")]
+    if not sharded:
         return []
-    zero = {name for name, p in shards if p.grad is not None and not local_shard(p.grad).any()}
+    zero = {name for name, p in sharded if p.grad is not None and not local_shard(p.grad).any()}
     everywhere = set.intersection(*gather(zero))
-    return [] if len(everywhere) == len(shards) else sorted(everywhere)  # a batch of no units gives zeros to all
+    return [] if len(everywhere) == len(sharded) else sorted(everywhere)  # a batch of no units gives zeros to all
 
 
 def _lora_module(module: LightningModule) -> LoRAModule:

@@ -1,4 +1,4 @@
-"""What a language model answers to held-out prompts, before and while it is trained."""
+"""A language model's answers to held-out prompts, before and during training."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Sample:
     """Optimizer steps before."""
     prompt: str
     reference: str
-    """What follows in the set."""
+    """The answer in the data."""
     before: str
-    """What the model says with the adapter off."""
+    """The model's answer with the adapter off."""
     after: str
-    """What it says with the adapter as it is at `step`."""
+    """Its answer with the adapter at `step`."""
 
 
 class Samples(Callback):
-    """After each validation, and at the end of training, the adapted model's answers beside those of the plain one.
+    """Writes the adapted model's answers beside the plain one's, after each validation and at the end of training.
 
     They go to `samples.jsonl` (all) and `samples.md` (the newest) in the run's folder, and as a table to W&B and to
     TensorBoard where these are logged to; the first of them is shown when fit ends. Decoding is greedy.
@@ -67,14 +67,14 @@ class Samples(Callback):
         self._prompts: list[Prompt] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """All answers so far: a fit that goes on writes the whole file again."""
+        """All answers so far: a resumed fit writes the whole file again."""
         return {"samples": [asdict(sample) for sample in self.samples]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.samples = [Sample(**sample) for sample in state_dict["samples"]]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say before the fit what it cannot do after it.
+        """Raise before the fit where no samples can be made.
 
         Raises:
             LoRAError: a backbone that does not generate, or data without prompts.
@@ -94,7 +94,7 @@ class Samples(Callback):
             self._sample(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What the last validation did not see."""
+        """Sample the last step, unless its validation did."""
         if not self.samples or self.samples[-1].step != trainer.global_step:
             self._sample(trainer, pl_module)
 
@@ -105,7 +105,7 @@ class Samples(Callback):
 
     @property
     def newest(self) -> list[Sample]:
-        """Those of the last step that there are any of."""
+        """The samples of the newest step."""
         return [sample for sample in self.samples if sample.step == self.samples[-1].step]
 
     def _sample(self, trainer: Trainer, module: LightningModule) -> None:
@@ -145,7 +145,7 @@ class Samples(Callback):
 def generate_answers(
     backbone: nn.Module, data: GivesPrompts, prompts: list[Prompt], max_new_tokens: int, what: str = "samples"
 ) -> list[str]:
-    """What a transformers model says to each prompt, greedily and with its cache, one by one: padding changes nothing.
+    """A transformers model's greedy answer to each prompt, one by one, so that padding changes nothing.
 
     Args:
         what: names the progress bar.
@@ -161,9 +161,9 @@ def generate_answers(
 
 
 def stop_tokens(backbone: nn.Module, data: GivesPrompts) -> list[int]:
-    """What ends an answer: the data's own ends of turns, and what the model stops at anyway."""
-    eos: Any = backbone.generation_config.eos_token_id  # type: ignore[union-attr]
-    return sorted({*data.stop_token_ids, *([eos] if isinstance(eos, int) else eos or [])})
+    """Tokens that end an answer: the data's ends of turns, and the model's end tokens."""
+    end_tokens: Any = backbone.generation_config.eos_token_id  # type: ignore[union-attr]
+    return sorted({*data.stop_token_ids, *([end_tokens] if isinstance(end_tokens, int) else end_tokens or [])})
 
 
 def page_of(samples: list[Sample]) -> str:

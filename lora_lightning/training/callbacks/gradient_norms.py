@@ -1,4 +1,4 @@
-"""What a logged optimizer step was made of: its learning rates, and how large the gradients of A and of B are."""
+"""Logs the learning rates, and the norms of the gradients of A and of B."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class StepFigures(Callback):
     """Logs `lr`, `grad_norm/A`, `grad_norm/B` and `grad_norm/all` every `log_every_n_steps`, before clipping.
 
     `grad_norm/all` is over everything that trains: what `gradient_clip_val` is compared with. `lr` is the first
-    group's; others, such as B's in LoRA+, have lines of their own where theirs is another.
+    group's; other groups, such as B's in LoRA+, are logged as `lr/NAME` where their rate differs.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class StepFigures(Callback):
 
 
 def parts_of_gradients(module: LightningModule, optimizer: Optimizer) -> dict[str, list[Tensor]]:
-    """The gradients of A, of B, and all of them, as far as there are any."""
+    """The gradients of A, of B, and all of them; a name without gradients is left out."""
     layers = [layer for _, layer in adapted_layers(module)]
     parts: dict[str, list[Tensor | None]] = {
         "A": [layer.lora_A.grad for layer in layers],
@@ -57,9 +57,9 @@ def parts_of_gradients(module: LightningModule, optimizer: Optimizer) -> dict[st
 
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all entries together, of whole tensors or of shards of them, as one number on the device.
+    """The 2-norm of all entries together, of whole or sharded tensors, as one number on the device.
 
-    Every process must ask where tensors are sharded.
+    Where tensors are sharded every process must call it.
     """
     norm = torch.nn.utils.get_total_norm(list(tensors))
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()

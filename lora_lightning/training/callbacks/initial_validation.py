@@ -1,4 +1,4 @@
-"""What the frozen base reaches, to be told beside what training made of it."""
+"""The frozen base's metrics, for comparison with the trained model's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from lora_lightning.training.checkpoints import run_folder as run
 
 
 class MeasureBefore(Callback):
-    """Validates once before the first step: a fresh adapter changes nothing (law 1), so the base is what is measured.
+    """Validates once before the first step: a fresh adapter changes nothing (law 1), so this measures the base.
 
-    Lightning's sanity check is made to run over all of the validation set. Each figure goes to the run's report and to
-    its loggers as `val_..._before`. A fit that goes on from a checkpoint starts from no fresh adapter and measures
-    nothing.
+    Lightning's sanity check then runs over all of the validation set. Each metric goes to the run's report and to its
+    loggers as `val_..._before`. A resumed fit has no fresh adapter and measures nothing.
     """
 
     def __init__(self) -> None:
@@ -27,12 +26,12 @@ class MeasureBefore(Callback):
             trainer.num_sanity_val_steps = float("inf")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the figures: what a sanity check finds, Lightning forgets."""
+        """Keep the metrics of the sanity check, which Lightning drops."""
         if trainer.sanity_checking:
             self.figures = {f"{name}{BEFORE}": value for name, value in metrics_of(trainer, "val").items()}
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write them down before anything moves."""
+        """Log them before training starts."""
         if not self.figures or not trainer.is_global_zero:
             return
         text = ", ".join(f"{name[4 : -len(BEFORE)].replace('_', ' ')} {x:.4f}" for name, x in self.figures.items())

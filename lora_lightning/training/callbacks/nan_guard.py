@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite stops the fit before it reaches a weight, and says where it comes from."""
+"""Stops a fit before a loss or gradient that is not finite reaches a weight, and says where it comes from."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lora_lightning.training.strategies.collectives import first_problem
 
 
 class NotFiniteError(LoRAError):
-    """A loss or a gradient became infinite or no number."""
+    """A loss or a gradient became infinite or NaN."""
 
 
 class StopOnNonFinite(Callback):
-    """Looks at the loss and at the norm of all gradients once per optimizer step, before the optimizer does.
+    """Checks the loss and the norm of all gradients in each optimizer step, before the optimizer uses them.
 
     Weights, optimizer and checkpoints stay those of the last good step. With a loss scaler, which skips steps whose
-    gradients overflow, only the loss is looked at.
+    gradients overflow, only the loss is checked.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class StopOnNonFinite(Callback):
         self._losses.append(loss.detach())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """One number comes from the device, whatever there is to look at.
+        """Check with one transfer from the device.
 
         Raises:
             NotFiniteError: with the step, the batches' rows where they are known, and the first bad layer.
@@ -50,17 +50,17 @@ class StopOnNonFinite(Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             named = []
         norm = nn.utils.get_total_norm([grad for _, grad in named])
-        looked_at = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, norm)])
-        bad = ~torch.isfinite(looked_at)
+        values = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, norm)])
+        bad = ~torch.isfinite(values)
         anywhere = bad.any().float()
-        if trainer.world_size > 1:  # all stop at one step, also where gradients are sharded
+        if trainer.world_size > 1:  # all stop at the same step, also where gradients are sharded
             anywhere = trainer.strategy.reduce(anywhere, reduce_op="max")
         if not bool(anywhere):
             return
         wrong = [name for name, grad in named if not torch.isfinite(torch.linalg.vector_norm(grad))]
-        message = self._message(trainer, pl_module, wrong)  # in every process, for a forward may need them all
+        message = self._message(trainer, pl_module, wrong)  # in every process: a forward may need them all
         by_loss, by_gradient = bool(bad[: len(self._losses)].any()), bool(bad.any())
-        first = first_problem(message if by_loss else None)  # whose loss is bad, knows the rows
+        first = first_problem(message if by_loss else None)  # the process with the bad loss knows its rows
         raise NotFiniteError(first or first_problem(message if by_gradient else None) or message)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -88,7 +88,7 @@ class StopOnNonFinite(Callback):
 
 
 def rows_of(trainer: Trainer, batch_idx: int) -> list[int]:
-    """Numbers, in their file, of the rows that this process had in a batch of this epoch; none where unknown."""
+    """Row numbers, in their file, of this process's batch `batch_idx` of this epoch; empty where unknown."""
     from lora_lightning.data.io.rows import ROW
 
     data = table_of(trainer.datamodule)  # type: ignore[attr-defined]
@@ -96,12 +96,12 @@ def rows_of(trainer: Trainer, batch_idx: int) -> list[int]:
     if data is None or not isinstance(sampler, EpochSampler):
         return []
     table = data.tables["train"]
-    if len(table) != sampler.count or ROW not in table.column_names:  # cut or packed: rows are no rows of the file
+    if len(table) != sampler.count or ROW not in table.column_names:  # cut or packed: not the rows of the file
         return []
     size = sampler.block // sampler.num_replicas
-    indices = sampler.order()[sampler.rank :: sampler.num_replicas][batch_idx * size : (batch_idx + 1) * size]
+    positions = sampler.order()[sampler.rank :: sampler.num_replicas][batch_idx * size : (batch_idx + 1) * size]
     numbers = table[ROW]
-    return [numbers[i] for i in indices]
+    return [numbers[i] for i in positions]
 
 
 def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
@@ -112,7 +112,7 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
     backbone, task = getattr(module, "backbone", None), getattr(module, "task", None)
     if not isinstance(backbone, nn.Module) or task is None or batch is None:
         return None
-    if is_sharded(backbone):  # runs only where all processes run it, and it failed in some
+    if is_sharded(backbone):  # all processes would have to run it, and only some failed
         return None
     bad_layers: list[str] = []
 
@@ -127,7 +127,7 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
     try:
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
             task.step(backbone, batch)
-    except Exception:  # the fit stops for another reason, which is told
+    except Exception:  # the fit stops with its first error anyway
         return None
     finally:
         for hook in hooks:

@@ -1,4 +1,4 @@
-"""What `lora-lightning predict` leaves: one JSON line per example, in the order of the data."""
+"""Writes the predictions of `lora-lightning predict`: one JSON line per example, in the order of the data."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ FILE = "predictions.jsonl"
 class PredictionWriter(BasePredictionWriter):
     """Writes `predictions.jsonl` into the run's folder: row, prediction, label name where the data has names.
 
-    Beside them stand the row's own columns that `predict --columns` names, by default `id` where there is one. Further
-    sets to predict on have files of their own, such as `predictions_mismatched.jsonl`.
+    The columns that `predict --columns` names are written too, by default `id` where there is one. Further sets are
+    written to separate files, such as `predictions_mismatched.jsonl`.
     """
 
     def __init__(self) -> None:
         super().__init__(write_interval="epoch")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a column that is not there before anything is predicted."""
+        """Raise for a column that does not exist before anything is predicted."""
         self._columns(trainer, 0)
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Gather the processes' parts and write them as one file."""
+        """Gather all processes' predictions and write one file for each set."""
         by_set = predictions if len(batch_indices) > 1 else [predictions]
         for index, (batches, indices) in enumerate(zip(by_set, batch_indices or [[]], strict=True)):
             name = set_name(trainer.datamodule, "predict", index)  # type: ignore[attr-defined]
             self._write(trainer, batches, indices, name, self._columns(trainer, index))
 
     def _columns(self, trainer: Trainer, index: int) -> Mapping[str, Sequence[Any]]:
-        """The values of the columns that are written beside the predictions, of the set with this number.
+        """The columns to write beside the predictions of the set with this number.
 
         Raises:
             LoRAError: the data have no such column.
@@ -71,14 +71,14 @@ class PredictionWriter(BasePredictionWriter):
         folder = run.run_dir(trainer)
         if folder is None or not trainer.is_global_zero:
             return
-        every = sorted((row for part in parts for row in part), key=lambda row: row["row"])
-        every = [
+        all_rows = sorted((row for part in parts for row in part), key=lambda row: row["row"])
+        all_rows = [
             {"row": row["row"], **{name: _plain(values[row["row"]]) for name, values in columns.items()}, **row}
-            for row in every
+            for row in all_rows
         ]
         file = folder / (f"{Path(FILE).stem}_{name}.jsonl" if name else FILE)
-        write_bytes(file, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in every).encode())
-        Console().print(f"{len(every)} predictions in {file}", soft_wrap=True)
+        write_bytes(file, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in all_rows).encode())
+        Console().print(f"{len(all_rows)} predictions in {file}", soft_wrap=True)
 
 
 def rows(batches: Sequence[Mapping[str, Any]], indices: Sequence[list[int]], names: list[str] | None) -> Any:
@@ -96,7 +96,7 @@ def rows(batches: Sequence[Mapping[str, Any]], indices: Sequence[list[int]], nam
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it, which has no word for what is not a number: null."""
+    """The value as JSON has it; NaN and infinities become null."""
     value = value.tolist() if isinstance(value, Tensor) else value
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 class Progress(RichProgressBar):
     """Lightning's RichProgressBar (done, time passed, time left, batches per second) with short figures behind it.
 
-    `train/loss_step` is called loss, the version number is left out, and of samples and tokens per second the latter is
-    shown where there are tokens. Figures that a module logs with `prog_bar=True` follow under their own names.
+    `train/loss_step` is called loss, the version number is left out, and tokens per second are shown where there are
+    tokens, else samples per second. Metrics that a module logs with `prog_bar=True` follow under their names.
     """
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:  # type: ignore[override]

@@ -30,17 +30,17 @@ HEADER = ["step", "layer", *NAMES]
 
 
 class RankTelemetry(EveryNSteps):
-    """Logs what the update `s B A` of each layer is made of, and how large it is beside W0.
+    """Logs the spectrum of each layer's update `s B A`, and its size relative to W0.
 
-    The loggers get the least, the median and the largest over all layers (`rank/relative`, `rank/stable_rank`,
-    `rank/energy_top`, `rank/energy_half`, `rank/k90`, `rank/amplification`); each layer's own numbers go to `rank.csv`
-    in the run's folder. Computed from A and B, never from B A; W0's norm is taken once. Nothing random is drawn and
-    nothing that trains is touched. docs/analyze.md says what each number means and what it costs.
+    The loggers get the minimum, the median and the maximum over all layers (`rank/relative`, `rank/stable_rank`,
+    `rank/energy_top`, `rank/energy_half`, `rank/k90`, `rank/amplification`); each layer's numbers go to `rank.csv` in
+    the run's folder. Computed from A and B, never from B A; W0's norm is taken once. Weights and random states do not
+    change. docs/analyze.md says what each number means and what it costs.
 
     Args:
-        every_n_steps: optimizer steps between two looks; left out, one at each epoch's end.
-        amplification: also `||s B A||_F / ||U^T W0 V||_F`, which reads all of W0 once a look: about what a forward of
-            r tokens costs, a dequantization where the base is quantized, and a gathering where it is sharded.
+        every_n_steps: optimizer steps between two measurements; by default one at each epoch's end.
+        amplification: also `||s B A||_F / ||U^T W0 V||_F`, which reads all of W0 each time: it costs about a forward
+            of r tokens, dequantizes a quantized base and gathers a sharded one.
 
     Raises:
         LoRAError: `every_n_steps` below 1.
@@ -50,11 +50,11 @@ class RankTelemetry(EveryNSteps):
         super().__init__(every_n_steps)
         self.amplification = amplification
         self.last: dict[str, RankMeasures] = {}
-        """By layer, what the last look found; in the first process."""
+        """The last measures by layer, in rank 0 alone."""
         self._norms: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """W0's norms; and in a run that goes on, the file without what comes after the checkpoint."""
+        """Compute W0's norms; in a resumed fit, drop the file's rows after the checkpoint."""
         super().on_train_start(trainer, pl_module)
         assert isinstance(pl_module, LoRAModule)
         for name, layer in adapted_layers(pl_module.backbone):
@@ -64,13 +64,13 @@ class RankTelemetry(EveryNSteps):
             keep_until(file, trainer.global_step)
 
     def look(self, trainer: Trainer, module: LoRAModule, step: int) -> None:
-        """All processes bring their shards together; the first one computes and writes."""
+        """All processes gather the shards; rank 0 computes and writes."""
         measures: dict[str, RankMeasures] = {}
         for name, layer in adapted_layers(module.backbone):
             matrices = whole_base(layer) if self.amplification else []
-            one = whole_layer(layer)
+            whole = whole_layer(layer)
             if trainer.is_global_zero:
-                pairs, scale = update_pairs(one), layer.lora_settings.scale
+                pairs, scale = update_pairs(whole), layer.lora_settings.scale
                 measures[layer.lora_name(name)] = measures_of(pairs, scale, self._norms[name], matrices)
         if not trainer.is_global_zero:
             return
@@ -87,7 +87,7 @@ class RankTelemetry(EveryNSteps):
 
 
 def append(file: Path, step: int, measures: dict[str, RankMeasures]) -> None:
-    """One row for each layer."""
+    """Append one row for each layer."""
     new = not file.is_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", newline="", encoding="utf-8") as handle:
@@ -97,12 +97,12 @@ def append(file: Path, step: int, measures: dict[str, RankMeasures]) -> None:
 
 
 def keep_until(file: Path, step: int) -> None:
-    """Drop rows of later steps, which are made anew, and a row that was torn when the process was killed."""
+    """Drop rows of later steps, which the fit writes again, and an incomplete last row."""
     if not file.is_file():
         return
     text = file.read_text(encoding="utf-8")
     rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
-    kept = [row for row in rows[1:] if len(row) == len(HEADER) and row[0].isdigit() and int(row[0]) <= step]
+    past = [row for row in rows[1:] if len(row) == len(HEADER) and row[0].isdigit() and int(row[0]) <= step]
     out = io.StringIO(newline="")
-    csv.writer(out).writerows([HEADER, *kept])
+    csv.writer(out).writerows([HEADER, *past])
     write_bytes(file, out.getvalue().encode())

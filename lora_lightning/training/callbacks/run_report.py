@@ -1,4 +1,4 @@
-"""The run's own `report.json`, filled as the run goes on, and `report.html`, which shows it."""
+"""Writes the run's `report.json`, and `report.html`, which shows it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lora_lightning.training.strategies.collectives import gather
 
 
 class RunReport(Callback):
-    """Writes what a fit and a test found into `report.json` in the run folder, and the page `report.html`."""
+    """Writes the results of a fit and of a test into `report.json` in the run folder, and the page `report.html`."""
 
     def __init__(self) -> None:
         self._started = 0.0
@@ -43,19 +43,19 @@ class RunReport(Callback):
         self._before = 0.0
         self._by_step: dict[int, dict[str, float]] = {}
         self._classes: ClassCounts | None = None
-        """Of the evaluation that runs, where a classifier is evaluated."""
+        """Class counts of the running evaluation of a classifier."""
         self._best: float | None = None
-        """The monitored figure of the validation whose classes were written last."""
+        """The monitored metric of the validation whose class counts were written last."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Seconds and figures so far, for a fit that goes on from the checkpoint."""
+        """Seconds and metrics so far, for a resumed fit."""
         seconds = self._before + time.perf_counter() - self._started
         return {"seconds": seconds, "by_step": dict(self._by_step), "best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before, self._by_step = float(state_dict["seconds"]), dict(state_dict["by_step"])
         self._best = state_dict.get("best")
-        self._seconds = self._before  # where nothing is left to train, no more come to it
+        self._seconds = self._before  # stays so where nothing is left to train
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()
@@ -64,7 +64,7 @@ class RunReport(Callback):
         self._classes = class_counts(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of other data than the run's own, say what they tell."""
+        """Show the summary of test data that are not the run's."""
         self._classes = class_counts(pl_module)
         if trainer.is_global_zero and _of_other_data(trainer):
             show_data(getattr(trainer.datamodule, "data_summary", None), Console())  # type: ignore[attr-defined]
@@ -102,10 +102,7 @@ class RunReport(Callback):
             self._classes.add(logits, labels, batch, tokenizer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember each validation's figures: which of them were best is known at the end.
-
-        The classes of the best one so far, which are many numbers, are written at once.
-        """
+        """Remember each validation's metrics, and write the class counts of the best one so far."""
         if trainer.sanity_checking:
             return
         self._by_step[trainer.global_step] = metrics_of(trainer, "val")
@@ -120,14 +117,14 @@ class RunReport(Callback):
             self._write_classes(trainer, run.run_dir(trainer), "val")
 
     def _write_classes(self, trainer: Trainer, folder: Path | None, stage: str) -> None:
-        """All processes bring theirs together; the first one writes."""
+        """Gather all processes' class counts; rank 0 writes."""
         if self._classes is None:
             return
-        counts, *others = gather(self._classes)
+        counts, *other_counts = gather(self._classes)
         if folder is None or not trainer.is_global_zero:
             return
         names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-        figures = counts.join(others).to_dict(None if names is None else list(names))
+        figures = counts.join(other_counts).to_dict(None if names is None else list(names))
         write_bytes(folder / CLASSES.format(stage=stage), (json.dumps(figures) + "\n").encode())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,7 +137,7 @@ class RunReport(Callback):
             return
         report, w0 = pl_module.report, pl_module.w0_fingerprint()
         guards = [c.after for c in trainer.callbacks if isinstance(c, FreezeBase) and c.after]  # type: ignore[attr-defined]
-        # By one process of many, parts cannot be gathered: without the guard nothing is known of them.
+        # One process of several cannot gather shards: without the guard W0's fingerprint is unknown.
         unknown = not guards and is_sharded(pl_module.backbone)
         after = None if unknown else guards[0] if guards else fingerprint(pl_module.backbone)
         values: dict[str, Any] = {
@@ -169,11 +166,11 @@ class RunReport(Callback):
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             values |= {"monitor": checkpoint.monitor} | self._of_best(checkpoint.best_model_path)
         for logger in trainer.loggers:
-            logger.save()  # the page is drawn from the log
+            logger.save()  # the page reads the log
         show_report(self._write_values(folder, values), Console())
 
     def _of_best(self, path: str) -> dict[str, Any]:
-        """Where it lies and what was measured at its step; nothing where somebody has deleted it: the fit is done."""
+        """Path and metrics of the best checkpoint; empty where its file was deleted since."""
         try:
             step = run.load_checkpoint(path)["global_step"]
         except LoRAError as error:
@@ -182,7 +179,7 @@ class RunReport(Callback):
         return {"checkpoint": path, **self._by_step.get(step, {}), "best_step": step - 1}  # as loggers count, from 0
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test metrics, into the report of the run that the checkpoint came from; of other data into one beside it."""
+        """Write test metrics into the report of the checkpoint's run; of other data into one beside it."""
         folder = run.test_dir(trainer)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -199,25 +196,25 @@ class RunReport(Callback):
         show_report(self._write_values(folder, values), Console())
 
     def _write_values(self, folder: Path, values: dict[str, Any]) -> dict[str, Any]:
-        known = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
+        report = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
         write_page(folder)
-        return known
+        return report
 
 
 def _of_other_data(trainer: Trainer) -> bool:
-    """Whether a test's figures go to a folder beside the run that the checkpoint is of."""
+    """Whether a test's metrics go to a folder beside the checkpoint's run."""
     return trainer.ckpt_path is not None and run.test_dir(trainer) != run.run_of_checkpoint(
         Path(str(trainer.ckpt_path))
     )
 
 
 def _full_bytes(model: nn.Module) -> int:
-    """What a full checkpoint of the weights would take: the backbone's own tensors."""
+    """Bytes of a full checkpoint of the backbone's tensors."""
     return sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if ".lora_" not in n)
 
 
 def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
-    """A stage's figures as the report names them."""
+    """A stage's metrics under the report's names."""
     figures = trainer.callback_metrics.items()
     return {
         name.replace("/", "_"): float(value) for name, value in figures if name.startswith((f"{stage}/", f"{stage}_"))
@@ -233,7 +230,7 @@ def class_counts(module: LightningModule) -> ClassCounts | None:
 
 
 def metric_titles(task: Task) -> dict[str, str]:
-    """What metrics are called by the way in which they average over classes: `{"f1": "F1 (macro)"}`."""
+    """Titles of metrics that average over classes: `{"f1": "F1 (macro)"}`."""
     collection: Any = task.metrics["val_"]
     averages = {name: getattr(metric, "average", None) for name, metric in collection.items(keep_base=True)}
     names = {"f1": "F1", "precision": "precision", "recall": "recall"}
@@ -253,7 +250,7 @@ def subject(module: LoRAModule) -> dict[str, Any]:
 
 
 def cost(trainer: Trainer, module: LoRAModule) -> dict[str, Any]:
-    """How fast the fit went on the whole, and what it took of which device."""
+    """Throughput of the whole fit, its device and its peak memory."""
     values: dict[str, Any] = {"device": module.device.type, "processes": trainer.world_size}
     for meter in (c for c in trainer.callbacks if isinstance(c, Throughput)):  # type: ignore[attr-defined]
         if meter.seconds:

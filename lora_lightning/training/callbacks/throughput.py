@@ -20,16 +20,16 @@ MIB = 2**20
 class Throughput(Callback):
     """Examples and tokens per second of all processes together, and the peak of memory, every `log_every_n_steps`.
 
-    The time is that of training and of waiting for its batches since the last line of the log: validations, and what
-    is done between epochs, are left out. Tokens are those of `attention_mask`, without padding. Logged are
+    The time is that of training and of waiting for batches since the last log row, without validations and what happens
+    between epochs. Tokens are those of `attention_mask`, without padding. Logged are
     `throughput/samples_per_second`, `throughput/tokens_per_second` and, in MiB and of the process that takes most,
-    `memory/cuda_peak_mib` or `memory/process_peak_mib` (all that the process has had at once, the model included).
+    `memory/cuda_peak_mib` or `memory/process_peak_mib` (the process's peak, the model included).
     The progress bar shows the newest figure, at first after 1, 2, 4, ... steps.
     """
 
     def __init__(self) -> None:
         self.samples = self.tokens = 0.0
-        """Of the fit so far, as of the last line of the log."""
+        """Totals of the fit up to the last log row."""
         self.seconds = 0.0
         self.peak_mib = 0.0
         self._begin()
@@ -51,7 +51,7 @@ class Throughput(Callback):
         self._begin()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the batch, unless it is there only so that this process has as many as the others."""
+        """Count the batch, unless it is padding that gives all processes equally many."""
         if self._running_since is None:
             self._running_since = time.perf_counter()
         if is_padding(trainer, batch_idx):
@@ -78,13 +78,13 @@ class Throughput(Callback):
         self._pause()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What came after the log's last line counts in the fit's totals."""
+        """Add what came after the last log row to the totals."""
         self._pause()
         self._add_up(*self._read_counts(trainer, pl_module))
         self.peak_mib = _largest(peak_mib(pl_module.device), trainer, pl_module.device)
 
     def _pause(self) -> None:
-        """The clock goes on with the next batch."""
+        """Stop the clock until the next batch."""
         if self._running_since is not None:
             self._seconds += time.perf_counter() - self._running_since
             self._running_since = None
@@ -101,14 +101,14 @@ class Throughput(Callback):
             self._add_up(samples, tokens, seconds)
 
     def _read_counts(self, trainer: Trainer, module: LightningModule) -> tuple[float, float, float]:
-        """Samples and tokens over all processes, and seconds, since the log's last line."""
-        counted = torch.zeros(2, dtype=torch.float64 if module.device.type != "mps" else None, device=module.device)
-        counted[0] = self._samples
+        """Samples and tokens over all processes, and seconds, since the last log row."""
+        totals = torch.zeros(2, dtype=torch.float64 if module.device.type != "mps" else None, device=module.device)
+        totals[0] = self._samples
         if self._tokens is not None:
-            counted[1] = self._tokens
+            totals[1] = self._tokens
         if trainer.world_size > 1:
-            counted = trainer.strategy.reduce(counted, reduce_op="sum")
-        samples, tokens = counted.tolist()  # waits for the device, so the clock is right
+            totals = trainer.strategy.reduce(totals, reduce_op="sum")
+        samples, tokens = totals.tolist()  # waits for the device, so the clock is right
         if self._running_since is not None:
             now = time.perf_counter()
             self._seconds, self._running_since = self._seconds + now - self._running_since, now
@@ -119,14 +119,14 @@ class Throughput(Callback):
         self._begin()
 
 
-def _largest(mine: float, trainer: Trainer, device: torch.device) -> float:
+def _largest(local: float, trainer: Trainer, device: torch.device) -> float:
     if trainer.world_size == 1:
-        return mine
-    return float(trainer.strategy.reduce(torch.tensor(mine, device=device), reduce_op="max"))
+        return local
+    return float(trainer.strategy.reduce(torch.tensor(local, device=device), reduce_op="max"))
 
 
 def peak_mib(device: torch.device) -> float:
-    """What was allocated at most on a CUDA device, else what this process has had in memory at most, in MiB."""
+    """Peak memory in MiB: allocated on a CUDA device, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
     try:

@@ -24,7 +24,7 @@ from lora_lightning.lora.errors import AdapterError, did_you_mean
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 
 CHECKPOINT_KEY, PREFIX = "lora_lightning", "backbone."
-"""Of what a checkpoint notes of its adapter, and of its tensors' keys."""
+"""The key of the adapter's settings in a checkpoint, and the prefix of its tensors' keys."""
 
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "state_dict": dict,
@@ -32,7 +32,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     f"{CHECKPOINT_KEY}.config": dict,
     f"{CHECKPOINT_KEY}.base": str,
 }
-"""Of every checkpoint."""
+"""Fields of every checkpoint."""
 FIT_FIELDS: dict[str, type | tuple[type, ...]] = {
     "epoch": int,
     "global_step": int,
@@ -45,7 +45,7 @@ FIT_FIELDS: dict[str, type | tuple[type, ...]] = {
     "optimizer_states": list,
     "lr_schedulers": list,
 }
-"""Beside these, of one that a fit goes on from."""
+"""Further fields of a checkpoint that a fit resumes from."""
 RESUME_KEY = "lora_lightning_resume"
 RESUME_FIELDS: dict[str, type | tuple[type, ...]] = {
     "kind": str,
@@ -57,17 +57,17 @@ RESUME_FIELDS: dict[str, type | tuple[type, ...]] = {
     "settings": dict,
     "ended_early": (list, type(None)),
 }
-"""Within what the callback `Resume` writes."""
+"""Fields that the callback `Resume` writes."""
 
 
 def refuse_damaged_fields(checkpoint: Mapping[str, Any], *, resumes: bool) -> None:
-    """Raise unless a checkpoint has the fields above, each of its kind.
+    """Raise unless a checkpoint has the fields above, with their types.
 
     Args:
-        resumes: whether a fit goes on from it, which needs more than its weights.
+        resumes: whether a fit resumes from it, which needs more than its weights.
 
     Raises:
-        AdapterError: the first field that is missing or of another kind.
+        AdapterError: the first field that is missing or has another type.
     """
     if CHECKPOINT_KEY not in checkpoint:
         raise AdapterError("this checkpoint was not written by lora_lightning: it has no adapter in it")
@@ -101,7 +101,7 @@ _MISSING = object()
 
 
 def _value(checkpoint: Mapping[str, Any], path: str) -> Any:
-    """By a path with dots; Lightning's own keys have dots too."""
+    """The value at a dotted path; Lightning's keys contain dots too."""
     if path in checkpoint:
         return checkpoint[path]
     first, _, rest = path.partition(".")
@@ -122,12 +122,12 @@ def adapter_only(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def frozen_keys_of(module: nn.Module) -> set[str]:
-    """The keys of W0 in a module that holds it as `backbone`."""
+    """The keys of W0 in a module whose `backbone` is adapted."""
     return {PREFIX + key for key in frozen_keys(module.get_submodule(PREFIX.removesuffix(".")))}
 
 
 def refuse_other_config(checkpoint: Mapping[str, Any], config: LoRAConfig) -> None:
-    """Raise where the checkpoint's adapter is of another config; another dropout makes no other adapter.
+    """Raise where the checkpoint's adapter has another config; only dropout may differ.
 
     Raises:
         AdapterError: the first field that differs, with both values.
@@ -142,14 +142,14 @@ def refuse_other_config(checkpoint: Mapping[str, Any], config: LoRAConfig) -> No
 
 
 def refuse_misfits(module: nn.Module, expected: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raise unless a checkpoint's tensors are the adapter's, by keys and shapes.
+    """Raise unless a checkpoint's tensors fit the adapter by keys and shapes.
 
     Args:
-        own: the module's state.
+        expected: the module's state dict.
         state: the checkpoint's.
 
     Raises:
-        AdapterError: with what is missing, left over or wrongly shaped.
+        AdapterError: a list of keys that are missing, left over or wrongly shaped.
     """
     expected = {plain_name(module, key): value for key, value in expected.items()}
     state = {plain_name(module, key): value for key, value in state.items()}

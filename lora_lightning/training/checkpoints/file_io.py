@@ -1,8 +1,7 @@
-"""Checkpoint files that are whole or absent, and that say so of themselves.
+"""Checkpoint files that are whole or absent.
 
-A file is what `torch.save` writes: a zip, whose sums of what it holds torch itself does not compare. It is written
-aside, synced and moved; what stood there before stays beside it as `NAME.ckpt.previous`, and is what is read where the
-newer one turns out to be damaged.
+A file is the zip that `torch.save` writes; torch does not compare its checksums, so this module does. It is written
+aside, synced and moved. The file before it stays as `NAME.ckpt.previous`, and is read where the newer one is damaged.
 """
 
 from __future__ import annotations
@@ -25,25 +24,25 @@ from lora_lightning.lora.errors import LoRAError
 
 PREVIOUS = ".previous"
 FOREIGN = re.compile(r"(?:GLOBAL|global|class|function) `?([\w.]+\.[\w.]+)")
-"""What torch names of a pickle that would run something."""
+"""The name in torch's error about a pickle that would run code."""
 
 
 class DamagedCheckpointError(LoRAError):
-    """A file that is not what was written: torn, or with a bit flipped."""
+    """A checkpoint file that is incomplete or corrupt."""
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write all of it or nothing, and keep what stood there as `NAME.previous`.
+    """Write a whole file or none, and keep the earlier one as `NAME.previous`.
 
     Raises:
-        LoRAError: the disk is full or the folder cannot be written. What stood there stands there still.
+        LoRAError: the disk is full or the folder cannot be written. The earlier file is unchanged.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.name}.*.part"):  # by one that was killed while it wrote
-            if not _is_being_written(left):
-                left.unlink(missing_ok=True)
+        for part in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed while writing
+            if not _is_being_written(part):
+                part.unlink(missing_ok=True)
         with aside.open("wb") as file:
             torch.save(content, file)
             file.flush()
@@ -63,7 +62,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
 
 
 def _is_being_written(part: Path) -> bool:
-    """Whether the process that made a part file still lives; its number stands in the name."""
+    """Whether the process that writes a part file is alive; its id is in the name."""
     number = part.name.split(".")[-2]
     try:
         os.kill(int(number), 0)
@@ -75,7 +74,7 @@ def _is_being_written(part: Path) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Make moves within a folder last; not every system opens folders."""
+    """Sync a folder, so that a move in it survives a crash; not every system can open folders."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -89,9 +88,9 @@ def _sync(folder: Path) -> None:
 
 
 def _keep_previous(path: Path) -> None:
-    """Give the file that is about to be replaced a second name, so that at no moment there is none.
+    """Give the file that is about to be replaced a second name, so that one always exists.
 
-    A damaged one is not worth the place of the one before it, from which this fit may have gone on.
+    A damaged file does not replace the one before it, from which this fit may have resumed.
     """
     try:
         check_whole(path)
@@ -110,10 +109,10 @@ def _keep_previous(path: Path) -> None:
 
 
 def check_whole(path: Path) -> None:
-    """Raise unless all that the file holds has the sums that were written with it.
+    """Raise unless every entry of the file matches its checksum.
 
     Raises:
-        DamagedCheckpointError: with what is wrong.
+        DamagedCheckpointError: names the first damage.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -126,11 +125,11 @@ def check_whole(path: Path) -> None:
 
 
 def whole_file(path: Path) -> Path:
-    """The file itself, or, said aloud, the one before it where it is damaged or was lost in the moment of a move.
+    """The file itself, or with a warning the one before it, where it is damaged or missing.
 
     Raises:
-        FileNotFoundError: neither is there.
-        DamagedCheckpointError: there is no whole one.
+        FileNotFoundError: neither exists.
+        DamagedCheckpointError: none of them is whole.
     """
     before = path.with_name(path.name + PREVIOUS)
     try:
@@ -145,11 +144,11 @@ def whole_file(path: Path) -> Path:
 
 
 def read_checkpoint(path: Path, *, weights_only: bool = True, map_location: Any = "cpu") -> Any:
-    """What `write_checkpoint` or plain Lightning wrote, or what was written there before where that is damaged.
+    """Read a checkpoint of `write_checkpoint` or plain Lightning, or the one before it where it is damaged.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedCheckpointError: there is no whole one, or it holds more than tensors and plain values.
+        FileNotFoundError: no file exists.
+        DamagedCheckpointError: no file is whole, or it contains more than tensors and plain values.
     """
     file = whole_file(path)
     try:
@@ -171,7 +170,7 @@ def _first_line(error: BaseException) -> str:
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Lightning's way to write and read checkpoint files, with the above for those on a local file system."""
+    """Lightning's checkpoint plugin, with the functions above for local files."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if is_remote(path) or storage_options is not None:
@@ -195,5 +194,5 @@ class WholeFiles(TorchCheckpointIO):
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether fsspec takes it to another place than this machine's files."""
+    """Whether the path is a URL for fsspec."""
     return "://" in str(path)

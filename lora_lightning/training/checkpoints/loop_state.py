@@ -1,15 +1,15 @@
-"""Where in a fit a checkpoint lies, and Lightning's loops put to one of two places from which they go on exactly.
+"""Where in a fit a checkpoint is written, and the loops' state at one of two places from which a fit resumes exactly.
 
-All private names of Lightning's loops stand in this file: there is no public way to where a fit is within a step, nor
-to a loop that is to go on as if it had not been loaded. `tests/training/test_loop_state.py` pins them.
+All private names of Lightning's loops are in this file: nothing public says where a fit is within a step, or lets a
+loop forget that it was loaded. `tests/training/test_loop_state.py` pins them.
 
 A checkpoint may be written in many hooks, and Lightning's loops resume from some of them with a step, a validation or
-an epoch more or less. So their state is written down as one of two:
+an epoch more or less. So their state is saved as of one of two places:
 
-- `batch`: in the middle of an epoch, after an optimizer step and what was validated behind it;
+- `batch`: in the middle of an epoch, after an optimizer step and its validation;
 - `epoch`: between two epochs.
 
-What is counted here is what `trainer.fit_loop.state_dict()` holds.
+The counts are those of `trainer.fit_loop.state_dict()`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ COUNTS = ("ready", "started", "processed", "completed")
 
 @dataclass(frozen=True)
 class Place:
-    """Where training is."""
+    """A fit's progress."""
 
     kind: str
     """`batch` or `epoch`."""
     epochs: int
-    """That are over."""
+    """Finished epochs."""
     at_step: bool
-    """Not between the micro-batches of one optimizer step."""
+    """Whether no micro-batch of the optimizer step is missing."""
     validates_next: bool
-    """A validation is due that would not take place in a resumed fit."""
+    """Whether a validation is due that a resumed fit would leave out."""
     in_epoch_loop: bool
-    """Lightning has not yet counted this step in."""
+    """Whether Lightning has yet to count this step."""
 
 
 def place_of(trainer: Trainer) -> Place:
-    """Of the fit that runs."""
+    """The place of the running fit."""
     loop = trainer.fit_loop
     epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
     whole = batches.is_last_batch or batches.current.ready >= trainer.num_training_batches  # type: ignore[attr-defined]
@@ -61,25 +61,25 @@ def place_of(trainer: Trainer) -> Place:
 
 
 def canonical_state(fit_loop: dict[str, Any], place: Place) -> dict[str, Any]:
-    """The state of the loops as of one of the two places."""
+    """The loops' state at one of the two places."""
     state = {key: _copy_state(value) for key, value in fit_loop.items()}
     batches, epochs = state["epoch_loop.batch_progress"], state["epoch_progress"]
-    epoch_state = state["epoch_loop.state_dict"]
-    stepped = epoch_state["_batches_that_stepped"] + (place.in_epoch_loop and place.at_step)
+    epoch_loop = state["epoch_loop.state_dict"]
+    stepped = epoch_loop["_batches_that_stepped"] + (place.in_epoch_loop and place.at_step)
     offset = epochs["total"]["started"] - epochs["current"]["started"]  # of earlier fits with this trainer
-    for which, more in (("total", offset), ("current", 0)):
-        over = place.epochs + more
+    for scope, earlier in (("total", offset), ("current", 0)):
+        finished = place.epochs + earlier
         if place.kind == "epoch":
-            _count(epochs[which], over)
-            _count(batches[which], batches[which]["ready"])
+            _count(epochs[scope], finished)
+            _count(batches[scope], batches[scope]["ready"])
         else:
-            _count(epochs[which], over, begun=over + 1)
-            # What Lightning takes for a checkpoint of a batch's end: it then counts the batch as completed.
-            _count(batches[which], batches[which]["ready"] - 1, begun=batches[which]["ready"])
-            batches[which]["processed"] = batches[which]["ready"]
+            _count(epochs[scope], finished, begun=finished + 1)
+            # Lightning takes this for a checkpoint at a batch's end, and counts the batch as completed.
+            _count(batches[scope], batches[scope]["ready"] - 1, begun=batches[scope]["ready"])
+            batches[scope]["processed"] = batches[scope]["ready"]
     batches["is_last_batch"] = False
     # Lightning adds the step of a batch's end when it resumes there, and nothing between epochs.
-    epoch_state["_batches_that_stepped"] = stepped - (place.kind == "batch" and place.at_step)
+    epoch_loop["_batches_that_stepped"] = stepped - (place.kind == "batch" and place.at_step)
     return state
 
 
@@ -93,10 +93,10 @@ def _copy_state(value: Any) -> Any:
 
 
 def begin_epoch_anew(trainer: Trainer) -> None:
-    """In `on_train_epoch_start` of a fit that resumes between two epochs: go on as a fit that was not interrupted.
+    """Let a fit that resumes between two epochs go on like an uninterrupted one; for `on_train_epoch_start`.
 
-    The loops forget that they were loaded, and the loader begins an iteration now, after its sampler was told the
-    epoch; Lightning began one before.
+    The loops forget that they were loaded. The loader's iteration begins again: Lightning began it before the sampler
+    had the epoch.
     """
     forget_restart(trainer)
     trainer.fit_loop.epoch_loop.restarting = False
@@ -105,9 +105,9 @@ def begin_epoch_anew(trainer: Trainer) -> None:
 
 
 def restarting_loaders(trainer: Trainer) -> list[str]:
-    """Loaders that cannot go on in an epoch's middle, by what they are."""
+    """Class names of the loaders that cannot resume in an epoch's middle."""
     loaders = trainer.fit_loop._combined_loader
-    return [] if loaders is None else [type(one).__name__ for one in loaders.flattened if not _keeps_place(one)]
+    return [] if loaders is None else [type(x).__name__ for x in loaders.flattened if not _keeps_place(x)]
 
 
 def _keeps_place(loader: Any) -> bool:
@@ -117,15 +117,17 @@ def _keeps_place(loader: Any) -> bool:
 
 
 def repeat_epoch_start(trainer: Trainer) -> None:
-    """In an epoch's middle Lightning leaves out the hook that says over how many batches the epoch accumulates."""
+    """Call the hook that sets an epoch's accumulation, which Lightning leaves out when it resumes in the middle."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             callback.on_train_epoch_start(trainer)
 
 
-def load_left_places(trainer: Trainer) -> None:
-    """Tell loaders their places where they were made before the checkpoint was read: Lightning does so in time only
-    where no schedule has asked for the number of steps."""
+def restore_loader_places(trainer: Trainer) -> None:
+    """Restore the places of loaders that were made before the checkpoint was read.
+
+    They are where a schedule has read the number of steps; Lightning restores them too late then.
+    """
     loop, fetcher = trainer.fit_loop, _fetcher(trainer)
     if loop._combined_loader_states_to_load and fetcher is not None:
         loop._load_combined_loader_states()
@@ -133,26 +135,26 @@ def load_left_places(trainer: Trainer) -> None:
 
 
 def is_between_steps(trainer: Trainer) -> bool:
-    """Whether gradients of the micro-batch that is over wait for others of their optimizer step."""
+    """Whether the last micro-batch's optimizer step waits for further ones."""
     return bool(trainer.fit_loop._should_accumulate())
 
 
 def logged_steps(trainer: Trainer) -> int:
-    """Steps that are over, as the log counts them: the number that the next one is logged under."""
+    """Finished optimizer steps: the number under which the next one is logged."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def is_logged(trainer: Trainer) -> bool:
-    """Whether the optimizer step that is under way gets a row in the log."""
+    """Whether the running optimizer step gets a row in the log."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return bool(every) and (logged_steps(trainer) + 1) % every == 0
 
 
 def forget_restart(trainer: Trainer) -> None:
     """Let the fit loop forget that it was loaded."""
-    trainer.fit_loop._restarting = False  # its own setter says True whenever max_steps is given
+    trainer.fit_loop._restarting = False  # the public setter sets True where there are max_steps
 
 
 def _fetcher(trainer: Trainer) -> Any:
-    """What fetches batches; None before the loaders are made."""
+    """Lightning's data fetcher; None before the loaders are made."""
     return trainer.fit_loop._data_fetcher

@@ -1,4 +1,4 @@
-"""`best.ckpt` by the task's metric, `last.ckpt` as the newest state, and what is done on SIGTERM."""
+"""Writes `best.ckpt` by the task's metric and `last.ckpt` as the newest state, and saves on SIGTERM."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lora_lightning.training.checkpoints.file_io import is_remote
 from lora_lightning.training.checkpoints.loop_state import is_between_steps, place_of
 
 REQUEUE = 75
-"""What a pre-empted fit exits with: EX_TEMPFAIL of sysexits.h, "try again later"."""
+"""Exit code of a pre-empted fit: EX_TEMPFAIL of sysexits.h, "try again later"."""
 
 
 class PreemptedError(SystemExit):
-    """SIGTERM came, all is saved, and the fit wants to be started again."""
+    """SIGTERM came, the state is saved, and the fit can be resumed."""
 
 
 class Checkpoints(ModelCheckpoint):
@@ -37,9 +37,9 @@ class Checkpoints(ModelCheckpoint):
 
     Args:
         save_every: optimizer steps between two `last.ckpt`; by default an epoch's.
-        monitor: the metric that says what is best; `auto` is the task's own, or none where nothing is validated: then
+        monitor: the metric that says what is best; `auto` is the task's, or none where nothing is validated: then
             the newest is the best.
-        mode: whether it should become `min` or `max`, where `monitor` is given.
+        mode: whether `monitor` should become `min` or `max`; for `auto` the task says it.
         dirpath: where to write; `checkpoints/` in the run's folder by default.
         exit_code: of a process that was sent SIGTERM and has saved.
 
@@ -70,11 +70,11 @@ class Checkpoints(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """The same however often and by what is saved, so that a resumed fit finds it."""
+        """One key for all settings, so that a resumed fit finds the state."""
         return "ModelCheckpoint"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take over the task's metric."""
+        """Monitor the task's metric."""
         self._fits = stage == "fit"
         if self.monitor == "auto":
             task = getattr(pl_module, "task", None)
@@ -91,24 +91,24 @@ class Checkpoints(ModelCheckpoint):
         self._newest = (trainer.global_step, "")
         self._steps = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note_sigterm)  # Lightning puts back what was there before
+            signal.signal(signal.SIGTERM, self._note_sigterm)  # Lightning restores the handler from before
 
     def _note_sigterm(self, number: int, frame: FrameType | None) -> None:
         self.ask_to_leave()
 
     def ask_to_leave(self) -> None:
-        """Save after the step that is under way, and end the fit as SIGTERM does."""
+        """Save after the running step, and end the fit as SIGTERM does."""
         self._sent_sigterm = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Leave after the last step's figures were logged."""
+        """Leave after the last step's metrics were logged."""
         if self._leaves:
             self._leave(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save in an epoch's middle. Where a validation or the epoch's end follows, what comes after it saves."""
+        """Save in an epoch's middle. Where a validation or the epoch's end follows, a later hook saves."""
         if is_between_steps(trainer) or trainer.global_step == self._steps:
             return  # between steps, or where a loss scaler has skipped one
         self._steps = trainer.global_step
@@ -129,13 +129,13 @@ class Checkpoints(ModelCheckpoint):
             self._save_newest(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the epoch that is over, with all that was done at its end."""
+        """Save the finished epoch, with all that was done at its end."""
         self._save_newest(trainer)
         if self._is_asked_to_leave(trainer):
             self._leave(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last epoch has none after it. What was saved in its middle at `max_steps` stays."""
+        """Save the last epoch, which no other follows; what was saved in its middle at `max_steps` stays."""
         if self._newest != (trainer.global_step, "batch"):
             self._save_newest(trainer)
 
@@ -153,31 +153,31 @@ class Checkpoints(ModelCheckpoint):
     def _save_newest(self, trainer: Trainer) -> None:
         now = (trainer.global_step, place_of(trainer).kind)
         if trainer.fast_dev_run or not now[0] or self._newest in (now, (now[0], "")):  # type: ignore[attr-defined]
-            return  # nothing has happened since it was written, or since this fit began
-        best_of = self._last_global_step_saved
+            return  # nothing has changed since the last save, or since this fit began
+        last_saved = self._last_global_step_saved
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        self._last_global_step_saved = best_of  # Lightning saves no best at a step at which it has saved
+        self._last_global_step_saved = last_saved  # Lightning saves no best at a step at which it has saved
         self._newest = now
 
     def _is_asked_to_leave(self, trainer: Trainer) -> bool:
         """Whether any process was sent SIGTERM; all must leave after the same step."""
         if trainer.world_size == 1:
             return self._sent_sigterm
-        mine = torch.tensor(int(self._sent_sigterm), device=trainer.strategy.root_device)
-        return bool(trainer.strategy.reduce(mine, reduce_op="max"))
+        local = torch.tensor(int(self._sent_sigterm), device=trainer.strategy.root_device)
+        return bool(trainer.strategy.reduce(local, reduce_op="max"))
 
     def _leave(self, trainer: Trainer) -> None:
         rank_zero_warn(
             f"SIGTERM: all is saved in '{self.last_model_path}' after step {trainer.global_step}; the same command"
             " with --ckpt_path last, or auto, goes on from there"
         )
-        # One process of each machine says it: a launcher that sees others fail would kill the first.
+        # One process of each machine has the code: a launcher that sees others fail would kill the first.
         raise PreemptedError(self.exit_code if trainer.local_rank == 0 else 0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the best so far, also where this fit writes to another folder than the one that it resumes."""
+        """Restore the best so far, also where this fit writes to another folder than the one that it resumes."""
         if not self._fits:
-            return  # a test or a prediction saves nothing, and needs no best in a folder of its own
+            return  # a test or a prediction saves nothing
         state = dict(state_dict)
         if state.get("best_model_path") and state.get("monitor") != self.monitor:
             rank_zero_warn(
@@ -187,26 +187,30 @@ class Checkpoints(ModelCheckpoint):
             return
         if self.dirpath is not None and not is_remote(self.dirpath) and state.get("best_model_path"):
             here, best = Path(self.dirpath), Path(state["best_model_path"])
-            mine = here / best.name
-            if _is_same_file(best, mine) or _bring_best(best, mine):
-                state |= {"dirpath": self.dirpath, "best_model_path": str(mine), "kth_best_model_path": str(mine)}
-                state["best_k_models"] = {str(mine): score for score in list(state["best_k_models"].values())[:1]}
+            here_best = here / best.name
+            if _is_same_file(best, here_best) or _bring_best(best, here_best):
+                state |= {
+                    "dirpath": self.dirpath,
+                    "best_model_path": str(here_best),
+                    "kth_best_model_path": str(here_best),
+                }
+                state["best_k_models"] = {str(here_best): score for score in list(state["best_k_models"].values())[:1]}
                 state["last_model_path"] = str(here / Path(state["last_model_path"] or "last.ckpt").name)
-                state["kth_best_model_path"] = str(mine) if state["best_k_models"] else ""
+                state["kth_best_model_path"] = str(here_best) if state["best_k_models"] else ""
         super().load_state_dict(state)
 
 
-def _is_same_file(one: Path, other: Path) -> bool:
-    return other.exists() and os.path.realpath(one) == os.path.realpath(other)
+def _is_same_file(a: Path, b: Path) -> bool:
+    return b.exists() and os.path.realpath(a) == os.path.realpath(b)
 
 
-def _bring_best(best: Path, mine: Path) -> bool:
-    """Whether the best so far is in this run's folder: moved there with the folder, or copied now by one process."""
+def _bring_best(best: Path, target: Path) -> bool:
+    """Whether the best so far is in this run's folder: moved with the folder, or copied now by one process."""
     if not best.exists():
-        return mine.exists()
+        return target.exists()
     if getattr(rank_zero_only, "rank", 0) == 0:
-        mine.parent.mkdir(parents=True, exist_ok=True)
-        aside = mine.with_name(f".{mine.name}.{os.getpid()}.part")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = target.with_name(f".{target.name}.{os.getpid()}.part")
         shutil.copyfile(best, aside)
-        aside.replace(mine)
+        aside.replace(target)
     return True

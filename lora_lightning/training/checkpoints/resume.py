@@ -1,8 +1,8 @@
 """Law 8: a resumed run is the uninterrupted run, bit for bit. What Lightning's checkpoints lack for that, and no more.
 
 Lightning keeps the adapter, the optimizer, the schedules, the scaler, the counts of its loops and the loaders' places.
-Kept and put back here: each process's random states, the figures that training has gathered in an epoch's middle, the
-last known metrics, and that a fit had ended early. docs/resume.md says what is exact and what is not.
+This callback adds each process's random states, the training metrics in an epoch's middle, the last logged metrics, and
+whether a fit had ended early. docs/resume.md says what is exact and what is not.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from lora_lightning.training.checkpoints.loop_state import (
     begin_epoch_anew,
     canonical_state,
     forget_restart,
-    load_left_places,
     logged_steps,
     place_of,
     repeat_epoch_start,
     restarting_loaders,
+    restore_loader_places,
 )
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
 from lora_lightning.training.strategies.collectives import gather
@@ -38,22 +38,22 @@ from lora_lightning.training.tracking.wandb_logger import runs_of
 
 MOVES = {"base_lrs", "last_epoch", "best", "num_bad_epochs", "cooldown_counter"}
 MOVES |= {"_last_lr", "_step_count", "_get_lr_called_within_step", "_is_initial"}
-"""What a schedule's state counts, or has from the optimizer: no setting."""
+"""Entries of a schedule's state that are progress, or the optimizer's: no settings."""
 
 
 class Resume(Callback):
-    """Saves and puts back what makes a resumed fit the uninterrupted one; on by default in the command."""
+    """Saves and restores what makes a resumed fit the uninterrupted one; on by default in the command."""
 
     def __init__(self) -> None:
-        self._found: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] | None = None
         self._settings: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What the flags say, before a checkpoint's state is put over it."""
+        """Read this run's settings before a checkpoint's state replaces them."""
         self._settings = settings_of(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Called in every process; the first one's is written, so the others' states are gathered there."""
+        """Gather all processes' states; Lightning writes rank 0's checkpoint."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         place = place_of(trainer)
@@ -77,51 +77,51 @@ class Resume(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._found = checkpoint.get(RESUME_KEY)
-        if self._found is None:
+        self._loaded = checkpoint.get(RESUME_KEY)
+        if self._loaded is None:
             rank_zero_warn(
                 "this checkpoint holds no random states: it was written without the callback Resume, so the fit goes on"
                 " from it, and not bit for bit as if it had not been interrupted"
             )
-        elif self._found["ended_early"] == [trainer.max_epochs, trainer.max_steps]:
+        elif self._loaded["ended_early"] == [trainer.max_epochs, trainer.max_steps]:
             trainer.should_stop = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what is not as it was, and let the run's log go on from the checkpoint's step."""
-        load_left_places(trainer)
-        if self._found is None:
+        """Warn where the resume is not exact, and let the run's log go on from the checkpoint's step."""
+        restore_loader_places(trainer)
+        if self._loaded is None:
             return
-        trainer.callback_metrics.update(self._found["metrics"])
-        for sentence in reasons_against(self._found, trainer.world_size, restarting_loaders(trainer)):
+        trainer.callback_metrics.update(self._loaded["metrics"])
+        for sentence in reasons_against(self._loaded, trainer.world_size, restarting_loaders(trainer)):
             rank_zero_warn(f"{sentence}: the fit goes on, and not bit for bit as if it had not been interrupted")
-        for sentence in overruled_settings(self._found["settings"], self._settings):
+        for sentence in overruled_settings(self._loaded["settings"], self._settings):
             rank_zero_info(f"resumed: the checkpoint's {sentence}")
-        self._settings = self._settings | self._found["settings"]
-        steps = next_log_step(self._found, logged_steps(trainer))
+        self._settings = self._settings | self._loaded["settings"]
+        steps = next_log_step(self._loaded, logged_steps(trainer))
         for logger in trainer.loggers:
             if isinstance(logger, ContinuedCSVLogger):
                 logger.go_on_from(steps)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Between two epochs: before the loader draws anything."""
-        if self._found is None or self._found["kind"] != "epoch":
+        """Restore between two epochs, before the loader uses random numbers."""
+        if self._loaded is None or self._loaded["kind"] != "epoch":
             return
-        for number, value in self._found["plateaus"].items():
+        for number, value in self._loaded["plateaus"].items():
             trainer.lr_scheduler_configs[number].scheduler.step(value)  # type: ignore[call-arg]
         self._put_back(trainer, pl_module)
         begin_epoch_anew(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """In an epoch's middle: after the loader has begun."""
-        if self._found is not None:
+        """Restore in an epoch's middle, after the loader has begun."""
+        if self._loaded is not None:
             self._put_back(trainer, pl_module)
             repeat_epoch_start(trainer)
 
     def _put_back(self, trainer: Trainer, module: LightningModule) -> None:
-        assert self._found is not None
-        states = self._found["processes"]
-        self._found = None
-        forget_restart(trainer)  # else Lightning tells no plateau at this epoch's end
+        assert self._loaded is not None
+        states = self._loaded["processes"]
+        self._loaded = None
+        forget_restart(trainer)  # else Lightning steps no ReduceLROnPlateau at this epoch's end
         if trainer.world_size == len(states):
             process_state = states[trainer.global_rank]
             put_figures(module, process_state["figures"])
@@ -129,16 +129,16 @@ class Resume(Callback):
 
 
 def next_log_step(place: Mapping[str, Any], stepped: int) -> int:
-    """The number that the first step after a checkpoint is logged under, from what the checkpoint's loops say."""
+    """The number under which the first step after a checkpoint is logged, from the checkpoint's place and count."""
     return stepped + int(place["kind"] == "batch" and place["at_step"])
 
 
 def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
-    """What the task counts in training, by name."""
+    """The task's training metrics by name."""
     task = getattr(module, "task", None)
     for kind in ("losses", "metrics"):
-        counted = getattr(task, kind, {})
-        metrics = counted["train_"] if isinstance(counted, nn.ModuleDict) and "train_" in counted else None
+        by_stage = getattr(task, kind, {})
+        metrics = by_stage["train_"] if isinstance(by_stage, nn.ModuleDict) and "train_" in by_stage else None
         if isinstance(metrics, MetricCollection):
             yield from ((f"{kind}.{name}", metric) for name, metric in metrics.items(keep_base=True, copy_state=False))
         elif isinstance(metrics, Metric):
@@ -146,14 +146,14 @@ def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
 
 
 def figures_of(module: LightningModule) -> Iterator[tuple[str, Any]]:
-    """What the training metrics hold so far."""
+    """The state of each training metric."""
     for name, metric in _metrics_in(module):
         state = {key: _copy_to_cpu(value) for key, value in metric.metric_state.items()}
         yield name, {"state": state, "updates": metric.update_count}
 
 
 def put_figures(module: LightningModule, figures: Mapping[str, Any]) -> None:
-    """The inverse of `figures_of`; a metric that was not there before starts anew."""
+    """The inverse of `figures_of`; a metric without a saved state starts anew."""
     for name, metric in _metrics_in(module):
         if name in figures:
             for key, value in figures[name]["state"].items():
@@ -171,9 +171,9 @@ def _to_device(value: Any, device: Any) -> Any:
 
 
 def plateaus_due(trainer: Trainer, place: Place) -> dict[int, Any]:
-    """What ReduceLROnPlateau schedulers will be told once this epoch is over, by their numbers.
+    """The values that ReduceLROnPlateau schedules get at this epoch's end, by the schedules' numbers.
 
-    Lightning tells them after the hook in which checkpoints of an epoch's end are written.
+    Lightning steps them after the hook in which an epoch's checkpoint is written.
     """
     epochs = trainer.fit_loop.epoch_progress.current
     if place.kind != "epoch" or epochs.completed == place.epochs:
@@ -189,7 +189,7 @@ def plateaus_due(trainer: Trainer, place: Place) -> dict[int, Any]:
 
 
 def reasons_against(state: Mapping[str, Any], processes: int, anew: list[str]) -> Iterator[str]:
-    """Why this resume cannot be exact. `anew` names loaders that cannot go on in an epoch's middle."""
+    """Why this resume cannot be exact. `anew` names loaders that cannot resume in an epoch's middle."""
     if state["kind"] == "batch" and anew:
         yield (
             f"the checkpoint lies in the middle of an epoch, whose rows {first_few(anew)} begins anew: it does not keep"
@@ -204,18 +204,18 @@ def reasons_against(state: Mapping[str, Any], processes: int, anew: list[str]) -
 
 
 def settings_of(trainer: Trainer) -> dict[str, Any]:
-    """What optimizers and schedules are set to, as plain values by name."""
-    plain_settings: dict[str, Any] = {}
+    """The settings of optimizers and schedules as plain values by name."""
+    settings: dict[str, Any] = {}
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
-            settings = {key: value for key, value in group.items() if key not in ("params", "name", "initial_lr")}
-            settings["lr"] = group.get("initial_lr", group["lr"])  # which a schedule leaves alone
-            plain_settings |= {
-                f"{key} of {group['name']}" if "name" in group else key: value for key, value in settings.items()
+            values = {key: value for key, value in group.items() if key not in ("params", "name", "initial_lr")}
+            values["lr"] = group.get("initial_lr", group["lr"])  # schedules do not change initial_lr
+            settings |= {
+                f"{key} of {group['name']}" if "name" in group else key: value for key, value in values.items()
             }
     for config in trainer.lr_scheduler_configs:
-        plain_settings |= {f"schedule's {k}": v for k, v in config.scheduler.state_dict().items() if k not in MOVES}
-    return {key: _number(value) for key, value in plain_settings.items() if _is_plain(_number(value))}
+        settings |= {f"schedule's {k}": v for k, v in config.scheduler.state_dict().items() if k not in MOVES}
+    return {key: _number(value) for key, value in settings.items() if _is_plain(_number(value))}
 
 
 def _number(value: Any) -> Any:
@@ -228,11 +228,11 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
 
 
-def overruled_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
-    """Settings that the checkpoint brings with it and this run's flags have otherwise."""
+def overruled_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
+    """Settings of the checkpoint that replace other ones of this run's flags."""
     for name in saved:
-        if name in given and _as_list(saved[name]) != _as_list(given[name]):
-            yield f"{name} {saved[name]} wins over this run's {given[name]}"
+        if name in current and _as_list(saved[name]) != _as_list(current[name]):
+            yield f"{name} {saved[name]} wins over this run's {current[name]}"
 
 
 def _as_list(value: Any) -> Any:

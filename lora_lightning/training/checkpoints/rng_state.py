@@ -10,7 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Of Python, numpy, torch on the CPU and on this process's GPUs."""
+    """The random states of Python, numpy, torch on the CPU and on this process's GPU."""
     version, words, gauss = random.getstate()
     kind, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -24,12 +24,12 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `random_state` found."""
+    """Restore a state of `random_state`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     kind, keys, place, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), place, has_gauss, cached))
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available():
-        for cuda in state.get("cuda", {}).values():  # of the device that is this process's now
+        for cuda in state.get("cuda", {}).values():  # this process's device may have another number now
             torch.cuda.set_rng_state(cuda.cpu())

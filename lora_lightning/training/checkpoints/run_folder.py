@@ -29,12 +29,12 @@ CONFIG, REPORT, PAGE = html.CONFIG, html.REPORT, html.PAGE
 CHECKPOINTS, EXPORT = "checkpoints", "export"
 LOCK = ".lock"
 HELD = "LORA_LIGHTNING_RUN_FOLDERS"
-"""In the environment the run folders that this process trains in, for itself and for the processes that it spawns or
-forks as ranks of its run; closing a second handle of a file would give its lock away."""
+"""The environment variable with the run folders that this process has locked, which its spawned and forked ranks read:
+closing a second handle of a file would release its lock."""
 
 
 def run_dir(trainer: Trainer) -> Path | None:
-    """Where this run writes, or None where it is told to write nothing (fast_dev_run, no logger)."""
+    """Where this run writes; None where it writes nothing (fast_dev_run, no logger)."""
     if trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
         return None
     for logger in trainer.loggers:
@@ -46,12 +46,12 @@ def run_dir(trainer: Trainer) -> Path | None:
 
 @contextmanager
 def lock_run(folder: Path | None) -> Iterator[None]:
-    """Within the block no other process of this machine, or of one that shares the disk, trains in this run folder.
+    """Within the block no other process, on this machine or one that shares the disk, trains in this run folder.
 
-    The lock is the system's own, on the file `.lock`: it ends with the process, however that ends.
+    The system's lock on the file `.lock` ends with the process, however that ends.
 
     Raises:
-        LoRAError: another process has it, by its number.
+        LoRAError: another process has the lock, with its id.
     """
     held = str(folder) in os.environ.get(HELD, "").split(os.pathsep)
     if folder is None or fcntl is None or held:
@@ -64,9 +64,9 @@ def lock_run(folder: Path | None) -> Iterator[None]:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             handle.seek(0)
-            who = handle.read().strip() or "another process"
+            holder = handle.read().strip() or "another process"
             raise LoRAError(
-                f"{who} trains in '{folder}': wait until it has ended, or give this run another --name"
+                f"{holder} trains in '{folder}': wait until it has ended, or give this run another --name"
             ) from None
         except OSError:  # a file system without locks
             yield
@@ -92,7 +92,7 @@ def run_of_checkpoint(checkpoint: Path) -> Path:
 
 
 def test_dir(trainer: Trainer) -> Path | None:
-    """Where a test's figures go: to the run that the checkpoint is of, those on other data to a folder of their own."""
+    """Where a test's metrics go: to the checkpoint's run, on other data to this run's folder."""
     folder = run_dir(trainer)
     if trainer.ckpt_path is None or (folder is not None and folder.name.startswith("test_")):
         return folder
@@ -100,19 +100,19 @@ def test_dir(trainer: Trainer) -> Path | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a fit wrote here: a folder of one's own may hold a config.yaml too."""
+    """Whether a fit wrote here; a config.yaml alone does not say so."""
     return (folder / CHECKPOINTS).is_dir() or (folder / REPORT).is_file()
 
 
 def find_checkpoint(path: str | Path, which: str = "best") -> Path:
-    """A checkpoint file, from its path, that of a run, or of the folder with a run's versions.
+    """A checkpoint file, from its path, a run's path, or the folder with a run's versions.
 
     Args:
         path: `.../best.ckpt`, `runs/demo/version_3` or `runs/demo` (its newest version that has checkpoints).
         which: `best` or `last`, where the path leaves that open.
 
     Raises:
-        LoRAError: nothing is there, with what is.
+        LoRAError: there is no checkpoint, with what there is.
     """
     path = Path(path)
     if path.is_file() and not (is_zipfile(path) or _previous_file(path).exists()):
@@ -139,13 +139,13 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
 
 
 def _runs_in(folder: Path) -> list[Path]:
-    """Folders of runs right below, such as `runs/demo`, of which the one that was trained last comes first."""
-    last_change: dict[Path, float] = {}
+    """Folders of runs right below, such as `runs/demo`, the last trained first."""
+    newest: dict[Path, float] = {}
     for run in (entry for entry in folder.iterdir() if entry.is_dir()):
-        kept = [version / CHECKPOINTS for version in _newest_first(run)]
-        if times := [checkpoints.stat().st_mtime for checkpoints in kept if _checkpoints(checkpoints)]:
-            last_change[run] = max(times)
-    return sorted(last_change, key=lambda run: last_change[run], reverse=True)
+        folders = [version / CHECKPOINTS for version in _newest_first(run)]
+        if times := [checkpoints.stat().st_mtime for checkpoints in folders if _checkpoints(checkpoints)]:
+            newest[run] = max(times)
+    return sorted(newest, key=lambda run: newest[run], reverse=True)
 
 
 def refuse_folder(path: Path) -> None:
@@ -183,7 +183,7 @@ def _previous_file(checkpoint: Path) -> Path:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Those in a folder, oldest first; one that was being replaced by a killed process is there as the one before."""
+    """A folder's checkpoints, oldest first, also those of which only the `.previous` file exists."""
     when = {file: file.stat().st_mtime for file in folder.glob("*.ckpt")}
     before = {file.with_suffix(""): file.stat().st_mtime for file in folder.glob(f"*.ckpt{PREVIOUS}")}
     times = before | when
@@ -191,7 +191,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(runs: Path) -> Path | None:
-    """What `last` is of a folder with a run's versions, or None where there is nothing yet."""
+    """The `last` of a folder with a run's versions; None where there is none yet."""
     if not runs.is_dir():
         return None
     try:
@@ -201,9 +201,9 @@ def newest_checkpoint(runs: Path) -> Path | None:
 
 
 def continued_version(checkpoint: Path, runs: Path) -> int | None:
-    """The number of the version that a fit from this checkpoint goes on with: it is of `runs`, and the newest there.
+    """The version of `runs` that a fit from this checkpoint continues: the checkpoint is the newest state there.
 
-    A fit from an older checkpoint, or from another run's, makes a version of its own and leaves that one as it is.
+    A fit from an older checkpoint, or from another run's, makes a new version (None).
     """
     folder = run_of_checkpoint(checkpoint)
     version = _number(folder.name)
@@ -251,10 +251,10 @@ def _pick(files: list[Path], which: str) -> Path:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's content, tensors and plain data only, on the CPU.
 
-    Where it is torn or a bit of it has flipped, the one before it is taken if there is one, and that is said.
+    Where it is damaged, the one before it is read, with a warning.
 
     Raises:
-        LoRAError: it is missing, damaged, or holds anything else.
+        LoRAError: it is missing or damaged, or contains anything else.
     """
     try:
         content = read_checkpoint(Path(path))
@@ -266,13 +266,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _read_report(file: Path) -> dict[str, Any]:
-    """What a report holds; one that cannot be read is put aside, for the fit that it told of is over and worth more."""
+    """A report's content; a file that cannot be read is renamed, for an error would end a finished fit."""
     if not file.is_file():
         return {}
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(report, dict):
-            return report
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
     except ValueError:
         pass
     aside = file.with_name(f"{file.name}.damaged")
@@ -284,12 +284,12 @@ def _read_report(file: Path) -> dict[str, Any]:
 def update_report(run: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Add to the run's `report.json`, and copy it to the folder above, where the newest run's report stands.
 
-    Returns all that is known of the run so far.
+    Returns the whole report.
     """
     file = run / REPORT
-    known = _read_report(file) | values
-    text = (json.dumps(known, indent=2) + "\n").encode()
+    report = _read_report(file) | values
+    text = (json.dumps(report, indent=2) + "\n").encode()
     write_bytes(file, text)
     if run.name.startswith("version_") and _is_newest(run):
         write_bytes(run.parent / REPORT, text)
-    return known
+    return report

@@ -1,9 +1,9 @@
-"""Which members of a population go on: successive halving that drops only what it can tell apart.
+"""Successive halving of a population, which drops a member only where it is significantly worse.
 
-After a share of the steps (a rung) all members that are left are evaluated on the same validation examples, and those
+After a share of the steps (a rung) all remaining members are evaluated on the same validation examples, and those
 beyond the better 1 / eta are dropped (Jamieson and Talwalkar 2016, arXiv 1502.07943), each only where it is behind the
-last one kept by more than one standard error of the paired difference: in the metric or, where the metric ties, in the
-loss.
+last member that stays by more than one standard error of the paired difference: in the metric or, where the metric
+ties, in the loss.
 
 The standard error is a jackknife's over G blocks of examples (Efron and Stein 1981): with d_j the difference without
 block j, `se^2 = (G - 1) / G sum_j (d_j - mean d)^2`. It holds for any metric, also one that is no mean, such as F1.
@@ -40,16 +40,16 @@ BLOCKS = 20
 
 
 class Halving:
-    """When members are evaluated, and who is dropped then.
+    """When members are evaluated, and which are dropped then.
 
     Args:
-        eta: of the members that are left, at least one in `eta` goes on at each rung.
+        eta: at each rung at least one in `eta` of the remaining members goes on.
         rungs: shares of all steps, such as 1/8.
-        metric: by which members are compared; that of the task by default.
+        metric: by which members are compared; the task's by default.
         goal: whether it should become `min` or `max`.
 
     Raises:
-        LoRAError: numbers that mean nothing.
+        LoRAError: eta below 2, or rungs that are no ascending shares.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Halving:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """What a member came to at a rung."""
+    """A member's result at a rung."""
 
     value: float
     """The metric."""
@@ -76,7 +76,7 @@ def parse_rungs(texts: Sequence[str]) -> list[Fraction]:
     """Shares of all steps, ascending.
 
     Raises:
-        LoRAError: one is no share, or they do not ascend.
+        LoRAError: a text is no share, or the shares do not ascend.
     """
     try:
         shares = [Fraction(text.strip()) for text in texts]
@@ -88,10 +88,10 @@ def parse_rungs(texts: Sequence[str]) -> list[Fraction]:
 
 
 def rung_steps(rungs: Sequence[Fraction], steps: float) -> list[int]:
-    """After which optimizer step each rung is.
+    """The optimizer step of each rung.
 
     Raises:
-        LoRAError: the number of steps is not known, or too small to tell the rungs apart.
+        LoRAError: the number of steps is unknown, or too small for distinct rungs.
     """
     at = [math.ceil(share * int(steps)) for share in rungs] if math.isfinite(steps) else []
     if not at or len(set(at)) < len(at) or at[-1] >= steps:
@@ -102,11 +102,11 @@ def rung_steps(rungs: Sequence[Fraction], steps: float) -> list[int]:
     return at
 
 
-def dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> dict[str, str]:
-    """Who leaves at a rung, and how far behind, among the members that are left.
+def choose_dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> dict[str, str]:
+    """The members that leave at a rung, each with a text that says how far behind it is.
 
     Args:
-        keep: how many stay at least.
+        keep: at least so many stay.
         goal: whether the metric should become `max` or `min`.
     """
     sign = 1 if goal == "max" else -1
@@ -116,18 +116,20 @@ def dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> dict[str
         return reasons
     last = standings[order[keep - 1]]
     for name in order[keep:]:
-        member = standings[name]
-        gap, error = _paired(last.value, member.value, last.values, member.values)
+        candidate = standings[name]
+        gap, error = _paired_difference(last.value, candidate.value, last.values, candidate.values)
         if gap and sign * gap > error:
             reasons[name] = f"{abs(gap):.4f} behind '{order[keep - 1]}' (standard error {error:.4f})"
         elif not gap:
-            gap, error = _paired(member.loss, last.loss, member.losses, last.losses)
+            gap, error = _paired_difference(candidate.loss, last.loss, candidate.losses, last.losses)
             if gap > error:
                 reasons[name] = f"like '{order[keep - 1]}', with a loss {gap:.4f} higher (standard error {error:.4f})"
     return reasons
 
 
-def _paired(a: float, b: float, without_a: Sequence[float], without_b: Sequence[float]) -> tuple[float, float]:
+def _paired_difference(
+    a: float, b: float, without_a: Sequence[float], without_b: Sequence[float]
+) -> tuple[float, float]:
     """`a - b`, and its jackknife standard error."""
     each = [x - y for x, y in zip(without_a, without_b, strict=True)]
     mean, count = sum(each) / len(each), len(each)
@@ -135,7 +137,7 @@ def _paired(a: float, b: float, without_a: Sequence[float], without_b: Sequence[
 
 
 def refuse_metric(module: LoRAModule, metric: str) -> None:
-    """Raise where a metric cannot be found anew of the validation set's outputs."""
+    """Raise for a metric that the task does not compute from the validation set's outputs."""
     known = module.task.logged("val")
     if metric not in known:
         raise LoRAError(
@@ -144,13 +146,13 @@ def refuse_metric(module: LoRAModule, metric: str) -> None:
 
 
 def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standing, list[StepOutput]]:
-    """Where a member stands on the first validation set, and what its task made of this process's batches there.
+    """A member's standing on the first validation set, and its task's outputs of this process's batches there.
 
-    The latter is empty where each of several processes has seen all examples: Lightning validates on its share. The fit
-    keeps no trace: modes and random states are put back, and the task's own metrics count nothing.
+    The outputs are empty where each of several processes has seen all examples: Lightning validates on a share. Modes
+    and random states are restored, and the task's metrics do not change.
 
     Raises:
-        LoRAError: there is no validation set, or too small a one for a standard error.
+        LoRAError: there is no validation set, or it is too small for a standard error.
     """
     loaders: Any = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     if isinstance(loaders, list) and not loaders:
@@ -159,7 +161,7 @@ def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standin
         )
     loader = loaders[0] if isinstance(loaders, list) else loaders
     task = copy.deepcopy(module.task)
-    task.reset("val")  # a task that writes texts asks which stage began last
+    task.reset("val")  # a task that generates texts reads which stage began last
     outputs = _outputs(trainer, module, task, loader)
     blocks = [outputs[first::BLOCKS] for first in range(BLOCKS)]
     # Where nothing divides the examples among the processes, each has seen them all.
@@ -181,7 +183,7 @@ def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standin
 
 @torch.no_grad()
 def _outputs(trainer: Trainer, module: LoRAModule, task: Task, loader: Iterable[Any]) -> list[StepOutput]:
-    """Of each batch, on the CPU."""
+    """The task's output of each batch, on the CPU."""
     before, modes = random_state(), [(inner, inner.training) for inner in module.modules()]
     module.eval()
     limit = trainer.limit_val_batches
@@ -206,7 +208,7 @@ def _on_device(out: StepOutput, device: torch.device) -> StepOutput:
 
 
 def _count_exactly(task: Task) -> None:
-    """Let a task count in float64, where the batches of all processes are."""
+    """Let a task's metrics sum in float64, without a reduction over processes."""
     task.cpu()
     for metric in task.modules():
         if isinstance(metric, Metric):
@@ -215,7 +217,7 @@ def _count_exactly(task: Task) -> None:
 
 
 def _figures(task: Task, metric: str, blocks: Sequence[Sequence[StepOutput]]) -> tuple[float, float]:
-    """The metric and the loss of some blocks, counted by the task as in a validation."""
+    """The metric and the loss of some blocks, computed by the task as in a validation."""
     task.reset("val")
     metrics: dict[str, Any] = {}
     for out in chain.from_iterable(blocks):
@@ -225,21 +227,21 @@ def _figures(task: Task, metric: str, blocks: Sequence[Sequence[StepOutput]]) ->
 
 
 def replay(module: LoRAModule, outputs: Sequence[StepOutput]) -> None:
-    """Let the validation with which Lightning ends a dropped member's fit count what its rung has just computed.
+    """Reuse a rung's outputs in the validation with which Lightning ends a dropped member's fit.
 
-    A pass over the validation set can cost as much as the steps to the first rung. Where something has moved the
-    weights since, such as a callback that validates their average, the model is evaluated as always.
+    A pass over the validation set can cost as much as the steps to the first rung. Where the weights have changed
+    since, as with a callback that validates their average, the model is evaluated as always.
     """
-    task, left, weights = module.task, deque(outputs), _sums(module)
+    task, remaining, weights = module.task, deque(outputs), _sums(module)
 
     def evaluate(backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        if left and _sums(module) == weights:
-            return _on_device(left.popleft(), module.device)
-        left.clear()
+        if remaining and _sums(module) == weights:
+            return _on_device(remaining.popleft(), module.device)
+        remaining.clear()
         return type(task).evaluate(task, backbone, batch)
 
     task.evaluate = evaluate  # type: ignore[method-assign]
 
 
 def _sums(module: LoRAModule) -> list[float]:
-    return [float(parameter.detach().double().sum()) for parameter in module.parameters() if parameter.requires_grad]
+    return [float(p.detach().double().sum()) for p in module.parameters() if p.requires_grad]

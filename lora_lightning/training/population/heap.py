@@ -1,4 +1,4 @@
-"""One heap for all threads, so that fits that take turns need the memory of one."""
+"""One heap for all threads, so that fits that take turns need one fit's memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ M_ARENA_MAX = -8
 
 @functools.cache
 def share_heap() -> None:
-    """Let threads that begin from now on take memory from the heaps that there are, where the C library is glibc.
+    """Let new threads allocate from the existing heaps, where the C library is glibc.
 
-    It gives each thread a heap of its own, which keeps what was freed there: eight fits held the activations of eight.
-    Only one of them runs at a time, so that one heap serves all. A heap that an earlier thread has begun stays: called
-    first in a process, this leaves one. Elsewhere nothing is done.
+    By default glibc gives each thread a heap, which keeps freed memory: eight fits then hold eight fits' activations.
+    Only one fit runs at a time, so that one heap serves all. Heaps of earlier threads stay: call this first in a
+    process.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
         libc.mallopt(M_ARENA_MAX, 1)

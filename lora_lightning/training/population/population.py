@@ -1,4 +1,4 @@
-"""Several fits over one W0, which take turns on each batch; those that fall behind are dropped at rungs."""
+"""Several fits over one W0, which take turns on each batch; halving drops members at rungs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.population.halving import (
     Halving,
     Standing,
-    dropped,
+    choose_dropped,
     refuse_metric,
     replay,
     rung_steps,
@@ -45,9 +45,9 @@ from lora_lightning.training.strategies.endings import all_arrive, in_all_proces
 from lora_lightning.training.trainer import LoRATrainer
 
 STANDINGS = "rungs.json"
-"""In a member's folder: what it came to at each rung."""
+"""In a member's folder: its standing at each rung."""
 DECISIONS = "halving.json"
-"""In the population's folder: who was dropped at each rung, and why."""
+"""In the population's folder: the members that were dropped at each rung, and why."""
 
 
 @dataclass(kw_only=True)
@@ -58,22 +58,22 @@ class Member:
     module: LoRAModule
     trainer: LoRATrainer
     ckpt_path: str | None = None
-    """Of the checkpoint that its fit goes on from."""
+    """The checkpoint that its fit resumes from."""
     folder: Path | None = None
-    """Where its standings at the rungs are kept; None keeps them in memory alone."""
+    """Where its standings at the rungs are written; None keeps them in memory alone."""
     log: Path | None = None
-    """Where what it prints goes; None leaves it on the screen."""
+    """The file for its printed output; None leaves it on the screen."""
     is_over: bool = False
-    """Whether its fit has come to its end, whatever that was."""
+    """Whether its fit has ended, in whatever way."""
     state: str = "waits"
     """`waits`, `fits`, `complete`, `dropped` or `failed`."""
     reason: str = ""
-    """Why it was dropped, or what its fit ended with."""
+    """Why it was dropped, or the error of its fit."""
     error: BaseException | None = None
     random: dict[str, Any] = field(default_factory=random_state)
-    """The random states with which its fit begins: those when its parts have just been made."""
+    """The random states with which its fit begins: those when it was made."""
     standings: list[Standing] = field(default_factory=list)
-    """At each rung that it has come to."""
+    """One for each rung that it has reached."""
     rung: int | None = None
     """The rung at which it waits for the others."""
 
@@ -84,7 +84,7 @@ class Member:
 
 
 class _TakeTurns(Callback):
-    """In a member's fit: pause after each batch, stand at rungs."""
+    """Pauses a member's fit after each batch, and evaluates the member at rungs."""
 
     def __init__(self, member: Member, population: Population) -> None:
         self.member, self.population = member, population
@@ -104,7 +104,7 @@ class _TakeTurns(Callback):
         self.pause()
 
     def _stand(self, trainer: Trainer) -> None:
-        """At a rung: be evaluated, and wait until all others are there."""
+        """At a rung: evaluate the member, and wait for all others."""
         member = self.member
         for number, step in enumerate(self.population.rungs):
             if trainer.global_step < step or self.population.is_decided(number):
@@ -124,14 +124,14 @@ class _TakeTurns(Callback):
 
 
 class Population:
-    """Members that are fitted together, each as its own Trainer would fit it alone, bit for bit.
+    """Members that are fitted together, each as its Trainer would fit it alone, bit for bit.
 
-    W0 is in memory once; a member has its own adapter, optimizer, schedule, random stream, metrics and run folder.
+    W0 is in memory once; each member has an adapter, optimizer, schedule, random stream, metrics and run folder.
 
     Args:
         members: in the order in which they take their turns.
         halving: None lets all of them go to the end.
-        folder: where decisions are kept, so that a population that was killed goes on; None keeps none.
+        folder: where decisions are written, so that a killed population can go on; None writes none.
 
     Raises:
         LoRAError: no members, two of one name, or of different W0; a strategy that cannot have several fits.
@@ -152,12 +152,12 @@ class Population:
         for member in members:
             share_w0(members[0], member)
         task = members[0].module.task
-        given = halving.metric if halving else None
-        self.metric = given or task.monitor
+        self.metric = (halving.metric if halving else None) or task.monitor
         self.goal = (halving.goal if halving else None) or task.monitor_mode
         self.decisions: list[dict[str, Any]] = _read(folder and folder / DECISIONS) or []
         for member in members:
-            member.standings = [Standing(**one) for one in _read(member.folder and member.folder / STANDINGS) or []]
+            values = _read(member.folder and member.folder / STANDINGS) or []
+            member.standings = [Standing(**value) for value in values]
         for decision in self.decisions:
             for member in members:
                 if member.name in decision["dropped"]:
@@ -178,13 +178,13 @@ class Population:
         Args:
             backbone: plain; its weights are shared and stay as they are.
             task: a copy of it counts each member's metrics.
-            adapters: by name, what differs: `LoRAModule`'s other arguments, such as `lora` and `optimizer`.
-            trainer: makes a member's Trainer of its name.
+            adapters: by member's name `LoRAModule`'s other arguments, such as `lora` and `optimizer`.
+            trainer: makes a member's Trainer from its name.
         """
         start = random_state()
         members = []
         for name, options in adapters.items():
-            set_random_state(start)  # each begins as if it were made first
+            set_random_state(start)  # the same for each member
             module = LoRAModule(copy_over_base(backbone), copy.deepcopy(task), **options)
             members.append(Member(name=name, module=module, trainer=trainer(name)))
         return cls(members, halving=halving)
@@ -193,12 +193,12 @@ class Population:
         """Fit all members to their end; on SIGTERM or Ctrl-C each saves after its step.
 
         Args:
-            datamodule: read and encoded once.
+            datamodule: is read and encoded once.
             say: called after each round of turns, for a progress bar.
 
         Raises:
-            Interrupted: by a signal, once all have saved.
-            LoRAError: every member's fit failed; the first one's error.
+            Interrupted: a signal came, and all members have saved.
+            LoRAError: every member's fit failed; this is the first one's error.
         """
         with in_all_processes(self.members[0].trainer, unless=(Interrupted,)):
             self._take_turns(datamodule, say)
@@ -210,44 +210,44 @@ class Population:
                 raise error
 
     def _take_turns(self, datamodule: LightningDataModule, say: Callable[[Population], None]) -> None:
-        """In the same order in all processes, so that what they do together meets its like."""
+        """Give members their turns in the same order in all processes, so that their collectives match."""
         turns = {member.name: self._turns(member, datamodule) for member in self.members if member.is_left}
-        asked: int | None = None  # by a signal to any process
-        with _noted_signals() as noted:
-            while not all(one.is_over for one in turns.values()):
+        signum: int | None = None  # of a signal to any process
+        with _record_signals() as received:
+            while not all(fit.is_over for fit in turns.values()):
                 for member in self.members:
-                    one = turns.get(member.name)
-                    if one is None or one.is_over or (self._waits(member) and asked is None):
+                    fit = turns.get(member.name)
+                    if fit is None or fit.is_over or (self._waits(member) and signum is None):
                         continue
-                    if asked is not None:
+                    if signum is not None:
                         _ask_to_leave(member)
                     datamodule.trainer = member.trainer
-                    one.resume()
-                    if one.is_over:
-                        self._close(member, one.error)
-                if asked is None:
+                    fit.resume()
+                    if fit.is_over:
+                        self._close(member, fit.error)
+                if signum is None:
                     self._decide()
-                    asked = next((number for number_list in gather(noted[:1]) for number in number_list), None)
+                    signum = next((number for numbers in gather(received[:1]) for number in numbers), None)
                 say(self)
-        if asked is not None:
-            raise Interrupted(asked)
+        if signum is not None:
+            raise Interrupted(signum)
 
     def is_decided(self, rung: int) -> bool:
-        """Whether members were dropped at a rung already, or none was found to be."""
+        """Whether a rung's decision is made."""
         return rung < len(self.decisions)
 
     def keep_standings(self, member: Member) -> None:
-        """Write down what a member came to, for a population that goes on after it was killed."""
+        """Write a member's standings, for a population that goes on after it was killed."""
         if member.folder is not None and member.trainer.is_global_zero:
             member.folder.mkdir(parents=True, exist_ok=True)
-            kept = [dataclasses.asdict(one) for one in member.standings]
-            write_bytes(member.folder / STANDINGS, json.dumps(kept).encode())
+            values = [dataclasses.asdict(reached) for reached in member.standings]
+            write_bytes(member.folder / STANDINGS, json.dumps(values).encode())
 
     def _turns(self, member: Member, datamodule: LightningDataModule) -> Turns:
         callback = _TakeTurns(member, self)
         member.trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]  # a connector of Lightning sets it
         member.state = "fits"
-        # With which Lightning ends a fit: it would take W0 from the device, and so from the others.
+        # Lightning calls it at a fit's end: it would move W0 off the device, also for the other members.
         member.module.cpu = lambda: member.module  # type: ignore[method-assign]
 
         def fit() -> None:
@@ -265,7 +265,7 @@ class Population:
             member.state = "waits"
             return
         if error is not None and not all_arrive():
-            raise error  # in this process alone: the others wait for it in the middle of the member's turn
+            raise error  # in this process alone: the others wait in the middle of the member's turn
         member.error, member.is_over = error, True
         member.module.task.__dict__.pop("evaluate", None)  # see `replay`
         if error is not None:
@@ -274,14 +274,14 @@ class Population:
             member.state = "complete"
 
     def _decide(self) -> None:
-        """Drop members once all that are left stand at the next rung."""
+        """Drop members once all remaining ones have reached the next rung."""
         rung = len(self.decisions)
         left = [member for member in self.members if member.is_left]
         if self.halving is None or not left or any(member.rung != rung for member in left):
             return
         standings = {member.name: member.standings[rung] for member in left}
         keep, goal = -(-len(left) // self.halving.eta), self.goal
-        why = run_in_first(lambda: dropped(standings, keep, goal))
+        why = run_in_first(lambda: choose_dropped(standings, keep, goal))
         share, step = str(self.halving.rungs[rung]), left[0].trainer.global_step
         for name, behind in why.items():
             at = f"at rung {share}, after {step} steps, {self.metric} {standings[name].value:.4f}"
@@ -291,8 +291,8 @@ class Population:
                 "rung": share,
                 "step": step,
                 "metric": self.metric,
-                "values": {name: one.value for name, one in standings.items()},
-                "losses": {name: one.loss for name, one in standings.items()},
+                "values": {name: reached.value for name, reached in standings.items()},
+                "losses": {name: reached.loss for name, reached in standings.items()},
                 "dropped": {name: self._member(name).reason for name in why},
             }
         )
@@ -305,7 +305,7 @@ class Population:
 
 
 def refuse_strategy(trainer: Trainer) -> None:
-    """Raise where the processes of a strategy cannot go through several fits, or each has but a part of W0."""
+    """Raise for a strategy that shards W0, or whose processes cannot run several fits."""
     strategy: Any = trainer.strategy
     launcher = strategy.launcher
     if isinstance(strategy, ShardedStrategy) or isinstance(launcher, _MultiProcessingLauncher):
@@ -325,10 +325,10 @@ class Interrupted(Exception):
 
 
 def share_w0(first: Member, member: Member) -> None:
-    """Bring a member to its precision and device, over the first one's W0; done again it changes nothing.
+    """Move a member to its precision and device, over the first member's W0; a second call changes nothing.
 
     Raises:
-        LoRAError: it is another W0.
+        LoRAError: the member has another W0.
     """
     device = member.trainer.strategy.root_device
     convert(member.module, member.trainer.precision_plugin)
@@ -338,10 +338,10 @@ def share_w0(first: Member, member: Member) -> None:
 
 
 def share_base(first: nn.Module, other: nn.Module) -> None:
-    """Let `other` hold the tensors of `first` as its W0, once they are seen to be the same numbers, or no numbers yet.
+    """Let `other` use the tensors of `first` as its W0, which must be equal, or not yet filled.
 
     Raises:
-        LoRAError: a tensor differs: their backbones are not one.
+        LoRAError: a tensor differs.
     """
     if first is other:
         return
@@ -356,43 +356,40 @@ def share_base(first: nn.Module, other: nn.Module) -> None:
         store[place.key] = shared
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    other = other.to(one.device)  # on the way to which bitsandbytes quantizes
-    return one.dtype == other.dtype and torch.equal(one, other)
+def _same(a: Tensor, b: Tensor) -> bool:
+    b = b.to(a.device)  # on the way to which bitsandbytes quantizes
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def copy_over_base(backbone: nn.Module) -> nn.Module:
-    """Other modules over the same numbers, whose parameters can be cast and leave those of `backbone` as they are."""
+    """A copy of the modules over the same storage, whose parameters can be cast without changing `backbone`."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in backbone.buffers()}
-    for parameter in backbone.parameters():
-        plain = type(parameter) is nn.Parameter
-        memo[id(parameter)] = (
-            nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad) if plain else parameter
-        )
+    for p in backbone.parameters():
+        memo[id(p)] = nn.Parameter(p.detach(), requires_grad=p.requires_grad) if type(p) is nn.Parameter else p
     return copy.deepcopy(backbone, memo)
 
 
 def _ask_to_leave(member: Member) -> None:
-    savers = [one for one in member.trainer.checkpoint_callbacks if isinstance(one, Checkpoints)]
+    savers = [callback for callback in member.trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
     for callback in savers:
         callback.ask_to_leave()
     member.trainer.should_stop |= not savers
 
 
 @contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-    """Within the block SIGINT and SIGTERM are noted, so that they come between two turns."""
-    noted: list[int] = []
+def _record_signals() -> Iterator[list[int]]:
+    """Within the block SIGINT and SIGTERM are recorded, to be handled between two turns."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield noted
+        yield received
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
+        received.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield noted
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,8 +1,8 @@
-"""A fit that waits in the middle of its steps while others go on.
+"""A fit that pauses between its steps while others go on.
 
-Lightning's loop cannot be left and entered again, so each fit runs in a thread of its own, of which at most one goes on
-at a time. What a process has once, the random states and the screen, is put in place for the fit whose turn it is. So a
-fit computes what it computes alone.
+Lightning's loop cannot be left and entered again, so each fit runs in a thread, and at most one thread goes on at a
+time. Random states and the screen, of which a process has one, are set for the fit whose turn it is. So a fit computes
+what it computes alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Turns:
     Args:
         run: the fit; it calls `pause` where others may go on.
         random: the random states that it begins with.
-        log: where what it prints goes; None leaves it on the screen.
+        log: the file for its printed output; None leaves it on the screen.
     """
 
     def __init__(self, run: Callable[[], object], random: dict[str, Any], log: Path | None = None) -> None:
@@ -51,7 +51,7 @@ class Turns:
         self._back.release()
 
     def pause(self) -> None:
-        """In the fit: let others go on until it is this one's turn again."""
+        """Called in the fit: let others go on until its next turn."""
         self._back.release()
         self._go.acquire()
 

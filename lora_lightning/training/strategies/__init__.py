@@ -1,4 +1,4 @@
-"""Training over several processes: `base` is all that the module knows, `fsdp2/` the one implementation.
+"""Training over several processes: the module knows only `base`; `fsdp2/` implements it.
 
-DDP is Lightning's own. Imports `checkpoints` and `distributed`.
+DDP is Lightning's. Imports `checkpoints` and `initialization`.
 """

@@ -1,8 +1,8 @@
-"""What the module and its callbacks know of a strategy that shards W0: that it does, and how to look at W0 then.
+"""What the module and its callbacks know of a strategy that shards W0, and how to read a sharded W0.
 
-Law 2 under sharding: the fingerprint is the one that a single process finds. Each tensor is gathered by one process,
-the next by the next, which hash at the same time; none ever holds more than one. Whether W0 has moved needs no
-gathering: each process compares its own shards with what they were.
+Law 2 under sharding: the fingerprint equals that of a single process. The processes gather one tensor each, in turn,
+and hash in parallel; none holds more than one whole tensor. A check that W0 has not moved needs no gathering: each
+process compares the fingerprints of its shards.
 """
 
 from __future__ import annotations
@@ -35,58 +35,58 @@ class ShardedStrategy(ABC):
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds its shard of the model alone."""
+    """Whether each process holds only its shard of the model."""
     return isinstance(model, FSDPModule)
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
+    """This process's shard of a tensor, or the tensor where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """As `lora.fingerprint`; of a sharded model all processes must ask for it."""
+    """W0's fingerprint, as in `lora.frozen`; of a sharded model all processes must call it."""
     if not is_sharded(model):
         return of_one_process(model)
-    tensors, own_digests = base_tensors(model), dict[str, str]()
+    tensors, local_digests = base_tensors(model), dict[str, str]()
     waiting: dict[str, Future[dict[str, str]]] = {}
     with ThreadPoolExecutor(max_workers=1) as pool:
         for number, (name, tensor) in enumerate(tensors.items()):
             to = number % world_size()
             for earlier in waiting.values() if to == rank() else ():
-                earlier.result()  # which lets go of the tensor before the next one comes
+                earlier.result()  # frees the tensor before the next one comes
             whole = gather_to(tensor, to)
             if whole is not None:
                 waiting[name] = pool.submit(digests, {name: whole})
-        for one in waiting.values():
-            own_digests |= one.result()
-    every = {name: digest for part in gather(own_digests) for name, digest in part.items()}
-    return fingerprint_of_digests({name: every[name] for name in tensors})
+        for future in waiting.values():
+            local_digests |= future.result()
+    by_name = {name: digest for part in gather(local_digests) for name, digest in part.items()}
+    return fingerprint_of_digests({name: by_name[name] for name in tensors})
 
 
 def gather_to(tensor: Tensor, to: int) -> Tensor | None:
-    """The whole tensor in one process, and None in the others; all must call it."""
+    """The whole tensor in process `to`, and None in the others; all must call it."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor) or world_size() == 1:
         return local_shard(tensor) if to == rank() else None
     rows = -(-tensor.shape[0] // world_size())  # of a chunk; the last may be short or empty
     row = (tensor.numel() // max(tensor.shape[0], 1)) * tensor.element_size()
-    padded = torch.zeros(rows * row, dtype=torch.uint8, device=tensor.device)
-    mine = tensor.to_local().contiguous().reshape(-1).view(torch.uint8)
-    padded[: mine.numel()] = mine
-    pieces = [torch.empty_like(padded) for _ in range(world_size())] if to == rank() else None
-    if padded.numel():
-        distributed.gather(padded, pieces, dst=to)
+    chunk = torch.zeros(rows * row, dtype=torch.uint8, device=tensor.device)
+    local = tensor.to_local().contiguous().reshape(-1).view(torch.uint8)
+    chunk[: local.numel()] = local
+    pieces = [torch.empty_like(chunk) for _ in range(world_size())] if to == rank() else None
+    if chunk.numel():
+        distributed.gather(chunk, pieces, dst=to)
     if pieces is None:
         return None
     return torch.cat(pieces)[: tensor.shape[0] * row].view(tensor.dtype).view(tensor.shape)
 
 
 def shard_fingerprint(model: nn.Module) -> Fingerprint:
-    """The fingerprint of what this process holds of W0."""
+    """The fingerprint of this process's shards of W0."""
     return fingerprint_of_tensors({name: local_shard(tensor) for name, tensor in base_tensors(model).items()})
 
 
 def moved_tensors(before: Fingerprint, after: Fingerprint) -> list[str]:
-    """Names of tensors of which any process's shard differs, in all processes."""
+    """Names of tensors whose shard differs in any process; the same in all processes."""
     return list(dict.fromkeys(name for part in gather(before.differences(after)) for name in part))

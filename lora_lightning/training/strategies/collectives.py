@@ -1,4 +1,4 @@
-"""What several processes do together; an error in one is raised in all, where all come to the same place."""
+"""Collective calls of all processes; an error in one is raised in all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
@@ -31,9 +31,9 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def first_problem(problem_here: str | None) -> str | None:
-    """The first problem that any process has, in all of them; each must call it."""
-    return next((problem for problem in gather(problem_here) if problem is not None), None)
+def first_problem(local: str | None) -> str | None:
+    """The first problem of any process, in all of them; each must call it."""
+    return next((problem for problem in gather(local) if problem is not None), None)
 
 
 def run_in_all(run: Callable[[], T]) -> T:
@@ -45,7 +45,7 @@ def run_in_all(run: Callable[[], T]) -> T:
     error: Exception | None = None
     try:
         value = run()
-    except Exception as caught:  # whatever it is, the others must hear of it
+    except Exception as caught:  # the others must know of any error
         error = caught
     is_ours = isinstance(error, LoRAError)
     problem = first_problem(None if error is None else str(error) if is_ours else f"{type(error).__name__}: {error}")
@@ -57,14 +57,14 @@ def run_in_all(run: Callable[[], T]) -> T:
 
 
 def run_in_first(run: Callable[[], T]) -> T:
-    """What process 0 finds, in all of them.
+    """Process 0's result, in all of them.
 
     Raises:
         LoRAError: its error, in all of them.
     """
     value = run_in_all(lambda: run() if rank() == 0 else None)
     if world_size() > 1:
-        box = [value]
-        distributed.broadcast_object_list(box, src=0)
-        value = box[0]
+        shared = [value]
+        distributed.broadcast_object_list(shared, src=0)
+        value = shared[0]
     return value  # type: ignore[return-value]

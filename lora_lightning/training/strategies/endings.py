@@ -2,9 +2,9 @@
 
 Where one fails, the others would wait in their next collective for the one that is gone: with gloo until the connection
 breaks, with NCCL for half an hour. torchrun, srun and the observer in Lightning's launcher end them from outside, and
-cannot say in one line what it was. So the first that fails notes it in the store by which torch's processes found each
-other: that one alone reports its error, the others leave with its exit code. A thread of each process looks there too
-and ends the process where its main thread is stuck.
+cannot say in one line why. So the first process that fails writes that into torch's rendezvous store: it alone reports
+its error, the others leave with its exit code. A thread in each process reads the store too, and ends the process where
+its main thread is stuck.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.strategies.collectives import rank, world_size
 
 PERIOD, CLAIM, GRACE = 0.5, 3.0, 10.0
-"""Seconds between two looks at the store, for the process that failed first to say so, and for a main thread to come
-out of a collective."""
+"""Seconds between two reads of the store, for the process that failed first to write its claim, and for a main thread
+to leave a collective."""
 BROKEN = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|Socket Timeout|process group", re.I)
-"""How torch says that another process does not answer."""
+"""Torch's errors where another process does not answer."""
 FITS = itertools.count()
-"""A fit after one that failed, in the same processes, has an entry of its own; all of them count alike."""
+"""Number of the fit in these processes, the same in all: a fit after a failed one has another key in the store."""
 
 
 class LostProcessError(LoRAError):
-    """Another process of the run was killed, or its machine is gone."""
+    """Another process of the run was killed or cannot be reached."""
 
     def __init__(self, end: str = "another process is gone") -> None:
         super().__init__(f"{end}: all processes stop; --ckpt_path last, or auto, goes on from the last checkpoint")
 
 
 class StoppedError(SystemExit):
-    """Another process has failed, and says why."""
+    """Another process has failed, and reports its error."""
 
 
 class _Watch(threading.Thread):
-    """Looks in torch's store for the process that failed first, under one key: `rank:exit code`."""
+    """Reads the process that failed first from torch's store, under one key: `rank:exit code`."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True, name="lora-lightning-watch")
@@ -61,14 +61,14 @@ class _Watch(threading.Thread):
 
     @functools.cached_property
     def store(self) -> Any:
-        """For the main thread is at its own."""
+        """This thread's connection; the main thread uses another."""
         return _store()
 
     def claim(self, code: int) -> None:
-        """Be the first that failed, unless another one was."""
-        with suppress(RuntimeError, ValueError):  # the store is gone with the process that held it
-            first, _, its = self.store.compare_set(self.key, "", f"{rank()}:{code}").decode().partition(":")
-            self.first = int(first), int(its)
+        """Register this process as the first that failed, unless another one is."""
+        with suppress(RuntimeError, ValueError):  # the store is gone with the process that ran it
+            first, _, exit_code = self.store.compare_set(self.key, "", f"{rank()}:{code}").decode().partition(":")
+            self.first = int(first), int(exit_code)
             self.failed.set()
 
     def run(self) -> None:
@@ -80,28 +80,28 @@ class _Watch(threading.Thread):
             os._exit(self.first[1])
 
     def error_to_end_with(self, error: BaseException) -> BaseException:
-        """The error with which this process ends, where `error` came out of its main thread."""
+        """The error with which this process ends, where its main thread raised `error`."""
         if world_size() == 1:
             return error
         is_broken = isinstance(error, distributed.DistError | RuntimeError) and BROKEN.search(str(error)) is not None
         if is_broken:
-            self.failed.wait(CLAIM)  # who broke the connection may say so
+            self.failed.wait(CLAIM)  # the process that broke the connection may claim
         self.claim(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code else 2)
         if rank() == 0:
-            time.sleep(CLAIM)  # it may hold the store, in which the others are yet to look
+            time.sleep(CLAIM)  # rank 0 may run the store, which the others have yet to read
         if self.first is not None and self.first[0] != rank():
             return StoppedError(self.first[1])
         return LostProcessError() if is_broken else error
 
 
 def _store() -> Any:
-    """A connection of one's own to torch's store, once there is a process group."""
+    """A new connection to torch's store, once there is a process group."""
     store: Any = distributed.distributed_c10d._get_default_store()  # there is no public way to it
     return store.clone()
 
 
 def all_arrive() -> bool:
-    """Whether all processes come here within some seconds. By the store, for one may be stuck in a collective."""
+    """Whether all processes call this within some seconds; by the store, for one may be stuck in a collective."""
     if world_size() == 1:
         return True
     store, key = _store(), f"lora_lightning/arrived/{next(FITS)}"
@@ -114,12 +114,7 @@ def all_arrive() -> bool:
 
 @contextmanager
 def in_all_processes(trainer: Trainer, unless: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
-    """Within the block the processes of a Trainer's strategy are there, and their group, before any fit of it. What
-    runs inside runs in each, and ends in all where it fails in one.
-
-    Args:
-        unless: with what all processes leave by themselves.
-    """
+    """Start the processes of a Trainer's strategy and their group; the block runs in each, as in `end_together`."""
     strategy = trainer.strategy
     if isinstance(strategy, ParallelStrategy):
         assert strategy.launcher is not None
@@ -130,11 +125,11 @@ def in_all_processes(trainer: Trainer, unless: tuple[type[BaseException], ...] =
 
 @contextmanager
 def end_together(trainer: Trainer, unless: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
-    """What runs inside ends in all processes where it fails in one.
+    """Within the block, an error in one process ends all.
 
     Args:
-        trainer: whose strategy has the processes.
-        unless: with what all processes leave by themselves.
+        trainer: the processes are those of its strategy.
+        unless: exceptions with which all processes leave by themselves.
     """
     if not isinstance(trainer.strategy, ParallelStrategy):
         yield
@@ -146,21 +141,21 @@ def end_together(trainer: Trainer, unless: tuple[type[BaseException], ...] = ())
     except unless:
         raise
     except BaseException as error:
-        ending = watch.error_to_end_with(error)
-        if ending is error:
+        final = watch.error_to_end_with(error)
+        if final is error:
             raise
-        raise ending from error
+        raise final from error
     finally:
         watch.over.set()
 
 
 def leave_on_sigterm(trainer: Trainer) -> None:
-    """Where there is nothing to save, SIGTERM to one of several processes ends all.
+    """Let SIGTERM to one of several processes end all, where there is nothing to save.
 
-    Lightning's own answer is a collective within the signal's handler, which meets the others in the middle of another.
+    Lightning's handler runs a collective, which meets the other processes in the middle of another one.
     """
     if isinstance(trainer.strategy, ParallelStrategy) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _leave)  # Lightning puts back what was there before
+        signal.signal(signal.SIGTERM, _leave)  # Lightning restores the handler from before
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -168,17 +163,17 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 class _EndingLauncher(_MultiProcessingLauncher):
-    """Lightning's launcher of forked and spawned processes: SIGTERM reaches them, and how they end is how the fit ends.
+    """Lightning's launcher of forked and spawned processes, which passes SIGTERM to them and raises how they ended.
 
-    Torch tells the parent no more than an exit code or a traceback as a text.
+    Torch gives the parent an exit code or the text of a traceback.
     """
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
-        """Run it in all processes.
+        """Run `function` in all processes.
 
         Raises:
-            SystemExit: with the code of a child, such as that of a fit that was pre-empted.
-            LoRAError: that of a child, or that one was killed.
+            SystemExit: a child's exit code, such as that of a pre-empted fit.
+            LoRAError: a child's error, or a child was killed.
         """
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, self._pass_on) if is_main else None
@@ -208,17 +203,17 @@ class _EndingLauncher(_MultiProcessingLauncher):
                 process.terminate()
 
     def _wrapping_function(self, process_idx: int, *args: Any, **kwargs: Any) -> None:
-        """In a child."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not to pass on what it gets itself
+        """Run in a child process."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is not for children
         try:
             super()._wrapping_function(process_idx, *args, **kwargs)
         except StoppedError:
-            time.sleep(CLAIM)  # the parent ends all at the first that is gone: let it be the one that says why
+            time.sleep(CLAIM)  # the parent ends all when the first is gone: let that be the one with the error
             raise
 
 
 def use_ending_launcher(trainer: Trainer) -> None:
-    """Put this launcher in the place of Lightning's."""
+    """Use this launcher in place of Lightning's."""
     strategy: Any = trainer.strategy
     if type(strategy.launcher) is _MultiProcessingLauncher:
         strategy.launcher.__class__ = _EndingLauncher

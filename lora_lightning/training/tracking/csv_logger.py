@@ -1,4 +1,4 @@
-"""metrics.csv of a run that goes on, and of one that is tested again."""
+"""metrics.csv of a resumed fit, and of a repeated test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_lightning.lora.formats.atomic_dir import write_bytes
 
 
 class ContinuedCSVLogger(CSVLogger):
-    """Lightning's CSVLogger, which goes on with the file that is there in place of deleting it."""
+    """Lightning's CSVLogger, which appends to an existing file in place of deleting it."""
 
     @property
     @rank_zero_experiment
@@ -27,17 +27,17 @@ class ContinuedCSVLogger(CSVLogger):
 
     @rank_zero_only
     def go_on_from(self, step: int) -> None:
-        """Forget what an interrupted fit wrote after its last checkpoint, which is made anew.
+        """Drop what an interrupted fit wrote after its last checkpoint, which the fit writes again.
 
         Args:
-            step: the number that the next step is logged under.
+            step: the number under which the next step is logged.
         """
         self.save()
         self.experiment.keep_before(step)  # type: ignore[attr-defined]
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """What was written twice, such as the counts at each start, is kept once."""
+        """Drop repeated rows, such as the counts at each start."""
         super().finalize(status)
         if self._experiment is not None:
             self.experiment.keep_before(None)  # type: ignore[attr-defined]
@@ -46,7 +46,7 @@ class ContinuedCSVLogger(CSVLogger):
 class RepeatedCSVLogger(CSVLogger):
     """Lightning's CSVLogger, which leaves an earlier log alone until there is a row to put in its place.
 
-    Lightning deletes it before a checkpoint is looked at: a refused `test` would take the last one's figures along.
+    Lightning deletes it before it reads a checkpoint: a refused `test` would lose the last one's metrics.
     """
 
     @property
@@ -61,7 +61,7 @@ class _RepeatedWriter(ExperimentWriter):
     _is_fresh = False
 
     def _check_log_dir_exists(self) -> None:
-        """It may, and nothing in it is deleted yet."""
+        """Accept an existing folder, and delete nothing yet."""
 
     def save(self) -> None:
         if self.metrics and not self._is_fresh:
@@ -76,10 +76,10 @@ class _ContinuedWriter(ExperimentWriter):
         self.metrics_keys = list(self._rows()[0])
 
     def _check_log_dir_exists(self) -> None:
-        """It should, and nothing in it is deleted."""
+        """Accept an existing folder, and delete nothing."""
 
     def _rows(self) -> tuple[list[str], list[dict[str, str]]]:
-        """The header and the whole rows; the last may be torn."""
+        """The header and the whole rows; the last may be incomplete."""
         file = Path(self.metrics_file_path)
         text = file.read_text(encoding="utf-8") if file.is_file() else ""
         reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
@@ -87,13 +87,13 @@ class _ContinuedWriter(ExperimentWriter):
         return list(reader.fieldnames or []), rows
 
     def keep_before(self, step: int | None) -> None:
-        """Each row once, of steps before this one."""
+        """Keep each row of the steps before this one, once."""
         keys, rows = self._rows()
         past = [row for row in rows if step is None or (row["step"].isdigit() and int(row["step"]) < step)]
-        kept = list({tuple(row.items()): row for row in past}.values())
+        unique = list({tuple(row.items()): row for row in past}.values())
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=keys)
         writer.writeheader()
-        writer.writerows(kept)
+        writer.writerows(unique)
         if keys:
             write_bytes(Path(self.metrics_file_path), text.getvalue().encode())

@@ -1,4 +1,4 @@
-"""W&B's part of a run that figures alone are not: tables, the summary, and the adapter and the export as artifacts."""
+"""What W&B gets beside metrics: tables, the summary, and the adapter and the export as artifacts."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from lora_lightning.training.tracking.wandb_logger import go_on_with
 
 
 class Tracking(Callback):
-    """Does nothing where the run does not log to W&B; the command puts it behind all other callbacks.
+    """Logs to W&B, where the run does, what metrics do not cover; the command puts it behind all other callbacks.
 
-    The run's config and summary get the counts and the adapter's size, and in the end what `report.json` says. Tables:
-    `injection`, a row for each adapted module, and `predictions` on the first validation rows. Artifacts, linked to the
-    run: `adapter-ID:best` and `adapter-ID:latest` (one version where the last state is the best) as PEFT reads them,
-    each with report, page and config, and `export-ID` where the fit exported. Files above 2 GB are not uploaded; the
-    artifact says where they lie.
+    The run's config and summary get the counts and the adapter's size, and at the end the content of `report.json`.
+    Tables: `injection`, a row for each adapted module, and `predictions` on the first validation rows. Artifacts of the
+    run: `adapter-ID:best` and `adapter-ID:latest` (one version where the last state is the best) as PEFT reads
+    them, each with report, page and config, and `export-ID` where the fit exported. Files above 2 GB are not uploaded;
+    the artifact refers to their path.
 
     Args:
         predictions: rows of the table of predictions; 0 for none.
@@ -48,12 +48,12 @@ class Tracking(Callback):
         self.predictions, self.artifacts = predictions, artifacts
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what trains."""
+        """Log what trains."""
         if trainer.is_global_zero and isinstance(pl_module, LoRAModule):
             log_start(trainer, pl_module.report, adapter_bytes(pl_module.backbone))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Every process predicts, since a sharded model needs them all; the first one logs."""
+        """Predict in all processes, since a sharded model needs them all; rank 0 logs."""
         loggers = self._loggers(trainer)
         if not self.predictions or not loggers or not isinstance(pl_module, LoRAModule):
             return
@@ -63,7 +63,7 @@ class Tracking(Callback):
                 logger.log_table("predictions", columns=table[0], data=table[1], step=trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The report's values, and what the run made."""
+        """Log the report's values, and the run's adapters and export."""
         folder = run.run_dir(trainer)
         loggers = self._loggers(trainer)
         if folder is None or not loggers or not trainer.is_global_zero or not isinstance(pl_module, LoRAModule):
@@ -75,7 +75,7 @@ class Tracking(Callback):
                 log_export(loggers, folder, Path(exported[0]).parent)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The test's figures, in the summary of the run that was tested."""
+        """Log the test's metrics into the summary of the run that was tested."""
         if trainer.is_global_zero and trainer.ckpt_path and (folder := run.test_dir(trainer)) is not None:
             log_report(self._loggers(trainer), folder)
 
@@ -84,9 +84,9 @@ class Tracking(Callback):
         return [] if trainer.fast_dev_run else wandb_loggers(trainer.loggers)  # type: ignore[attr-defined]
 
     def _log_adapters(self, trainer: Trainer, module: LoRAModule, folder: Path) -> None:
-        """The best first: W&B gives `latest` to what is logged last."""
-        loggers, kept = self._loggers(trainer), trainer.checkpoint_callback
-        best = kept.best_model_path if isinstance(kept, ModelCheckpoint) else ""
+        """Log the best first: W&B gives `latest` to what is logged last."""
+        loggers, saver = self._loggers(trainer), trainer.checkpoint_callback
+        best = saver.best_model_path if isinstance(saver, ModelCheckpoint) else ""
         if is_in_parts(module):
             if best and Path(best).exists():
                 log_checkpoint(loggers, Path(best), folder, ["best", "latest"])
@@ -104,11 +104,11 @@ def is_in_parts(module: LoRAModule) -> bool:
 
 
 LARGE = 2 * 10**9
-"""Bytes of a file beyond which an artifact holds where it lies in place of a copy."""
+"""Bytes above which an artifact refers to a file in place of copying it."""
 
 
 def wandb_loggers(loggers: Iterable[Any]) -> list[WandbLogger]:
-    """Those that log to W&B."""
+    """The loggers that log to W&B."""
     return [logger for logger in loggers if isinstance(logger, WandbLogger)]
 
 
@@ -133,10 +133,10 @@ def log_start(trainer: Trainer, report: InjectionReport, adapter_bytes: int) -> 
 
 
 def log_report(loggers: Iterable[Any], folder: Path) -> dict[str, Any]:
-    """What `report.json` says, in the run's summary as `report`; returns its plain values."""
+    """Log the content of `report.json` into the run's summary as `report`; returns its plain values."""
     file = folder / run.REPORT
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    plain = {key: value for key, value in known.items() if isinstance(value, str | int | float | bool)}
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    plain = {key: value for key, value in report.items() if isinstance(value, str | int | float | bool)}
     for logger in wandb_loggers(loggers):
         logger.experiment.summary.update({"report": plain})
     return plain
@@ -158,14 +158,14 @@ def log_adapter(
 
 
 def log_checkpoint(loggers: Iterable[Any], checkpoint: Path, folder: Path, aliases: Sequence[str]) -> None:
-    """A checkpoint in the adapter's place, where the adapter's parts lie with several processes."""
+    """Log a checkpoint in the adapter's place, where the adapter is sharded over several processes."""
     files = {file.name: file for file in (*_run_files(folder), checkpoint)}
     for logger in wandb_loggers(loggers):
         _log(logger, "adapter", files, aliases, log_report([], folder))
 
 
 def log_export(loggers: Iterable[Any], folder: Path, directory: Path) -> None:
-    """All that an export wrote, and the run's report and page as they are now."""
+    """Log an export's files, with the run's report and page, as one artifact."""
     files = {file.name: file for file in _run_files(folder)}
     files |= {str(p.relative_to(directory)): p for p in sorted(directory.rglob("*")) if p.is_file()}
     for logger in wandb_loggers(loggers):
@@ -173,15 +173,15 @@ def log_export(loggers: Iterable[Any], folder: Path, directory: Path) -> None:
 
 
 def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
-    """Let what is found on a trained run go to the W&B or MLflow run that trained it, unless the config names one."""
-    given = list(loggers)
-    ours = [logger for logger in wandb_loggers(given) if hasattr(logger, "go_on_with")]
-    flows = [logger for logger in given if isinstance(logger, MLFlowLogger)]
+    """Log evaluations of a checkpoint to the W&B or MLflow run that trained it, unless the config names one."""
+    loggers = list(loggers)
+    ours = [logger for logger in wandb_loggers(loggers) if hasattr(logger, "go_on_with")]
+    flows = [logger for logger in loggers if isinstance(logger, MLFlowLogger)]
     if not (ours or flows) or not Path(checkpoint).exists():
         return
-    record = run.load_checkpoint(checkpoint).get(RESUME_KEY, {})
-    go_on_with(flows, record.get("loggers", []), 0)
-    runs = [which for kind, which in record.get("loggers", []) if kind == "WandbLogger"]
+    saved = run.load_checkpoint(checkpoint).get(RESUME_KEY, {})
+    go_on_with(flows, saved.get("loggers", []), 0)
+    runs = [run_id for kind, run_id in saved.get("loggers", []) if kind == "WandbLogger"]
     for logger, version in zip(ours, runs, strict=False):
         logger.go_on_with(str(version))
 
@@ -207,7 +207,7 @@ def _log(
 
 
 SHOWN = 1000
-"""Characters of a text that are shown."""
+"""Characters at most of a text that is shown."""
 
 
 @torch.no_grad()
@@ -228,7 +228,7 @@ def prediction_table(trainer: Trainer, module: LoRAModule, count: int) -> tuple[
     shown = _inputs(batch, getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
     targets = _targets(batch, names)
     for row, example, target in zip(examples, shown or [None] * size, targets or [None] * size, strict=False):
-        row.pop("row")  # in this batch; the set's own number is not known here
+        row.pop("row")  # its number in this batch, not in the set
         row.update({"input": example} if shown else {})
         row.update({"target": target} if targets else {})
     columns = [name for name in ("input", "target") if name in examples[0]]
@@ -246,12 +246,12 @@ def _inputs(batch: Mapping[str, Any], tokenizer: Any) -> list[Any]:
 
 
 def _pictures(pixels: Tensor) -> Iterator[Any]:
-    """Each brought back to 0 to 255 by its own least and greatest value."""
+    """Images, each scaled to 0 to 255 by its minimum and maximum."""
     import wandb
 
-    for one in pixels.float().cpu():
-        low, high = one.min(), one.max()
-        yield wandb.Image(((one - low) / (high - low).clamp(min=1e-9) * 255).byte().permute(1, 2, 0).numpy())
+    for image in pixels.float().cpu():
+        low, high = image.min(), image.max()
+        yield wandb.Image(((image - low) / (high - low).clamp(min=1e-9) * 255).byte().permute(1, 2, 0).numpy())
 
 
 def _targets(batch: Mapping[str, Any], names: list[str] | None) -> list[Any]:

@@ -1,4 +1,4 @@
-"""W&B's logger, which needs no account; and how each logger goes on with the run that a fit resumes."""
+"""W&B's logger, which needs no account; and how each logger continues the run that a fit resumes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lora_lightning.lora.errors import LoRAError
 
 
 class WandbLogger(LightningWandbLogger):
-    """Lightning's WandbLogger, which goes offline by itself where W&B has no key, and asks nothing.
+    """Lightning's WandbLogger, which goes offline where W&B has no key, and never prompts.
 
     Args:
         offline: keep the run on disk, for `wandb sync`. Left out: offline where there is no key.
-        save_dir: where W&B's own folder goes; made where it is missing.
+        save_dir: the folder for W&B's files; made where it is missing.
 
     Raises:
-        LoRAError: `offline: false`, and no key: W&B would ask for one.
+        LoRAError: `offline: false` without a key: W&B would prompt for one.
     """
 
     def __init__(self, *args: Any, offline: bool | None = None, save_dir: str = "runs", **kwargs: Any) -> None:
@@ -35,16 +35,16 @@ class WandbLogger(LightningWandbLogger):
                 rank_zero_info("W&B: no key found, so this run stays on disk; `wandb sync` uploads it later")
         Path(save_dir).mkdir(parents=True, exist_ok=True)
         if kwargs.get("settings") is None:
-            kwargs["settings"] = {"quiet": True}  # it would end with all figures over again
+            kwargs["settings"] = {"quiet": True}  # else W&B prints all metrics again at the end
         super().__init__(*args, offline=offline, save_dir=save_dir, **kwargs)  # type: ignore[misc]
         init = self._wandb_init  # Lightning has no public way to what it hands to wandb.init
         if init.get("anonymous") is None:
             del init["anonymous"]  # W&B warns of the word, whatever its value
 
     def go_on_with(self, version: str) -> None:
-        """Log into the run of this id, unless the config names one itself.
+        """Log into the run with this id, unless the config names one.
 
-        Offline, what follows lies in a folder of its own, which `wandb sync --append` adds to the run.
+        Offline, further rows go to a new folder, which `wandb sync --append` adds to the run.
         """
         if self._id is None:
             self._id = version
@@ -52,29 +52,29 @@ class WandbLogger(LightningWandbLogger):
 
 
 def runs_of(loggers: Iterable[Logger]) -> list[list[Any]]:
-    """What a checkpoint notes of the runs that were logged into, so that a fit that goes on finds them: kind, id."""
+    """Kind and id of each logger's run; a checkpoint has them, so that a resumed fit finds the runs."""
     resumable: list[list[Any]] = []
     for logger in loggers:
         if isinstance(logger, LightningWandbLogger | TensorBoardLogger):
             resumable.append([_kind(logger), logger.version])
         elif isinstance(logger, MLFlowLogger):
             resumable.append([_kind(logger), logger.run_id])
-    return [[kind, which] for kind, which in resumable if which is not None]
+    return [[kind, run_id] for kind, run_id in resumable if run_id is not None]
 
 
 def go_on_with(loggers: Iterable[Any], runs: Sequence[Sequence[Any]], step: int) -> None:
-    """Let each logger log into its own kind's run of the checkpoint, in their order, unless the config names one.
+    """Let each logger continue the checkpoint's run of its kind, in order, unless the config names one.
 
     Args:
-        runs: what `runs_of` gave.
-        step: the number that the next step is logged under; TensorBoard hides what an interrupted fit wrote after it.
+        runs: the result of `runs_of`.
+        step: the number under which the next step is logged; TensorBoard hides what an interrupted fit wrote after it.
     """
-    left = [list(run) for run in runs]
+    remaining = [list(run) for run in runs]
     for logger in loggers:
-        mine = next((run for run in left if run[0] == _kind(logger)), None)
+        mine = next((run for run in remaining if run[0] == _kind(logger)), None)
         if mine is None:
             continue
-        left.remove(mine)
+        remaining.remove(mine)
         if isinstance(logger, WandbLogger):
             logger.go_on_with(str(mine[1]))
         elif isinstance(logger, TensorBoardLogger) and logger._version is None:
@@ -92,7 +92,7 @@ def _kind(logger: Any) -> str:
 
 
 def refuse_no_key() -> None:
-    """Raise where a run is to be online and W&B would ask for a key.
+    """Raise where a run is to be online and W&B would prompt for a key.
 
     Raises:
         LoRAError: with the three ways out.
@@ -105,7 +105,7 @@ def refuse_no_key() -> None:
 
 
 def has_wandb_key() -> bool:
-    """Whether W&B can log in without asking: by environment or by netrc, unless WANDB_MODE says offline."""
+    """Whether W&B can log in without a prompt: by environment or by netrc, unless WANDB_MODE says offline."""
     if os.environ.get("WANDB_MODE", "") in ("offline", "disabled"):
         return False
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

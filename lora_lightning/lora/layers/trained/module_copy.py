@@ -65,6 +65,11 @@ class SavedCopy(Grafted):
         cast = {name: value.to(originals[name].dtype) for name, value in trained.items()}
         return functional_call(self.lora_copy, cast, args, kwargs)
 
+    def trained_tensors(self) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Every parameter and buffer as (its name in this module, the trained copy, the original)."""
+        pairs = zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True)
+        return [(name, trained, original) for (name, original), (_, trained) in pairs]
+
     @torch.no_grad()
     def fold(self, folded: dict[int, torch.Tensor]) -> None:
         """Replace the originals by the trained values.
@@ -72,24 +77,25 @@ class SavedCopy(Grafted):
         The parameters are replaced, not written into: a tensor tied to another module does not change there. `folded`
         holds the new parameters by the id of the trained tensor, so that tied copies stay tied.
         """
-        for (path, place), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
-            assert place.shape == trained.shape, path
+        for path, trained, original in self.trained_tensors():
+            assert original.shape == trained.shape, path
             owner = self.get_submodule(path.rpartition(".")[0])
             if id(trained) not in folded:
-                value = trained.detach().clone().to(place.dtype)
-                is_parameter = isinstance(place, nn.Parameter)
-                folded[id(trained)] = nn.Parameter(value, requires_grad=place.requires_grad) if is_parameter else value
+                value = trained.detach().clone().to(original.dtype)
+                if isinstance(original, nn.Parameter):
+                    value = nn.Parameter(value, requires_grad=original.requires_grad)
+                folded[id(trained)] = value
             setattr(owner, path.rpartition(".")[2], folded[id(trained)])
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
         """Start the copy from the original again."""
-        for (_, original), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+        for _, trained, original in self.trained_tensors():
             trained.copy_(original)
         super().reset_lora_parameters()
 
     def rescale_update(self, strength: float, done: set[int]) -> None:
-        for (path, original), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+        for path, trained, original in self.trained_tensors():
             interpolate_(trained, original, strength, done)
             if path.endswith("running_var") and bool((trained < 0).any()):
                 raise LoRAError(

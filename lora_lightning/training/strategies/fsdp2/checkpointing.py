@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class AdapterCheckpoints(ModelParallelStrategy):
-    """Saves and loads what trains, in place of Lightning's way, which drops frozen keys and then misses them."""
+    """Saves and loads what trains; Lightning's code drops frozen keys and then misses them."""
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """After the module has looked at the checkpoint, as with other strategies."""
+        """Restore the optimizer after the module has checked the checkpoint, as with other strategies."""
         return True
 
     @property
@@ -36,12 +36,12 @@ class AdapterCheckpoints(ModelParallelStrategy):
         return module  # type: ignore[no-any-return]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What trains, whole and in process 0 only."""
+        """The tensors that train, whole, in process 0 only."""
         state: dict[str, Any] = _gather_state(adapter_only(self._saved_module, self._saved_module.state_dict()))
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The same of an optimizer, in the form of a single process."""
+        """An optimizer's state, whole, in process 0 only."""
         state: dict[str, Any] = _gather_state(_plain_optimizer(optimizer).state_dict())
         return state
 
@@ -51,7 +51,7 @@ class AdapterCheckpoints(ModelParallelStrategy):
         """Write the file in process 0.
 
         Raises:
-            LoRAError: in all processes, where it could not be written.
+            LoRAError: the file could not be written; in all processes.
         """
         path = run_in_first(lambda: str(filepath))
         run_in_all(lambda: self._write(checkpoint, path, storage_options))
@@ -64,7 +64,7 @@ class AdapterCheckpoints(ModelParallelStrategy):
         """Read the same file in every process.
 
         Raises:
-            DamagedCheckpointError: there is no whole one; in all processes.
+            DamagedCheckpointError: there is no whole file; in all processes.
         """
         path = run_in_first(lambda: str(checkpoint_path))
         if not is_remote(path):
@@ -72,7 +72,7 @@ class AdapterCheckpoints(ModelParallelStrategy):
         return run_in_all(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Put the adapter into the shards.
+        """Load the adapter into the shards.
 
         Raises:
             AdapterError: keys are missing, left over or wrongly shaped; nothing was changed.
@@ -80,22 +80,22 @@ class AdapterCheckpoints(ModelParallelStrategy):
         module, state = self._saved_module, checkpoint["state_dict"]
         if strict:
             refuse_misfits(module, module.state_dict(), state)
-        expected = adapter_only(module, module.state_dict())
-        shards = {key: _shard_like(value, expected[key]) for key, value in state.items() if key in expected}
+        current = adapter_only(module, module.state_dict())
+        shards = {key: _shard_like(value, current[key]) for key, value in state.items() if key in current}
         with read_as_stored(module.backbone):
             module.load_state_dict(shards, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Put each optimizer's state where its parameters' shards are."""
+        """Shard each optimizer's state like its parameters, and load it."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             plain = _plain_optimizer(optimizer)
-            here = [p for group in plain.param_groups for p in group["params"]]
-            there = [i for group in state["param_groups"] for i in group["params"]]
-            parameters = dict(zip(there, here, strict=False))
+            in_order = [p for group in plain.param_groups for p in group["params"]]
+            numbers = [i for group in state["param_groups"] for i in group["params"]]
+            parameters = dict(zip(numbers, in_order, strict=False))
             shards = {
-                i: {name: _shard_like(value, parameters[i]) for name, value in slots.items()}
-                for i, slots in state["state"].items()
-                if slots and i in parameters
+                i: {name: _shard_like(value, parameters[i]) for name, value in values.items()}
+                for i, values in state["state"].items()
+                if values and i in parameters
             }
             plain.load_state_dict({"state": shards, "param_groups": state["param_groups"]})
 
@@ -105,9 +105,9 @@ def _plain_optimizer(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
 
 
 def _gather_state(state: Any) -> Any:
-    """Every sharded tensor of a nested state gathered, one at a time, and kept by process 0; {} in the others.
+    """A nested state with its tensors gathered one by one, on the CPU, in process 0; {} in the others.
 
-    All processes must call it. A copy on the CPU, which the next step does not write into.
+    All processes must call it.
     """
     whole = _gather_whole(state)
     return whole if rank() == 0 else {}
@@ -125,10 +125,9 @@ def _gather_whole(value: Any) -> Any:
 
 
 def _shard_like(value: Any, like: Any) -> Any:
-    """A whole tensor in the shards of the parameter that it belongs to; scalars and what is no tensor as they are.
+    """A whole tensor sharded like the parameter that it belongs to; scalars and other values unchanged.
 
-    A state of another shape, as a factored second moment's row, is laid into every process whole. No process tells
-    another anything.
+    A state of another shape, such as a row of a factored second moment, is replicated. Nothing is communicated.
     """
     if not isinstance(value, Tensor) or not isinstance(like, DTensor) or not value.dim():
         return value

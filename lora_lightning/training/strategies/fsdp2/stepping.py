@@ -1,4 +1,4 @@
-"""Steps and evaluation of a sharded model: whatever one process calls, all call, and as often."""
+"""Steps and evaluation of a sharded model: all processes make the same calls, equally often."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class EvaluatesTogether(ParallelStrategy):
-    """Lets evaluation end in all processes at once, also where one has more batches than another."""
+    """Lets all processes evaluate equally many batches, also where one has more than another."""
 
     _most: Sequence[int] = ()
-    """Batches of each loader of the running evaluation, in the process that has most."""
+    """The largest number of batches of any process, for each loader of the running evaluation."""
 
     @property
     def _module(self) -> LoRAModule:
@@ -40,21 +40,21 @@ class EvaluatesTogether(ParallelStrategy):
         return self._evaluate("predict_step", batch, batch_idx, dataloader_idx)
 
     def _evaluate(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
-        """The step; after a process's last batch it runs the model on, unheard, for those that have one more."""
+        """Run the step; after its last batch a process runs the model uncounted while others have more."""
         output = self._call(step, batch, batch_idx, *((dataloader_idx,) if dataloader_idx else ()))
-        batches = self._batches()[dataloader_idx]
-        if self._most and batch_idx + 1 == batches:
-            for _ in range(self._most[dataloader_idx] - int(batches)):
-                self._call("unheard_step", batch, step == "predict_step")
+        count = self._batches()[dataloader_idx]
+        if self._most and batch_idx + 1 == count:
+            for _ in range(self._most[dataloader_idx] - int(count)):
+                self._call("uncounted_step", batch, step == "predict_step")
         return output
 
     def _call(self, step: str, *args: Any) -> Any:
-        """A method of the module, as Lightning calls it."""
+        """Call a method of the module as Lightning does."""
         with self.precision_plugin.forward_context():
             return getattr(self._module, step)(*args)
 
     def _batches(self) -> list[int | float]:
-        """How many batches this process has of each loader of the running loop."""
+        """This process's number of batches for each loader of the running loop."""
         trainer = self._module.trainer
         if trainer.state.fn == TrainerFn.PREDICTING:
             return trainer.num_predict_batches
@@ -98,7 +98,7 @@ class StepsTogether(EvaluatesTogether, ModelParallelStrategy):
         return super().training_step(*args, **kwargs)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """All gradients are added up over the processes, or an optimizer would step over those that are not.
+        """Raise unless all gradients were summed over the processes.
 
         Raises:
             LoRAError: the task's loss did not come through the backbone's own call.

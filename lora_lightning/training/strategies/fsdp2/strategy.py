@@ -1,4 +1,4 @@
-"""FSDP2 for `LoRAModule`: W0 and the adapter lie in parts, one for each process, and checkpoints hold the adapter."""
+"""FSDP2 for `LoRAModule`: W0 and the adapter are sharded over the processes; checkpoints hold the adapter."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class FSDP2Strategy(StepsTogether, AdapterCheckpoints, ShardedStrategy):
     """Lightning's `ModelParallelStrategy`, with the sharding, the checkpoints and the guards that LoRA needs.
 
     Args:
-        reshard_after_forward: let a block's gathered weights go between forward and backward. `False` needs the memory
-            of W0 for a step, and gathers once in place of twice.
-        cpu_offload: keep the shards in the memory of the CPU, and on the GPU only what is gathered.
+        reshard_after_forward: free a block's gathered weights between forward and backward. `False` needs memory for
+            all of W0 during a step, and gathers once in place of twice.
+        cpu_offload: keep the shards in CPU memory, and only what is gathered on the GPU.
         blocks: names of the modules that are gathered one by one, with `*` for anything, such as
             `encoder.layer.*.attention`; by default the backbone's repeated blocks.
         process_group_backend: torch's; by default what suits the device.
@@ -62,7 +62,7 @@ class FSDP2Strategy(StepsTogether, AdapterCheckpoints, ShardedStrategy):
         super().setup_environment()
 
     def shard_module(self, module: LoRAModule) -> None:
-        """Called by `LoRAModule.configure_model`, more than once.
+        """Shard the module's backbone; `LoRAModule.configure_model` calls this more than once.
 
         Raises:
             LoRAError: something cannot be sharded.
@@ -83,8 +83,8 @@ class FSDP2Strategy(StepsTogether, AdapterCheckpoints, ShardedStrategy):
         if self.cpu_offload and self.root_device.type == "cpu":
             raise LoRAError("cpu_offload keeps shards off the GPU, and this run is on the CPU: leave it out")
         refuse_measured(module, "FSDP2")
-        named = module.named_parameters()
-        beside = [name for name, p in named if p.requires_grad and not name.startswith("backbone.")]
+        parameters = module.named_parameters()
+        beside = [name for name, p in parameters if p.requires_grad and not name.startswith("backbone.")]
         if beside:
             raise LoRAError(
                 f"FSDP2 shards the backbone alone, and {first_few(beside)} trains beside it: train with ddp"
@@ -96,10 +96,10 @@ class FSDP2Strategy(StepsTogether, AdapterCheckpoints, ShardedStrategy):
             # The first module that runs would be taken for the root, and a step may begin with a part of the backbone.
             self._root._get_fsdp_state()._lazy_init()
         if trainer.state.fn == TrainerFn.FITTING:
-            self._module.w0_fingerprint()  # by all: later one process may ask alone
+            self._module.w0_fingerprint()  # in all processes: later one may read it alone
 
     def model_to_device(self) -> None:
-        """Offloaded shards stay where they are."""
+        """Move the module to its device; offloaded shards stay on the CPU."""
         if not self.cpu_offload:
             with read_as_stored(self._root):
                 super().model_to_device()

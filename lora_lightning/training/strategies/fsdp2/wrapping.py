@@ -1,12 +1,12 @@
 """FSDP2 on an adapted backbone: what is sharded, what stays whole, and what is refused by name.
 
-Each block and the rest are gathered for their own forward and backward, and lie sharded in between; of `adapters` and
-W0 alike every process keeps its rows. The rest (embeddings, the head, what stands between) is gathered when a step
-begins and let go after its backward, so that a task may read a head's weight beside the forward.
+Each block is gathered for its forward and its backward, and is sharded in between; every process keeps its rows of W0
+and of the adapter. The rest (embeddings, the head, modules between blocks) is gathered from a step's beginning until
+after its backward, so that a task may read a head's weight beside the forward.
 
-What the fused arithmetic keeps of a weight for backward is the gathered tensor, which FSDP2 fills again before a
-block's backward. An input that would be computed anew from another block's norm is not, for that norm's weight lies
-sharded then; and no process measures products for itself, so that all round alike and a resumed fit as before.
+The fused arithmetic saves a weight's gathered tensor for backward, which FSDP2 fills again before a block's backward.
+An input is not recomputed from another block's norm, whose weight is sharded then; and no process times products for
+itself, so that all processes, and a resumed fit, round alike.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lora_lightning.training.strategies.collectives import world_size
 
 
 def read_as_stored(backbone: nn.Module) -> AbstractContextManager[None]:
-    """Within the block FSDP2, which looks parameters up as attributes, finds a bias where a trained copy is shown."""
+    """Within the block, FSDP2, which reads parameters as attributes, gets a bias and not its trained copy."""
     return disabled(backbone)
 
 
@@ -45,12 +45,12 @@ def shard(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard a backbone over a mesh of one dimension, in place; all start from process 0's values.
+    """Shard a backbone over a mesh of one dimension in place, with process 0's values.
 
     Args:
-        blocks: patterns of module names, in place of the blocks that are found; none shards the backbone as one.
-        reshard_after_forward: whether blocks are let go between forward and backward.
-        cpu_offload: keep the shards in the CPU's memory.
+        blocks: patterns of module names, in place of the repeated blocks; empty, the backbone is sharded as one.
+        reshard_after_forward: whether gathered blocks are freed between forward and backward.
+        cpu_offload: keep the shards in CPU memory.
 
     Raises:
         LoRAError: something in the backbone cannot be sharded, by name.
@@ -67,7 +67,7 @@ def shard(
         fully_shard(module, reshard_after_forward=reshard_after_forward, **options)
     broadcast_unsharded(backbone, device, done)
     root = fully_shard(backbone, reshard_after_forward=False, **options)
-    # What one process's batch does not reach, as an expert, has a gradient of zeros there; else shapes would differ.
+    # Parameters that one process's batch does not reach, such as an expert's, get zero gradients: else shapes differ.
     root.set_reduce_scatter_unused_params(True)
     gather_before(root, "generate")
 
@@ -85,7 +85,7 @@ def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) 
     """Frozen parameters that cannot be sharded: scalars, and those that several blocks share.
 
     Raises:
-        LoRAError: one of them trains, so that its gradients would not be added up over the processes.
+        LoRAError: one of them trains; its gradients would not be summed over the processes.
     """
     whole = shared_or_scalar_parameters(backbone, blocks)
     trained = [name for name, parameter in whole.items() if parameter.requires_grad]
@@ -98,24 +98,24 @@ def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) 
 
 
 def shared_or_scalar_parameters(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Scalars, and parameters that stand in several blocks, or in one and outside of all."""
+    """Scalars, and parameters that are in several blocks, or in one block and outside of all."""
     homes: dict[int, set[int]] = {}
-    result: dict[str, nn.Parameter] = {}
+    parameters: dict[str, nn.Parameter] = {}
     blocks_of: dict[int, set[int]] = {}
     for number, block in enumerate(blocks.values()):
         for module in block.modules():
             blocks_of.setdefault(id(module), set()).add(number)
     for path, module in backbone.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            home = homes.setdefault(id(parameter), set())
-            home |= blocks_of.get(id(module), {-1})
-            if not parameter.dim() or len(home) > 1:
-                result[f"{path}.{name}" if path else name] = parameter
-    return result
+            in_blocks = homes.setdefault(id(parameter), set())
+            in_blocks |= blocks_of.get(id(module), {-1})
+            if not parameter.dim() or len(in_blocks) > 1:
+                parameters[f"{path}.{name}" if path else name] = parameter
+    return parameters
 
 
 def broadcast_unsharded(module: nn.Module, device: torch.device, done: set[int]) -> None:
-    """Put what was not sharded before on the device, with process 0's values: each process drew its own A."""
+    """Put what is not yet sharded on the device, with process 0's values: each process has another random A."""
     for tensor in (*module.parameters(), *module.buffers()):
         if isinstance(tensor, DTensor) or tensor.is_meta or id(tensor) in done:
             continue
@@ -126,17 +126,17 @@ def broadcast_unsharded(module: nn.Module, device: torch.device, done: set[int])
 
 
 def gather_before(root: Any, method: str) -> None:
-    """Let a method of the backbone find gathered what lies outside of the blocks: it may call parts of the model."""
-    method_here = getattr(root, method, None)
-    if not callable(method_here):
+    """Gather what is outside of the blocks before a method of the backbone, which may call parts of the model."""
+    function = getattr(root, method, None)
+    if not callable(function):
         return
 
-    @functools.wraps(method_here)
-    def gathered(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(function)
+    def unshard_and_call(*args: Any, **kwargs: Any) -> Any:
         root.unshard()
-        return method_here(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    setattr(root, method, gathered)
+    setattr(root, method, unshard_and_call)
 
 
 def _report_blocks(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[str, Any], count: int) -> None:
@@ -153,24 +153,24 @@ def _report_blocks(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: 
 
 
 def groups_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks that can be called: a bare list has no forward before which it could be gathered."""
+    """The repeated blocks that have a forward; FSDP2 gathers a block before its forward."""
     lists = (nn.ModuleList, nn.ModuleDict)
     return {name: block for name, block in repeated_blocks(model).items() if not isinstance(block, lists)}
 
 
 def named_blocks(model: nn.Module, patterns: Sequence[str], of: str = "FSDP2Strategy") -> dict[str, nn.Module]:
-    """The modules whose names a pattern fits; `*` stands for anything.
+    """The modules whose names match a pattern; `*` stands for anything.
 
     Raises:
-        LoRAError: a pattern fits nothing, or what it fits has no parameters.
+        LoRAError: a pattern matches no module with parameters.
     """
-    modules, block_of = dict(model.named_modules()), dict[str, nn.Module]()
+    modules, chosen = dict(model.named_modules()), dict[str, nn.Module]()
     for pattern in patterns:
-        fits = {name: module for name, module in modules.items() if name and fnmatchcase(name, pattern)}
-        if not any(_has_parameters(module) for module in fits.values()):
+        matches = {name: module for name, module in modules.items() if name and fnmatchcase(name, pattern)}
+        if not any(_has_parameters(module) for module in matches.values()):
             raise LoRAError(f"{of}.blocks: '{pattern}' fits no module with parameters{_near_miss(pattern, modules)}")
-        block_of |= {name: module for name, module in fits.items() if _has_parameters(module)}
-    return {name: block_of[name] for name in modules if name in block_of}
+        chosen |= {name: module for name, module in matches.items() if _has_parameters(module)}
+    return {name: chosen[name] for name in modules if name in chosen}
 
 
 def _near_miss(pattern: str, names: dict[str, nn.Module]) -> str:
