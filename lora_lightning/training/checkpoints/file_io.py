@@ -53,7 +53,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
         raise LoRAError(
-            f"the checkpoint '{path}' could not be written ({_first_line(cause)}): make room there or give another"
+            f"the checkpoint '{path}' could not be written ({first_line(cause)}): make room there or give another"
             " --runs_dir, and go on with --ckpt_path last; older checkpoints are as they were"
         ) from error
     finally:
