@@ -1,4 +1,4 @@
-"""What is learned: one small class per task, from (backbone, batch) to loss and metrics."""
+"""Tasks: one small class for each, from (backbone, batch) to loss and metrics."""
 
 from lora_lightning.tasks.base import StepOutput, Task
 

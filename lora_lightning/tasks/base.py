@@ -1,4 +1,4 @@
-"""The contract between a task and LoRAModule, and what backbones take and return."""
+"""The interface between a task and LoRAModule, and readers of batches and of backbones' outputs."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ Stage = str
 
 @dataclass
 class StepOutput:
-    """What one batch gives."""
+    """The result of one batch."""
 
     loss: Tensor
-    """Mean over `weight` units, a scalar. Of no units it is 0, with a gradient of zeros."""
+    """Mean over `weight` units, a scalar. Without units it is 0, with a gradient of zeros."""
     weight: int
-    """How many examples (or tokens) the mean is over: what the batch counts for in an average."""
+    """Number of units (examples or tokens) of the mean: the batch's weight in an average."""
     predictions: Tensor | None = None
-    """What the task's metrics are updated with, beside `targets`; None where the loss is all, or `update` its own."""
+    """With `targets`, the arguments of the metrics' update; None where there are none, or `update` is overridden."""
     targets: Tensor | None = None
 
 
 class Task(nn.Module, ABC):
-    """Loss, metrics and predictions of a task. It holds no weights of the model."""
+    """Loss, metrics and predictions of a task, which has no weights of the model."""
 
     monitor: str = "val/loss"
-    """The metric that says which checkpoint is best."""
+    """The metric that chooses the best checkpoint."""
     monitor_mode: Literal["min", "max"] = "min"
     peft_task_type: str | None = None
-    """What PEFT calls this task, written to exported adapters."""
+    """PEFT's name of this task, written to exported adapters."""
     problem_type: str | None = None
-    """What transformers calls a classifier's task, written to merged models: its pipelines choose softmax by it, a
-    sigmoid for each label, or the number as it is."""
+    """transformers' name of a classifier's task, written to merged models, whose pipelines choose by it softmax, a
+    sigmoid for each label, or the plain number."""
     outputs: int | None = None
-    """How many the backbone's head must have; None where that is not one number."""
+    """The number of outputs of the backbone's head; None where that is not one number."""
     output_is: str = "class"
-    """What each of them stands for: a `number` is a target itself, of others the targets hold the place."""
+    """The meaning of each output: a `number` is a target's value; for others targets are indices of outputs."""
     ignored: int = -100
-    """The label of what has none."""
+    """The label of units without a label."""
     takes_tuples: bool = False
-    """Whether a batch may be (inputs, targets) in place of a mapping; `inputs` then names what the first are."""
+    """Whether a batch may be (inputs, targets) in place of a mapping; `inputs` then names the first."""
 
     def __init__(self, metrics: MetricCollection | None = None) -> None:
         super().__init__()
         metrics = MetricCollection({}) if metrics is None else metrics
-        # One set per stage: a validation in mid-epoch must not reset what training has gathered.
+        # One set per stage: a validation in the middle of an epoch must not reset training's metrics.
         self.metrics = nn.ModuleDict({f"{s}_": metrics.clone(prefix=f"{s}/") for s in ("train", "val", "test")})
         self.losses = nn.ModuleDict({f"{s}_": MeanMetric() for s in ("train", "val", "test")})
 
@@ -65,38 +65,38 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What `lora-lightning predict` writes for one batch: by name a tensor's rows, or a list, of one per example.
+        """The predictions of one batch for `lora-lightning predict`, by name: tensors or lists, one row each.
 
         Targets are not needed.
         """
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The backbone's arguments by name, out of a batch: all but the targets."""
+        """The backbone's arguments by name: the batch without the targets."""
         return inputs_of(batch, "labels")
 
     def examples(self, batch: Any) -> int:
-        """How many examples a batch holds."""
+        """The number of examples in a batch."""
         return examples_in(batch)
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        """What validation and test do with a batch; a task that generates does it here."""
+        """The step of validation and test, in which some tasks also generate."""
         return self.step(backbone, batch)
 
     def logged(self, stage: Stage) -> list[str]:
-        """Names under which figures of a stage can be logged."""
+        """Names of a stage's metrics."""
         metrics = self.metrics[f"{stage}_"]
         assert isinstance(metrics, MetricCollection)
         return list(dict.fromkeys([f"{stage}/loss", *map(str, metrics.keys(keep_base=False))]))
 
     def wanted_outputs(self) -> int | None:
-        """`outputs`, where the labels mean what they do here: a step of the user's own may take them in another way."""
+        """`outputs`, unless the user overrides `step`, which may read labels in another way."""
         return self.outputs if type(self).step.__module__.startswith("lora_lightning.") else None
 
     def check(self, batch: Any) -> None:
-        """Look at a stage's first batch before the loss does, which on a GPU ends the process without saying why.
+        """Check a stage's first batch before the loss, whose error on a GPU ends the process without a reason.
 
         Raises:
-            LoRAError: a label that has no output.
+            LoRAError: a label has no output.
         """
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         count = self.wanted_outputs()
@@ -110,7 +110,7 @@ class Task(nn.Module, ABC):
             )
 
     def add_stage(self, stage: Stage) -> None:
-        """Count the figures of a further set apart."""
+        """Add metrics for a further set."""
         first = f"{stage.partition('_')[0]}_"
         metrics = self.metrics[first]
         assert isinstance(metrics, MetricCollection)
@@ -119,21 +119,21 @@ class Task(nn.Module, ABC):
         self.reset(stage)
 
     def stages(self, stage: Stage) -> list[Stage]:
-        """`val` or `test` and the further sets of it that were added."""
+        """`val` or `test`, and its further sets that were added."""
         names = [key.removesuffix("_") for key in self.losses]
         return [name for name in names if name == stage or name.startswith(f"{stage}_")]
 
     def reset(self, stage: Stage) -> None:
-        """Start counting anew: what an earlier loop left must not be in this one's figures."""
-        for kept in (self.losses[f"{stage}_"], self.metrics[f"{stage}_"]):
-            kept.reset()  # type: ignore[operator]
+        """Reset the stage's metrics, which an earlier loop may have left in the middle."""
+        for metrics in (self.losses[f"{stage}_"], self.metrics[f"{stage}_"]):
+            metrics.reset()  # type: ignore[operator]
 
     def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
-        """Count a batch in and return the stage's metrics to log, the loss weighted by units and not by batches."""
+        """Add a batch to the stage's metrics and return them; the loss is weighted by units, not by batches."""
         loss, metrics = self.losses[f"{stage}_"], self.metrics[f"{stage}_"]
         assert isinstance(loss, MeanMetric)
         assert isinstance(metrics, MetricCollection)
-        if out.weight:  # the mean over nothing may be anything
+        if out.weight:  # a mean over no units has no meaning
             loss.update(out.loss.detach(), out.weight)
         if out.predictions is not None:
             metrics.update(out.predictions.detach(), out.targets)
@@ -141,9 +141,9 @@ class Task(nn.Module, ABC):
 
 
 def refuse_no_count(value: Any, name: str) -> None:
-    """Raise where neither the config nor the data said how many classes, or which labels, there are.
+    """Raise where neither the config nor the data have the number of classes or the labels.
 
-    A command hands on what a DataModule says of itself, and None where it says nothing.
+    A command passes the DataModule's value, and None where it has none.
     """
     if value is None:
         raise LoRAError(
@@ -179,7 +179,7 @@ def logits_of(output: Any) -> Tensor:
     """Logits from a tensor, a transformers output, a mapping with `logits`, or a tuple that starts with them.
 
     Raises:
-        LoRAError: the backbone's output holds no logits.
+        LoRAError: the backbone's output has no logits.
     """
     if isinstance(output, Tensor):
         return output
@@ -207,14 +207,14 @@ def logits_each(output: Any, count: int, what: str) -> Tensor:
 
 
 PIXELS = "pixel_values"
-"""Under which name a batch holds its images (n, channels, height, width)."""
+"""The name of a batch's images (n, channels, height, width)."""
 
 
 def image_inputs(backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The backbone's arguments by name: its images under the name that its own `forward` has for them.
+    """The backbone's arguments by name: images under the name of its `forward`'s argument.
 
     Raises:
-        LoRAError: the batch is no mapping, or `forward` takes no argument that has a name.
+        LoRAError: the batch is no mapping, or `forward` has no named argument.
     """
     inputs = inputs_of(batch, "labels")
     taken = inspect.signature(backbone.forward).parameters

@@ -24,11 +24,11 @@ from lora_lightning.tasks.base import (
 from lora_lightning.tasks.metrics.classification import metrics_of
 
 TOP5_FROM = 10
-"""From so many classes on a top-5 accuracy says something."""
+"""From this number of classes on, top-5 accuracy is logged."""
 
 
 class Classification(Task):
-    """What all classifications share: logits (n, num_classes) of the backbone, and their number."""
+    """The base of classifications: the backbone's logits (n, num_classes)."""
 
     monitor_mode = "max"
 
@@ -37,7 +37,7 @@ class Classification(Task):
         self.num_classes = self.outputs = num_classes
 
     def logits(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """(n, num_classes), in float32."""
+        """Logits (n, num_classes) in float32."""
         return logits_each(backbone(**self.inputs(backbone, batch)), self.num_classes, self.output_is)
 
 
@@ -45,14 +45,14 @@ class OneLabel(Classification):
     """Cross-entropy over `num_classes` logits, two for a binary task.
 
     Args:
-        num_classes: number of labels. The data's own count by default.
+        num_classes: number of labels. The data's by default.
         label_smoothing: share of the target spread over all classes.
-        metrics: some of `accuracy` over examples, `f1` (the mean of the classes' own), `binary_f1` (of class 1 of two,
-            as GLUE asks of MRPC and QQP) and `matthews` (Matthews' correlation, as of CoLA). The first chooses the
-            best checkpoint.
+        metrics: some of `accuracy` over examples, `f1` (the mean over classes), `binary_f1` (of class 1 of two, GLUE's
+            for MRPC and QQP) and `matthews` (Matthews' correlation, GLUE's for CoLA). The first chooses the best
+            checkpoint.
 
     Raises:
-        LoRAError: fewer than two classes, an unknown metric, or a share that is none.
+        LoRAError: fewer than two classes, an unknown metric, or an invalid share.
     """
 
     tells_top5 = False
@@ -76,7 +76,7 @@ class OneLabel(Classification):
         self.label_smoothing = label_smoothing
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        """`batch` holds what the backbone takes and `labels` (n,) in [0, num_classes)."""
+        """`batch` has the backbone's arguments and `labels` (n,) in [0, num_classes)."""
         _, labels = inputs_and_labels(batch)
         logits = self.logits(backbone, batch)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
@@ -99,8 +99,8 @@ class ImageClassification(OneLabel):
     """Cross-entropy over `num_classes` logits of an image.
 
     The backbone takes `pixel_values` (n, 3, h, w) by that name, as transformers' models do, or as its first argument,
-    as those of timm and torchvision do. From 10 classes on `accuracy_top5` is told too: the share of images whose label
-    is among the five likeliest.
+    as those of timm and torchvision do. From 10 classes on `accuracy_top5` is logged too: the share of images whose
+    label is among the five most probable.
     """
 
     tells_top5 = True
@@ -110,14 +110,14 @@ class ImageClassification(OneLabel):
 
 
 class MultiLabelClassification(Classification):
-    """Binary cross-entropy of each label, and F1 over all decisions (micro) and as the mean of the labels' own (macro).
+    """Binary cross-entropy of each label, with F1 over all decisions (micro) and as the mean over labels (macro).
 
     For logits z and targets t in {0, 1}, `-t log sigmoid(z) - (1 - t) log sigmoid(-z)`, the mean over examples.
-    `subset_accuracy` counts the examples whose labels are right to the last.
+    `subset_accuracy` is the share of examples whose labels are all right.
 
     Args:
-        num_classes: number of labels. The data's own count by default.
-        threshold: a label is given where its probability is above this.
+        num_classes: number of labels. The data's by default.
+        threshold: a label is predicted where its probability is above this.
         over_labels: whether an example's loss is the `mean` or the `sum` over its labels.
 
     Raises:
@@ -148,7 +148,7 @@ class MultiLabelClassification(Classification):
         self.threshold, self.over_labels = threshold, over_labels
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        """`batch` holds the backbone's keyword arguments and `labels` (n, num_classes), each 0 or 1."""
+        """`batch` has the backbone's keyword arguments and `labels` (n, num_classes), each 0 or 1."""
         _, labels = inputs_and_labels(batch)
         logits = self.logits(backbone, batch)
         if labels.shape != logits.shape:

@@ -1,4 +1,4 @@
-"""Embeddings in which what belongs together is near: texts and texts by one encoder, images and texts by two."""
+"""Embeddings in which matching inputs are near: texts and texts by one encoder, images and texts by two."""
 
 from __future__ import annotations
 
@@ -21,24 +21,23 @@ PARTS = ("anchor", "positive", "negative")
 
 
 class ContrastiveEmbedding(Task):
-    """InfoNCE: each anchor is to be nearer to its positive than to all other positives of the batch.
+    """InfoNCE: each anchor should be nearer to its positive than to all other positives of the batch.
 
-    These are the negatives, with the hard negatives of all rows where there are such; positives that say the same
-    (`labels`) are none. With several processes the candidates of all of them are taken, and gradients go back to where
-    each was made, so that N processes equal one with N times the batch. Accumulated batches do not: their candidates
-    are their own.
+    These are the negatives, with the hard negatives of all rows if there are any; positives of the same group
+    (`labels`) are left out. With several processes the candidates of all are used, and gradients go back to the process
+    of each, so that N processes equal one with N times the batch. Accumulated batches do not: each has only its own
+    candidates.
 
-    Evaluation is over the whole stage: each anchor seeks its positive among all of them. `loss` is over the same
+    Evaluation is over the whole stage: each anchor is compared with all positives. `loss` is over the same
     candidates; `recall@k` is the share of positives among the k nearest, `mrr` the mean of 1 / rank.
 
     Args:
-        temperature: what cosine similarities are divided by, fixed; None takes the model's own `logit_scale`, frozen
-            with it, as CLIP has one.
-        pooling: how a text's token states become its embedding: their `mean`, the first (`cls`), or the `last`. A model
-            that returns embeddings (n, d) or, as CLIP, `image_embeds` and `text_embeds`, is not asked.
-        symmetric: take the loss also from positives to anchors, and the mean of both, as CLIP does (arXiv 2103.00020).
-        normalize: make embeddings of length 1 first, so that products are cosines.
-        gather: take the candidates of all processes.
+        temperature: fixed divisor of cosine similarities; None takes the model's frozen `logit_scale`, such as CLIP's.
+        pooling: how a text's token states become its embedding: their `mean`, the first (`cls`), or the `last`. Not
+            used where a model returns embeddings (n, d) or, as CLIP, `image_embeds` and `text_embeds`.
+        symmetric: also take the loss from positives to anchors, and average, as CLIP does (arXiv 2103.00020).
+        normalize: scale embeddings to length 1 first, so that products are cosines.
+        gather: use the candidates of all processes.
     """
 
     monitor = "val/mrr"
@@ -66,17 +65,17 @@ class ContrastiveEmbedding(Task):
         self.symmetric, self.normalize, self.gather = symmetric, normalize, gather
 
     def inputs(self, backbone: nn.Module, batch: Any) -> Any:
-        """Of a batch of pairs of texts, the anchors."""
+        """The backbone's arguments; for pairs of texts, the anchors."""
         return batch["anchor"] if "anchor" in batch else super().inputs(backbone, batch)
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        """Of n pairs.
+        """The loss of n pairs.
 
         Args:
             backbone: an encoder of texts, or a model of two towers.
             batch: `anchor`, `positive` and, if there are any, `negative`, each a mapping to the encoder's arguments; or
                 the two towers' arguments, where images are the anchors. `labels` (n, 1), or (n, 2) with negatives, are
-                the numbers of the groups of positives and negatives; -1 for one that stands for itself.
+                the group numbers of positives and negatives; -1 for one without a group.
         """
         parts, groups = self._embed_parts(backbone, batch)
         anchors, positives = parts[0], parts[1]
@@ -95,13 +94,13 @@ class ContrastiveEmbedding(Task):
         return StepOutput(loss=losses.mean(), weight=len(losses))
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        """Embeddings (n, p, d) of anchors, positives and negatives, and the groups; the figures come from all."""
+        """Embeddings (n, p, d) of anchors, positives and negatives, and the groups, for the metrics over the stage."""
         parts, groups = self._embed_parts(backbone, batch)
         embeddings = torch.stack((parts[0] * self._scale(backbone), *parts[1:]), 1)
         return StepOutput(embeddings.new_zeros(()), len(groups), embeddings, groups)
 
     def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
-        """The loss of training, and of evaluation the figures over all pairs so far."""
+        """Add a batch: in training its loss, in evaluation its pairs."""
         if stage == "train":
             return super().update(stage, out)
         metrics = self.metrics[f"{stage}_"]
@@ -111,7 +110,7 @@ class ContrastiveEmbedding(Task):
         return dict(metrics.items(keep_base=False))
 
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Embeddings (n, d): of the anchors and, where a row has them, of the others; or of images and texts."""
+        """Embeddings (n, d): of the anchors, and of positives and negatives, if any; or of images and texts."""
         if "anchor" in batch:
             return {
                 "embedding" if name == "anchor" else f"{name}_embedding": self._encode(backbone, batch[name])
@@ -122,7 +121,7 @@ class ContrastiveEmbedding(Task):
         return {"image_embedding": image, "text_embedding": text}
 
     def _embed_parts(self, backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """(n, d) of each part, and the candidates' groups (n, parts - 1)."""
+        """Embeddings (n, d) of each part, and the candidates' groups (n, parts - 1)."""
         if not isinstance(batch, Mapping) or ("anchor" in batch and "positive" not in batch):
             got = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise LoRAError(
@@ -158,14 +157,16 @@ class ContrastiveEmbedding(Task):
 
     def _towers(self, backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         output = backbone(**inputs_of(batch, "labels"))
-        both = [output.get(name) if isinstance(output, Mapping) else None for name in ("image_embeds", "text_embeds")]
-        if not all(isinstance(part, Tensor) for part in both):
+        embeddings = [
+            output.get(name) if isinstance(output, Mapping) else None for name in ("image_embeds", "text_embeds")
+        ]
+        if not all(isinstance(part, Tensor) for part in embeddings):
             keys = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
             raise LoRAError(
                 f"a two-tower model must return image_embeds and text_embeds, got {keys}; for pairs of texts a batch"
                 " has an anchor and a positive"
             )
-        return self._finish(both[0]), self._finish(both[1])  # type: ignore[arg-type]
+        return self._finish(embeddings[0]), self._finish(embeddings[1])  # type: ignore[arg-type]
 
     def _finish(self, embeddings: Tensor) -> Tensor:
         wide = embeddings.to(wide_dtype(embeddings))

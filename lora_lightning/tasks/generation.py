@@ -1,4 +1,4 @@
-"""Texts that a model writes: how they are generated, and the tasks that train by target tokens and compare texts."""
+"""Generation of texts, and tasks that train on target tokens and compare generated texts."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from lora_lightning.tasks.metrics.generation import LESS_IS_BETTER, generation_m
 from lora_lightning.tasks.metrics.tokens import TokenAccuracy
 
 MAX_NEW_TOKENS = 64
-"""Where neither the task nor the model's own generation config says how long a text may be."""
+"""Used where neither the task nor the model's generation config limits the length."""
 OURS = frozenset({"num_return_sequences", "return_dict_in_generate", "transformers_version"})
-"""Settings of a generation config that would change what comes back."""
+"""Settings of a generation config that would change the form of the result."""
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h")
-"""Settings that mean nothing without sampling; the configs of chat models bring them."""
+"""Settings without effect unless sampling; the configs of chat models have them."""
 
 
 def check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Options of `generate` by their names in transformers' `GenerationConfig`.
+    """Check options of `generate`, which are named as in transformers' `GenerationConfig`.
 
     Raises:
-        LoRAError: one that is unknown, or that would change what comes back.
+        LoRAError: an option is unknown, or would change the form of the result.
     """
     plain = vars(GenerationConfig())  # type: ignore[no-untyped-call]
     known = sorted(name for name in plain if not name.startswith("_") and name not in OURS)
@@ -54,15 +54,14 @@ def generate_texts(
     tokenizer: PreTrainedTokenizerBase,
     options: Mapping[str, Any],
 ) -> list[str]:
-    """What the model writes for each row, without special tokens and without blanks at both ends.
+    """The generated text of each row, without special tokens and blanks at both ends.
 
     Args:
         backbone: encoder-decoder or decoder-only, with transformers' `generate`.
-        inputs: `input_ids` (b, t) and `attention_mask`. Of a decoder-only model prompts, padded on the left: so the
-            last position of each row is what comes before the text.
-        options: settings of `GenerationConfig`, which win over the model's own. Without `do_sample: true` the text is
-            the most probable one found, whatever the model's own config says. `no_repeat_ngram_size` is about the text
-            alone: it may say what the prompt says, which transformers' own would forbid to a decoder-only model.
+        inputs: `input_ids` (b, t) and `attention_mask`. For a decoder-only model they are prompts, padded on the left.
+        options: settings of `GenerationConfig`, which override the model's. Without `do_sample: true` decoding does not
+            sample, whatever the model's config says. `no_repeat_ngram_size` applies to the text alone, which may repeat
+            the prompt; transformers would forbid that to a decoder-only model.
 
     Raises:
         LoRAError: the backbone cannot generate.
@@ -85,11 +84,11 @@ def generate_texts(
 
 
 class NoRepeatInText(NoRepeatNGramLogitsProcessor):
-    """No n tokens in a row twice in what is written, as fairseq and the LoRA paper's GPT-2 runs have it.
+    """Forbids a repeated n-gram in the generated text, as fairseq and the LoRA paper's GPT-2 runs do.
 
     Args:
         size: n.
-        after: how many tokens of prompt there are, which do not count.
+        after: number of tokens of the prompt, which do not count.
     """
 
     def __init__(self, size: int, after: int) -> None:
@@ -103,7 +102,7 @@ class NoRepeatInText(NoRepeatNGramLogitsProcessor):
 def generation_config(
     model_config: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> GenerationConfig:
-    """The model's own config with the options put in, ended and padded by the tokenizer's tokens as well."""
+    """The model's config with the options, and with the tokenizer's tokens for end and padding."""
     config: GenerationConfig = copy.deepcopy(model_config)
     config.update(**{"do_sample": False, **options})  # type: ignore[no-untyped-call]
     if not config.do_sample:
@@ -126,27 +125,27 @@ METRICS = ("bleu", "rouge1", "rouge2", "rougeL", "exact_match")
 
 @dataclass
 class WrittenOutput(StepOutput):
-    """A batch's loss over target tokens, and in evaluation what was written for it."""
+    """A batch's loss over target tokens, and in evaluation its generated texts."""
 
     correct: Tensor | None = None
-    """Of `weight` target tokens, how many have the largest logit."""
+    """Number of the `weight` target tokens that have the largest logit."""
     texts: list[str] = field(default_factory=list)
     references: list[list[str]] = field(default_factory=list)
-    """Of each text, what it might have been."""
+    """The references of each text."""
 
 
 class GeneratingTask(Task):
-    """Teacher-forced cross-entropy; in validation and test also texts, held to their references.
+    """Teacher-forced cross-entropy; in validation and test also generated texts, compared with their references.
 
     Args:
-        tokenizer: which the texts are read with. The data's own by default.
+        tokenizer: decodes the texts. The data's by default.
         generation: options of transformers' `generate` by name, such as num_beams, max_new_tokens, length_penalty and
             no_repeat_ngram_size. By default greedy, of at most 64 tokens.
-        metrics: of bleu, chrf, ter, rouge1, rouge2, rougeL, rougeLsum and exact_match. The first says which checkpoint
-            is best.
+        metrics: some of bleu, chrf, ter, rouge1, rouge2, rougeL, rougeLsum and exact_match. The first chooses the best
+            checkpoint.
         label_smoothing: share of the target spread over the vocabulary, in training alone.
-        generate_in_validation: whether validation writes texts; without, the best checkpoint has the least loss, and
-            only test and predict write.
+        generate_in_validation: whether validation generates texts; if not, the best checkpoint has the smallest loss,
+            and only test and predict generate.
     """
 
     def __init__(
@@ -159,7 +158,7 @@ class GeneratingTask(Task):
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-        # Each is updated by itself, so torchmetrics must not take two for one.
+        # Each is updated separately, so torchmetrics must not merge equal states.
         written = generation_metrics(metrics)
         super().__init__(MetricCollection({"token_accuracy": TokenAccuracy(), **written}, compute_groups=False))
         self.written = tuple(written)
@@ -173,20 +172,20 @@ class GeneratingTask(Task):
 
     @abstractmethod
     def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
-        """The sum of the loss over target tokens, their number, and how many of them are guessed."""
+        """The sum of the loss over target tokens, their number, and how many are predicted right."""
 
     @abstractmethod
     def sources(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What `generate` goes on from, a row for each of the batch's."""
+        """The inputs of `generate`, a row for each of the batch's."""
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> WrittenOutput:
         return self._output_of(self.token_loss(backbone, batch, self.label_smoothing))
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> WrittenOutput:
-        """The loss over all targets, unsmoothed; and one text for each row that has references.
+        """The loss over all targets without smoothing, and a generated text for each row with references.
 
-        `references` holds a list of texts for each row. Data with several targets to a source give one of its rows all
-        of them, and the others none, so that a source is written for once. Without the entry each row has its target.
+        `references` has a list of texts for each row. Where a source has several targets, one of its rows has all of
+        them and the others none, so that a text is generated once. Without the entry each row has its target.
         """
         out = self._output_of(self.token_loss(backbone, batch, 0.0))
         if not self.writes(self._stage):
@@ -201,16 +200,16 @@ class GeneratingTask(Task):
 
     @torch.no_grad()
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The text that is written for each row."""
+        """The generated text of each row."""
         return {"prediction": generate_texts(backbone, self.sources(batch), self.tokenizer, self.generation)}
 
     def writes(self, stage: Stage) -> bool:
-        """Whether this stage writes texts: `test` or `val`, or a further set of one of them."""
+        """Whether this stage, `test` or `val` or a further set of them, generates texts."""
         kind = stage.partition("_")[0]
         return kind == "test" or (kind == "val" and self.generate_in_validation)
 
     def reset(self, stage: Stage) -> None:
-        """Start counting anew; the stage that begins also says whether `evaluate` writes."""
+        """Reset the stage's metrics, and remember the stage, which decides whether `evaluate` generates."""
         super().reset(stage)
         self._stage = stage
 
@@ -226,7 +225,7 @@ class GeneratingTask(Task):
         return {name: metric for name, metric in super().update(stage, out).items() if name in shown}
 
     def logged(self, stage: Stage) -> list[str]:
-        """Without figures of texts that the stage does not write."""
+        """Names of a stage's metrics, without those of texts where it does not generate."""
         silent = set() if self.writes(stage) else {f"{stage}/{name}" for name in self.written}
         return [name for name in super().logged(stage) if name not in silent]
 
@@ -234,16 +233,16 @@ class GeneratingTask(Task):
         return WrittenOutput(loss=out.loss / max(out.count, 1), weight=out.count, correct=out.correct)
 
     def _targets(self, labels: Tensor) -> list[str]:
-        kept = [[token for token in row if token != IGNORED] for row in labels.tolist()]
-        return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
+        ids = [[token for token in row if token != IGNORED] for row in labels.tolist()]
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 PROMPT = "prompt_"
-"""What stands before the name of an input that holds prompts alone."""
+"""Prefix of the names of inputs with prompts alone."""
 
 
 class TextGeneration(GeneratingTask):
-    """Cross-entropy of each token of the completion given the prompt and what comes before; metrics of the texts."""
+    """Cross-entropy of each token of the completion given the prompt and the tokens before; metrics of the texts."""
 
     peft_task_type = "CAUSAL_LM"
 
@@ -251,7 +250,7 @@ class TextGeneration(GeneratingTask):
         return inputs_of(batch, "labels", "references", *(key for key in batch if key.startswith(PROMPT)))
 
     def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
-        """`batch` holds the backbone's keyword arguments and `labels` (b, t), -100 on the prompt and on padding.
+        """`batch` has the backbone's keyword arguments and `labels` (b, t), -100 on the prompt and on padding.
 
         Raises:
             LoRAError: there are no labels, or nothing is trained on.
@@ -275,7 +274,7 @@ class TextGeneration(GeneratingTask):
 
 
 NOT_INPUTS = ("labels", "references")
-"""Entries of a batch that are not the backbone's."""
+"""Entries of a batch that are not the backbone's arguments."""
 DECODER = ("decoder_input_ids", "decoder_attention_mask")
 
 
@@ -285,7 +284,7 @@ class SequenceToSequence(GeneratingTask):
     peft_task_type = "SEQ_2_SEQ_LM"
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The encoder's inputs, and what the decoder is given: the labels shifted by the model, unless it is there.
+        """The encoder's inputs, and the decoder's: the labels shifted by the model, unless the batch has them.
 
         Raises:
             LoRAError: the model does not shift labels.
@@ -303,7 +302,7 @@ class SequenceToSequence(GeneratingTask):
         return inputs
 
     def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
-        """`batch` holds the encoder's inputs and `labels` (b, t), -100 where nothing is trained on.
+        """`batch` has the encoder's inputs and `labels` (b, t), -100 where nothing is trained on.
 
         Raises:
             LoRAError: there are no labels; the model does not shift them; or nothing is trained on.

@@ -1,4 +1,4 @@
-"""Next-token prediction: GPT-2, Llama and whatever else transformers calls a causal language model."""
+"""Next-token prediction for causal language models, such as GPT-2 and Llama."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lora_lightning.tasks.positions import as_packed, is_packed, unpack
 
 @dataclass
 class TokensOutput(StepOutput):
-    """What a batch of texts gives: `weight` counts its trained tokens."""
+    """The result of a batch of texts; `weight` is its number of trained tokens."""
 
     correct: Tensor | None = None
-    """How many of them have the largest logit."""
+    """Number of these that have the largest logit."""
 
 
 class CausalLM(Task):
-    """Cross-entropy of each token given those before it; perplexity and the share of tokens guessed right.
+    """Cross-entropy of each token given those before it; perplexity and the share of tokens predicted right.
 
     Perplexity is `exp(sum of -log p / number of trained tokens)`, over all tokens of a stage and of all processes.
 
@@ -41,15 +41,15 @@ class CausalLM(Task):
     def __init__(self, label_smoothing: float = 0.0) -> None:
         if not 0 <= label_smoothing < 1:
             raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-        # Each is updated by itself, so torchmetrics must not take them for one.
+        # Each is updated separately, so torchmetrics must not merge equal states.
         metrics = {"perplexity": Perplexity(), "token_accuracy": TokenAccuracy()}
         super().__init__(MetricCollection(dict(metrics), compute_groups=False))
         self.label_smoothing = label_smoothing
-        if label_smoothing:  # of a smoothed loss it would be no perplexity
+        if label_smoothing:  # the exp of a smoothed loss is no perplexity
             del self.metrics["train_"]["perplexity"]  # type: ignore[operator]
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> TokensOutput:
-        """`batch` holds the backbone's keyword arguments and `labels` (b, t), -100 where nothing is trained on.
+        """`batch` has the backbone's keyword arguments and `labels` (b, t), -100 where nothing is trained on.
 
         With `position_ids` and no `attention_mask` its rows are packed: documents that restart at position 0.
 
@@ -59,12 +59,12 @@ class CausalLM(Task):
         return self._step(backbone, batch, self.label_smoothing)
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Of a packed batch, documents in rows of their own."""
-        given = inputs_of(batch, "labels", "document")
-        return unpack(given) if is_packed(given) else given
+        """The backbone's arguments; a packed batch is unpacked into rows of one document."""
+        inputs = inputs_of(batch, "labels", "document")
+        return unpack(inputs) if is_packed(inputs) else inputs
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> TokensOutput:
-        """Without smoothing."""
+        """The step without smoothing."""
         return self._step(backbone, batch, 0.0)
 
     def _step(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> TokensOutput:
@@ -83,21 +83,20 @@ class CausalLM(Task):
 
     @torch.no_grad()
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Of each row: the mean loss over its tokens but the first, their number, and the perplexity.
+        """For each row the mean loss over its tokens but the first, their number, and the perplexity.
 
-        A row of no such tokens has a loss and a perplexity that are not numbers. `document`, where the batch has it,
-        goes with them.
+        A row without such tokens has NaN for both. `document` is included where the batch has it.
         """
         inputs, labels = inputs_and_labels(backbone, batch)
         parts = shifted_losses(backbone, inputs, labels)
         tokens = torch.tensor([part.count for part in parts], device=labels.device)
         loss = torch.stack([part.loss for part in parts]).to(labels.device) / tokens
-        which = {"document": batch["document"]} if "document" in batch else {}
-        return {**which, "loss": loss, "tokens": tokens, "perplexity": loss.exp()}
+        document = {"document": batch["document"]} if "document" in batch else {}
+        return {**document, "loss": loss, "tokens": tokens, "perplexity": loss.exp()}
 
 
 def inputs_and_labels(backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """What the backbone is called with, and the labels (b, t).
+    """The backbone's arguments, and the labels (b, t).
 
     Raises:
         LoRAError: there are no labels, or the rows are packed and the backbone mixes documents.

@@ -1,10 +1,9 @@
-"""How long a row may be, and rows that hold several documents: how a backbone is told, and the proof that it obeys.
+"""The maximal length of rows; and packed rows of several documents, with a check that the backbone separates them.
 
-Where documents begin is told by `position_ids`, which restart at 0. transformers makes the block mask from them, where
-it is given no `attention_mask` and keeps no cache; flash attention takes the documents' lengths instead. A backbone
-that does neither, as a recurrent one, would let documents see each other and say nothing. So its first packed batch is
-preceded by a trial on two documents: in one row, each must give what it gives alone, and the second must not change
-with the first.
+`position_ids`, which restart at 0, mark the beginnings of documents. transformers makes the block mask from them if
+there is no `attention_mask` and no cache; flash attention takes the documents' lengths instead. A backbone that does
+neither, such as a recurrent one, would silently mix documents. So before its first packed batch it runs on two
+documents: in one row, each must give the result that it gives alone, and the second must not depend on the first.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from lora_lightning.tasks.base import logits_of
 
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Within the block the model has no dropout; afterwards each module is back in its own mode."""
+    """Within the block the model is in eval mode; afterwards each module's mode is restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -40,18 +39,17 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
 
 
 OF_POSITIONS = re.compile(r"pos|wpe")
-"""In the last part of the name of an embedding of positions."""
+"""Matches the last part of the name of an embedding of positions."""
 
 _FOUND: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
 def refuse_too_long(backbone: nn.Module, batch: Any) -> None:
-    """Raise where a row goes beyond the model's last position: an IndexError, and on a GPU the end of the process.
+    """Raise where a row goes beyond the model's last position, which on a GPU would end the process.
 
     Args:
-        backbone: of which transformers' models alone say how many positions they know.
-        batch: any; looked at are `input_ids` (b, t) in it and in mappings within, with `position_ids` where several
-            documents share a row.
+        backbone: only transformers' models have a known number of positions.
+        batch: any; `input_ids` (b, t) in it and in mappings within are checked, with `position_ids` in packed rows.
     """
     limit = learned_positions(backbone)
     if limit is None:
@@ -66,10 +64,10 @@ def refuse_too_long(backbone: nn.Module, batch: Any) -> None:
 
 
 def refuse_long_rows(backbone: nn.Module, datamodule: Any) -> None:
-    """The same of all rows that a DataModule has encoded, before the first batch is made of them.
+    """Check all encoded rows of a DataModule before the first batch.
 
     Raises:
-        LoRAError: a split has rows that are too long, with their number.
+        LoRAError: a split has rows that are too long; names their number.
     """
     limit = learned_positions(backbone)
     if limit is None or not hasattr(datamodule, "encoded_lengths"):
@@ -82,9 +80,9 @@ def refuse_long_rows(backbone: nn.Module, datamodule: Any) -> None:
 
 
 def learned_positions(backbone: nn.Module) -> int | None:
-    """How many tokens there is a position for; None where positions are computed, as rotary ones, or cannot be seen.
+    """The number of learned positions; None where positions are computed, such as rotary ones, or unknown.
 
-    RoBERTa and its kin number positions from behind that of the padding: of their 514 the first two are no token's.
+    RoBERTa and similar models number positions after that of the padding: the first two of their 514 are unused.
     """
     if backbone not in _FOUND:
         _FOUND[backbone] = _learned_positions(backbone)
@@ -99,7 +97,7 @@ def _learned_positions(backbone: Any) -> int | None:
     tables = [m for name, m in named if isinstance(m, nn.Embedding) and OF_POSITIONS.search(name)]
     if not isinstance(limit, int):
         return None
-    # (OPT's and BART's have two more than they say, which are never a token's)
+    # (OPT's and BART's tables have two more rows than the config says, which are unused)
     fitting = [table for table in tables if limit <= table.num_embeddings <= limit + 2]
     skipped = [t.padding_idx + 1 for t in fitting if t.num_embeddings == limit and t.padding_idx is not None]
     return limit - max(skipped, default=0) if fitting else None
@@ -120,29 +118,29 @@ def _too_long(what: str, limit: int, backbone: nn.Module) -> str:
 
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""How far a document's logits in a packed row may be from those alone, as norms: rounding in other shapes.
+"""Largest relative difference, in norm, of a document's logits in a packed row from those alone, due to rounding.
 
-That of float64 allows for models that take their softmax in float32, and that of float32 for TF32.
+That of float64 allows for models with a float32 softmax, and that of float32 for TF32.
 """
 LENGTH = 12
-"""Tokens of each document of the trial."""
+"""Tokens of each document of the check."""
 
 _PROVEN: WeakSet[nn.Module] = WeakSet()
 
 
 def is_packed(inputs: Mapping[str, Any]) -> bool:
-    """Whether a batch's rows are packed: their positions are given, and no mask is."""
+    """Whether a batch's rows are packed: it has positions and no mask."""
     return inputs.get("position_ids") is not None and inputs.get("attention_mask") is None
 
 
 def as_packed(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments to call the backbone with, so that documents of a row do not see each other.
+    """Return the backbone's arguments with which documents of a row do not attend to each other.
 
     Args:
         inputs: `input_ids` and `position_ids` (b, t), which restart at 0 where a document begins.
 
     Raises:
-        LoRAError: the backbone mixes documents, which is found out once for each backbone.
+        LoRAError: the backbone mixes documents, which is checked once for each backbone.
     """
     if backbone not in _PROVEN and not is_traced():
         refuse_mixing(backbone, inputs["input_ids"])
@@ -154,16 +152,16 @@ def _arguments(backbone: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {name: value for name, value in inputs.items() if name != "attention_mask"}
     if not is_a(backbone, HF_MODEL):
         return arguments
-    arguments["use_cache"] = False  # with a cache, transformers does not look at positions for where documents begin
+    arguments["use_cache"] = False  # with a cache, transformers ignores where positions restart
     if "flash" in str(backbone.config._attn_implementation):
         arguments |= flash_lengths(inputs["position_ids"])
     return arguments
 
 
 def unpack(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Put a packed batch's documents into rows of their own with an `attention_mask`, as many as need no more room.
+    """Put a packed batch's documents into separate rows with an `attention_mask`, as many as need no more memory.
 
-    For whatever is to see the backbone's inputs in their usual form, such as the proof of an export.
+    For code that needs the backbone's inputs in their usual form, such as the check of an export.
     """
     ids, positions = inputs["input_ids"].flatten(), inputs["position_ids"].flatten()
     starts = (positions == 0).nonzero().squeeze(1).tolist()
@@ -179,7 +177,7 @@ def unpack(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def flash_lengths(position_ids: Tensor) -> dict[str, Any]:
-    """Documents' bounds over all rows, one row after another, as transformers hands them to flash attention."""
+    """The documents' bounds over all rows in order, as transformers passes them to flash attention."""
     starts = (position_ids.flatten() == 0).nonzero().squeeze(1)
     bounds = F.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
     longest = int(bounds.diff().max())
@@ -188,13 +186,13 @@ def flash_lengths(position_ids: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def refuse_mixing(backbone: nn.Module, input_ids: Tensor) -> None:
-    """Run the backbone on two documents in one row, and on each alone.
+    """Raise unless the backbone gives two documents in one row the same results as alone.
 
     Args:
-        input_ids: any that it can be given: the documents are made of their tokens.
+        input_ids: any valid ones: the documents are made of their tokens.
 
     Raises:
-        LoRAError: documents see each other, or positions are not looked at.
+        LoRAError: documents depend on each other, or positions are ignored.
     """
     first, other, second = _documents(input_ids)
     rows = torch.stack([torch.cat([first, second]), torch.cat([other, second])])
@@ -226,7 +224,7 @@ def _documents(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dtypes(backbone: nn.Module, logits: Tensor) -> set[torch.dtype]:
-    """Return the dtypes that the backbone's numbers go through."""
+    """Return the dtypes that the backbone computes in."""
     dtypes = {logits.dtype, *(p.dtype for p in backbone.parameters() if p.dtype in TOLERANCE)}
     if torch.is_autocast_enabled(logits.device.type):
         dtypes.add(torch.get_autocast_dtype(logits.device.type))

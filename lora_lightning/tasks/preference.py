@@ -1,4 +1,4 @@
-"""Preference tuning: raise the answers that people chose over those that they rejected."""
+"""Preference tuning: makes chosen answers more probable than rejected ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lora_lightning.tasks.losses.preference_losses import (
 
 
 class PreferenceTuning(Task):
-    """DPO and its kin, with the frozen model, its adapter switched off, as the reference: there is no second model.
+    """DPO and similar losses; the reference is the same model with its adapter switched off.
 
     The formulas are in `preference_losses.py`. An answer's reward is `beta` times its log-probability over the
     reference's; `accuracy` is the share of pairs whose chosen answer has the higher reward, `margin` the mean
@@ -34,15 +34,14 @@ class PreferenceTuning(Task):
 
     Args:
         loss: sigmoid (DPO), robust, hinge, ipo, or, without a reference, simpo and orpo.
-        beta: how strongly the model is held to the reference. DPO takes 0.1 (or 0.01 for longer training), SimPO 2 to
-            10; in orpo it weighs the odds ratio, 0.1 in its paper.
-        label_smoothing: share of the pairs that are taken to be labelled the wrong way round, below 0.5; for sigmoid,
-            robust and simpo.
-        gamma: the margin that simpo asks for between the rewards.
-        rpo_alpha: weight of the chosen answer's own likelihood per token, against its fall (arXiv 2404.19733).
+        beta: strength of the pull to the reference. DPO takes 0.1 (or 0.01 for longer training), SimPO 2 to 10; in
+            orpo it weighs the odds ratio, 0.1 in its paper.
+        label_smoothing: assumed share of pairs with swapped labels, below 0.5; for sigmoid, robust and simpo.
+        gamma: simpo's margin between the rewards.
+        rpo_alpha: weight of the chosen answer's likelihood per token, which keeps it from falling (arXiv 2404.19733).
 
     Raises:
-        LoRAError: a term that means nothing in the loss.
+        LoRAError: a term has an invalid value, or no meaning in the loss.
     """
 
     peft_task_type = "CAUSAL_LM"
@@ -62,12 +61,12 @@ class PreferenceTuning(Task):
             "chosen_reward": MeanOf(_first),
             "rejected_reward": MeanOf(_second),
         }
-        # Not in groups: before the first step all rewards are 0, and metrics of equal states would stay one for good.
+        # Not in groups: before the first step all rewards are 0, and metrics with equal states would be merged.
         super().__init__(MetricCollection(dict(metrics), compute_groups=False))
         self.terms = terms
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        """`batch` holds the backbone's keyword arguments for 2n texts and `labels` (2n, t), the chosen n first.
+        """`batch` has the backbone's keyword arguments for 2n texts and `labels` (2n, t), the chosen n first.
 
         Labels are the answers' tokens, and -100 at prompts and padding.
         """
@@ -80,7 +79,7 @@ class PreferenceTuning(Task):
         )
 
     def examples(self, batch: Any) -> int:
-        """Pairs."""
+        """The number of pairs."""
         return super().examples(batch) // 2
 
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -104,7 +103,7 @@ class PreferenceTuning(Task):
 
 @contextmanager
 def without_gradients(backbone: nn.Module) -> Iterator[None]:
-    """Within the block the model is the frozen one: adapter off, in eval mode, without gradients."""
+    """Within the block the model is the frozen reference: adapter off, in eval mode, without gradients."""
     training = [module for module in backbone.modules() if module.training]
     try:
         for module in training:
@@ -124,7 +123,7 @@ class MeanOf(MeanMetric):
         self.function = function
 
     def update(self, chosen: Tensor, rejected: Tensor) -> None:  # type: ignore[override]
-        """Count in the rewards (n,) of n pairs."""
+        """Add the rewards (n,) of n pairs."""
         super().update(self.function(chosen, rejected))
 
 

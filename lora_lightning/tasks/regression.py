@@ -1,4 +1,4 @@
-"""One number for each text or pair of texts: how alike two sentences are, a score, a rating."""
+"""One number for each text or pair of texts: the similarity of two sentences, a score, a rating."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, input
 class SequenceRegression(Task):
     """The mean of `(y - target)^2` over examples, y the head's one output; Pearson's and Spearman's correlation.
 
-    Both correlations are GLUE's for STS-B; Pearson's chooses the best checkpoint. Targets are taken as they are: a head
-    reaches a far-off mean sooner where they are scaled.
+    Both correlations are GLUE's for STS-B; Pearson's chooses the best checkpoint. Targets are not scaled; scaled ones
+    may train faster where their mean is far from 0.
     """
 
     monitor = "val/pearson"
@@ -30,12 +30,12 @@ class SequenceRegression(Task):
 
     def __init__(self) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # ranks need all numbers at once: eight bytes for each example
+            warnings.simplefilter("ignore")  # ranks need all numbers in memory: eight bytes for each example
             spearman = SpearmanCorrCoef()
         super().__init__(MetricCollection({"pearson": PearsonCorrCoef(), "spearman": spearman}))
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        """`batch` holds the backbone's keyword arguments and `labels` (n,), numbers."""
+        """`batch` has the backbone's keyword arguments and `labels` (n,), numbers."""
         inputs, labels = inputs_and_labels(batch)
         predicted, target = _numbers(backbone, inputs), labels.float()
         if predicted.shape != target.shape:
@@ -51,7 +51,7 @@ class SequenceRegression(Task):
 
 
 def _numbers(backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """(n,), in float32."""
+    """Predicted numbers (n,) in float32."""
     logits = logits_of(backbone(**inputs)).float()
     if logits.dim() == 2 and logits.shape[1] == 1:
         logits = logits.squeeze(1)

@@ -22,18 +22,18 @@ from lora_lightning.tasks.base import (
 )
 
 IGNORED = 255
-"""The value of pixels that nobody labelled, as in Pascal VOC, Cityscapes and ADE20K."""
+"""The value of pixels without a label, as in Pascal VOC, Cityscapes and ADE20K."""
 
 
 class ImageSegmentation(Task):
-    """Cross-entropy over the labelled pixels; mean IoU over classes and accuracy over pixels.
+    """Cross-entropy over the labeled pixels; mean IoU over classes and accuracy over pixels.
 
     Mean IoU is (1/C) sum_c TP_c / (TP_c + FP_c + FN_c) with counts summed over the whole set, over the C classes that
     occur in it or in its predictions (Everingham et al. 2010, section 4.1.3). Logits of a coarser grid are upsampled
-    bilinearly to the mask's size, as SegFormer's and torchvision's own losses do.
+    bilinearly to the mask's size, as in SegFormer's and torchvision's losses.
 
     Args:
-        num_classes: number of labels. The data's own count by default.
+        num_classes: number of labels. The data's by default.
         ignore_index: value of pixels without a label.
     """
 
@@ -58,7 +58,7 @@ class ImageSegmentation(Task):
         return image_inputs(backbone, batch)
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        """`batch` holds `pixel_values` (n, 3, h, w) and `labels` (n, h', w'), whole numbers or `ignore_index`."""
+        """`batch` has `pixel_values` (n, 3, h, w) and `labels` (n, h', w'), integers or `ignore_index`."""
         _, labels = inputs_and_labels(batch)
         if labels.dim() != 3:
             raise LoRAError(f"labels must be masks (n, height, width), got {tuple(labels.shape)}")
@@ -75,7 +75,7 @@ class ImageSegmentation(Task):
         return {"prediction": self._logits(backbone, batch, (height, width)).argmax(1)}
 
     def _logits(self, backbone: nn.Module, batch: Mapping[str, Any], size: tuple[int, int]) -> Tensor:
-        """(n, num_classes, *size), in float32."""
+        """Logits (n, num_classes, *size) in float32."""
         output = backbone(**self.inputs(backbone, batch))
         if isinstance(output, Mapping) and isinstance(output.get("out"), Tensor):  # torchvision's
             output = output["out"]

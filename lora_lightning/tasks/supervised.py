@@ -1,4 +1,4 @@
-"""The plain task: any module, any loss and any metrics, each named by its class."""
+"""The generic task: any module, any loss and any metrics, each named by its class."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from lora_lightning.tasks.base import StepOutput, Task
 class Supervised(Task):
     """`loss(backbone(inputs), target)`, and torchmetrics of the same two.
 
-    A batch is a mapping of names, of which `target` is the target and the rest are the backbone's arguments, or a tuple
-    (inputs, target). What the backbone returns is taken as it is where it is a tensor, else its entry `output`.
+    A batch is a mapping, with the target under `target` and the backbone's arguments under the other names, or a tuple
+    (inputs, target). The backbone returns a tensor, or a mapping with the entry `output`.
 
-    The loss is a mean over examples, which is how batches of unlike size are averaged. One made with
-    `reduction: sum` is divided by them. One made with `reduction: none` is averaged over all its values, and these are
-    what batches are weighed by: right also where classes have weights or values differ in number.
+    The loss is a mean over examples, by whose number batches are weighed. A loss with `reduction: sum` is divided by
+    it. One with `reduction: none` is averaged over all its values, by whose number batches are weighed then: this is
+    right also where classes have weights or examples have different numbers of values.
 
     Args:
         loss: called with (outputs, target).
         metrics: by the name under which each is logged; each is updated with (outputs, target).
-        target: the batch's target.
-        inputs: the batch's entries that the backbone is called with; all but the target by default.
-        output: the entry of the backbone's output that counts, where that is a mapping.
-        prediction: applied to the outputs for `predict`, such as `torch.nn.Softmax`; the outputs themselves by default.
-        monitor: the metric that says which checkpoint is best: `loss`, or a name in `metrics`.
-        monitor_mode: whether the best is the smallest or the largest; the metric's own by default.
+        target: the name of the target in the batch.
+        inputs: names of the backbone's arguments in the batch; all but the target by default.
+        output: the entry of the backbone's output, where that is a mapping.
+        prediction: applied to the outputs for `predict`, such as `torch.nn.Softmax`; nothing by default.
+        monitor: the metric that chooses the best checkpoint: `loss`, or a name in `metrics`.
+        monitor_mode: whether the best is the smallest or the largest; the metric's by default.
 
     Raises:
-        LoRAError: a batch without its target, an output that is none, shapes that would be broadcast without a word.
+        LoRAError: a batch without its target, a wrong output, shapes that would be broadcast silently.
     """
 
     takes_tuples = True
@@ -57,7 +57,7 @@ class Supervised(Task):
         if monitor != "loss" and monitor not in metrics_by_name:
             known = ["loss", *metrics_by_name]
             raise LoRAError(f"monitor is one of {', '.join(known)}, got '{monitor}'{did_you_mean(monitor, known)}")
-        # In groups two metrics that happen to hold equal states after the first batch would stay one for good.
+        # In groups, metrics with equal states after the first batch would be merged.
         super().__init__(MetricCollection(metrics_by_name, compute_groups=False))
         self.loss, self.prediction = loss, prediction
         self.target, self.input_names, self.output = target, inputs, output
@@ -84,12 +84,12 @@ class Supervised(Task):
         return StepOutput(loss=loss, weight=weight, predictions=outputs, targets=target)
 
     def predict(self, backbone: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """The outputs (n, ...), through `prediction` where that is given."""
+        """The outputs (n, ...), after `prediction` if there is one."""
         outputs = self._outputs(backbone, self._parts(batch)[0])
         return {"prediction": outputs if self.prediction is None else self.prediction(outputs)}
 
     def _parts(self, batch: Any) -> tuple[Any, Any]:
-        """What the backbone is called with, and the target or None."""
+        """The backbone's inputs, and the target or None."""
         if isinstance(batch, Mapping):
             names = [name for name in batch if name != self.target] if self.input_names is None else self.input_names
             for name in names:
@@ -128,9 +128,9 @@ class Supervised(Task):
         return (value / max(n, 1) if getattr(self.loss, "reduction", None) == "sum" else value), n
 
 
-def _fit_target(outputs: Tensor, given: Any) -> Tensor:
-    """A target of numbers in the outputs' shape and type: (n,) beside (n, 1) would be compared each with all."""
-    target: Tensor = torch.as_tensor(given).to(outputs.device)
+def _fit_target(outputs: Tensor, value: Any) -> Tensor:
+    """A target of numbers in the outputs' shape and dtype: (n,) beside (n, 1) would be broadcast."""
+    target: Tensor = torch.as_tensor(value).to(outputs.device)
     if not target.is_floating_point():
         return target
     if target.shape != outputs.shape:

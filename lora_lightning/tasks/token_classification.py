@@ -1,4 +1,4 @@
-"""One label for each word: named entities, parts of speech, and whatever else stands in a text."""
+"""One label for each word, such as named entities and parts of speech."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_lightning.tasks.losses.token_loss import IGNORED
 from lora_lightning.tasks.metrics.entities import EntityF1, EntityPrecision, EntityRecall, Tagging
 
 NOT_INPUTS = ("labels", "word_ids", "words")
-"""Entries of a batch that are not the backbone's."""
+"""Entries of a batch that are not the backbone's arguments."""
 
 
 class TokenClassification(Task):
@@ -25,9 +25,9 @@ class TokenClassification(Task):
 
     Args:
         label_names: the labels, in the order of their numbers: IOB2 (`B-PER`, `I-PER`, `O`), IOBES, BILOU, or kinds
-            alone (`PER`, `O`). The data's own by default.
-        entities: whether the labels mark entities. Without it, as for parts of speech, accuracy is all.
-        strict: count well-formed entities alone, as in seqeval's strict mode; by default as in `conlleval`.
+            alone (`PER`, `O`). The data's by default.
+        entities: whether the labels mark entities. If not, as for parts of speech, accuracy is the only metric.
+        strict: count only well-formed entities, as in seqeval's strict mode; by default as in `conlleval`.
         label_smoothing: share of the target spread over all labels.
     """
 
@@ -59,10 +59,10 @@ class TokenClassification(Task):
         return inputs_of(batch, *NOT_INPUTS)
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        """`batch` holds the backbone's keyword arguments and `labels` (n, t), -100 where there is none.
+        """`batch` has the backbone's keyword arguments and `labels` (n, t), -100 where there is none.
 
-        `word_ids` (n, t), where it is there, has each word's number at its first piece and -1 elsewhere: then metrics
-        count words, though all pieces may be labelled. Else they count labelled tokens.
+        With `word_ids` (n, t), which has each word's number at its first token and -1 elsewhere, metrics count words,
+        though all tokens may be labeled. Without it they count labeled tokens.
 
         Raises:
             LoRAError: no token of a batch to train on has a label.
@@ -80,7 +80,7 @@ class TokenClassification(Task):
         return StepOutput(loss=total / max(count, 1), weight=count, predictions=logits.argmax(-1), targets=words)
 
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Of each text its words' `labels`, and its `entities` with kind, first word and the first word after it.
+        """For each text its words' `labels`, and its `entities` with kind, first word and the first word after it.
 
         A word that the model did not see, because `max_length` cut it off, has the label None and is in no entity.
         """

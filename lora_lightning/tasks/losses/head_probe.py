@@ -1,8 +1,8 @@
-"""How a transformers model's logits come from its head's, found by running it once.
+"""Finds how a transformers model computes its logits from its head's, by running it once.
 
-What models do after the head (Gemma 2 bounds logits, Cohere and Granite scale them) is read from the config and not
-believed: the head is handed one position, made so large that bounds and scales show, and what the model makes of the
-head's logits is compared with what the config says.
+Models may transform the head's logits (Gemma 2 bounds them, Cohere and Granite scale them). The config's values are
+verified: the head gets one position, enlarged so that bounds and scales show, and the model's logits are compared with
+those that the config implies.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from lora_lightning.tasks.losses.token_loss import Terms, with_terms
 LOUD = 100.0
 """The largest of the head's logits in the comparison: well above any bound in use (Gemma 2's is 30)."""
 LARGEST = 1e4
-"""The largest hidden value in it: float16 ends at 65,504."""
+"""The largest hidden value in the comparison: float16 ends at 65,504."""
 
 
 class HeadCall(NamedTuple):
     """One call of the head within `one_position`."""
 
     hidden: Tensor
-    """What it would have been handed, (b, t, d)."""
+    """The head's full input, (b, t, d)."""
     logits: Tensor
-    """What it made of the last position, (b, 1, V)."""
+    """Its output for the last position, (b, 1, V)."""
 
 
 @contextmanager
 def one_position(head: nn.Module, *, loud: bool = False) -> Iterator[list[HeadCall]]:
-    """Within the block the head is handed the last position alone, enlarged if `loud`. Gives its calls.
+    """Within the block the head gets only the last position, enlarged if `loud`. Yields its calls.
 
-    A call with anything but one tensor (b, t, d) is let be, and is not among them.
+    A call with anything but one tensor (b, t, d) is not changed, and is not among them.
     """
     handed: list[Tensor | None] = []
     calls: list[HeadCall] = []
@@ -53,7 +53,7 @@ def one_position(head: nn.Module, *, loud: bool = False) -> Iterator[list[HeadCa
     def after(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         hidden = handed.pop()
         if hidden is not None:
-            calls.append(HeadCall(hidden, out.detach().clone() if loud else out.detach()))  # some change it in place
+            calls.append(HeadCall(hidden, out.detach().clone() if loud else out.detach()))  # some models change it
 
     handles = head.register_forward_pre_hook(before), head.register_forward_hook(after)
     try:
@@ -65,9 +65,9 @@ def one_position(head: nn.Module, *, loud: bool = False) -> Iterator[list[HeadCa
 
 @torch.no_grad()
 def terms_of(backbone: Any, head: nn.Module, inputs: Mapping[str, Any]) -> Terms | None:
-    """The bound and scale between the head's logits and the model's; None where its config has none that fit.
+    """The bound and scale between the head's logits and the model's; None where the config's do not match.
 
-    The model is run for it, on random numbers that are put back: a resumed run is not to differ for having asked again.
+    This runs the model and restores the random state, so that a resumed run does not differ.
     """
     device = next(head.parameters()).device
     with (
@@ -80,7 +80,7 @@ def terms_of(backbone: Any, head: nn.Module, inputs: Mapping[str, Any]) -> Terms
     raw = calls[0].logits
     if not bool(torch.isfinite(raw).all() and torch.isfinite(logits).all()):
         return None
-    # To divide, bound and multiply rounds three times; Mamba gives float32 whatever its weights are.
+    # Dividing, bounding and multiplying round three times; Mamba returns float32 for any weights.
     tolerance = 4 * max(torch.finfo(dtype).eps for dtype in (raw.dtype, logits.dtype))
     for terms in _candidates(backbone):
         ours = with_terms(raw.double(), terms)
@@ -90,18 +90,18 @@ def terms_of(backbone: Any, head: nn.Module, inputs: Mapping[str, Any]) -> Terms
 
 
 def _loudness(head: nn.Module, last: Tensor) -> float:
-    """What to multiply hidden states by, for the head's largest logit to be `LOUD`."""
+    """The factor on hidden states with which the head's largest logit is `LOUD`."""
     logit, value = float(head.forward(last).abs().max()), float(last.abs().max())
     return min(LOUD / logit, LARGEST / value) if logit > 0 and value > 0 else 1.0
 
 
 def terms_of_config(backbone: Any) -> Terms:
-    """The bound and scale that its config has, unproven."""
+    """The bound and scale of the config, unverified."""
     return _candidates(backbone)[0]
 
 
 def _candidates(backbone: Any) -> list[Terms]:
-    """What transformers' configs call bounds and scales, and neither."""
+    """Combinations of bounds and scales in transformers' configs, and neither."""
     config = backbone.config.get_text_config().to_dict()
     divisor = config.get("logits_scaling")  # Granite divides by it, others multiply
     scales = [config.get("logit_scale"), config.get("lm_head_multiplier"), divisor, 1 / divisor if divisor else None]

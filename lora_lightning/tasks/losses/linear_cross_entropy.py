@@ -1,15 +1,14 @@
-"""A head and its cross-entropy in one, so that the logits of all tokens never stand in memory together.
+"""A head and its cross-entropy in one function, so that the logits of all tokens are never in memory together.
 
 For trained rows i with logits `z_i = cap tanh(scale (W h_i + b) / cap)` and smoothing e over V entries,
 
     loss = sum_i [ log sum_v exp z_iv - (1 - e) z_iy - e mean_v z_iv ],
     d loss / d z_iv = softmax(z_i)_v - (1 - e) [v = y_i] - e / V.
 
-and scale and bound add the factors of their own slopes. Rows are taken in chunks: the gradient is there as soon as the
-loss is, so it is multiplied by W at once, and the chunk's logits are gone before the next's. Kept for backward: a
-gradient the size of h, and one the size of W only where W trains. The idea is that of "Cut Your Losses" (arXiv
-2411.09009) and liger-kernel (arXiv 2410.10989); torch's own `F.linear_cross_entropy` neither bounds logits nor counts
-what is right.
+times the slopes of scale and bound. Rows are taken in chunks: the gradient is computed with the loss and multiplied by
+W at once, and a chunk's logits are freed before the next. Saved for backward are a gradient of the size of h, and one
+of the size of W only where W trains. The idea is from "Cut Your Losses" (arXiv 2411.09009) and liger-kernel (arXiv
+2410.10989); torch's `F.linear_cross_entropy` neither bounds logits nor counts right predictions.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.tasks.losses.token_loss import LinearCrossEntropy, Terms, refuse_labels
 
 FLOOR = 2**25
-"""Bytes of logits that a chunk may always have: fewer rows than that holds make the products slow."""
+"""Bytes of logits that a chunk may always have: smaller chunks make the products slow."""
 
 
 def linear_cross_entropy(
@@ -44,11 +43,11 @@ def linear_cross_entropy(
 ) -> LinearCrossEntropy:
     """`F.cross_entropy(head(hidden), labels, reduction="sum")` without its logits; differentiable once.
 
-    Under autocast the product is in autocast's dtype, as a head's would be; softmax and loss are in float32 or wider.
+    Under autocast the product is in autocast's dtype, as in a head; softmax and loss are in float32 or wider.
 
     Args:
         hidden: (n, d).
-        weight: of the head, (V, d). Where it or `bias` requires a gradient, that is taken too.
+        weight: of the head, (V, d). It and `bias` get gradients where they require them.
         labels: (n,), in [0, V) or `ignore_index`.
         bias: of the head, (V,).
         label_smoothing: share of the target spread over all V entries.
@@ -57,7 +56,7 @@ def linear_cross_entropy(
         logit_scale: factor on `W h + b`, before the bound.
 
     Raises:
-        LoRAError: shapes that do not go together, or a label outside of the vocabulary.
+        LoRAError: shapes do not match, or a label is outside of the vocabulary.
     """
     _refuse_shapes(hidden, weight, labels, bias)
     rows = (labels != ignore_index).nonzero().squeeze(1)
@@ -69,7 +68,7 @@ def linear_cross_entropy(
     return LinearCrossEntropy(loss, len(rows), correct)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph would end at the number of trained rows in any case
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of trained rows would break the graph anyway
 def _loss_and_correct(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms
 ) -> tuple[Tensor, Tensor]:
@@ -82,7 +81,7 @@ def _loss_and_correct(
 
 
 class _GradientInForward(torch.autograd.Function):
-    """Backward is a product with the loss's own gradient."""
+    """Computes the gradient in forward; backward multiplies it by the loss's gradient."""
 
     @staticmethod
     def forward(
@@ -97,7 +96,7 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, by_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In float32: a loss scaler's factor is beyond float16, and bfloat16's rounding of it would go into every entry.
+        # In float32: a loss scaler's factor overflows float16, and bfloat16 would round it for every entry.
         gradients = [None if g is None else (g.to(by_loss.dtype) * by_loss).to(g.dtype) for g in ctx.saved_tensors]
         return (*gradients, None, None)
 
@@ -120,7 +119,7 @@ def loss_in_chunks(
         losses, hits = loss_of_logits_(logits, labels[part], terms, gradient=any(wanted))
         loss += losses.sum()
         correct += hits.sum()
-        # What was the logits is their gradient now.
+        # `logits` has their gradient now.
         if by_bias is not None:
             by_bias += logits.sum(0)
         if any(wanted[:2]):
@@ -129,7 +128,7 @@ def loss_in_chunks(
             torch.mm(logits, weight, out=by_hidden[part])
         if by_weight is not None:
             by_weight += logits.t() @ h
-        del logits  # before the next are made
+        del logits  # before the next chunk
     dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     gradients = [
         None if g is None else g.to(dtype) for g, dtype in zip((by_hidden, by_weight, by_bias), dtypes, strict=True)
@@ -138,9 +137,9 @@ def loss_in_chunks(
 
 
 def loss_of_logits_(logits: Tensor, labels: Tensor, terms: Terms, *, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Each row's loss (m,) and whether its largest logit is the label's (m,); `logits` (m, V) become their gradient.
+    """Each row's loss (m,) and whether its largest logit is the label's (m,); `logits` (m, V) get their gradient.
 
-    Without `gradient` what they become means nothing.
+    Without `gradient` their content afterwards is undefined.
     """
     smoothing, cap, scale = terms
     slope: Tensor | None = None
@@ -173,19 +172,19 @@ def loss_of_logits_(logits: Tensor, labels: Tensor, terms: Terms, *, gradient: b
 def in_chunks(
     head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, of_logits: Callable[[Tensor, Tensor], Any]
 ) -> list[Any]:
-    """A function of logits and labels through the head's own forward in chunks of rows, whose logits backward remakes.
+    """Apply a function of logits and labels in chunks of rows through the head's forward; backward recomputes logits.
 
-    For a head that is more than one frozen product: adapted, trained as a copy, or quantised.
+    For a head that is more than one frozen product: adapted, trained as a copy, or quantized.
 
     Args:
         head: (1, n, d) to (1, n, V).
         hidden: (n, d).
-        labels: (n,), of which none is left out.
+        labels: (n,), all valid.
         vocabulary: V, for the size of the chunks.
-        of_logits: of (m, V) and (m,), to a tensor or several.
+        of_logits: a function of (m, V) and (m,) that returns one tensor or several.
 
     Returns:
-        What it gives for each chunk.
+        The function's result for each chunk.
     """
 
     def of(h: Tensor, y: Tensor) -> Any:
@@ -199,14 +198,14 @@ def in_chunks(
 
 
 def rows_at_once(hidden: Tensor, vocabulary: int) -> int:
-    """Rows whose logits weigh what all hidden states weigh anyway, or `FLOOR` where that is more; at least one."""
+    """Rows whose logits take as many bytes as all hidden states, or `FLOOR` if that is more; at least one."""
     wide = wide_dtype(hidden)
     of_a_row = vocabulary * (wide.itemsize + (2 * hidden.element_size() if hidden.dtype != wide else 0))
     return max(1, max(hidden.numel() * wide.itemsize, FLOOR) // of_a_row)
 
 
 def _of_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """In autocast's dtype where that is on, which leaves float64 alone; W is cast once, not for every chunk."""
+    """Cast to autocast's dtype where it is on, except from float64; W is cast once, not for every chunk."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
         return hidden, weight, bias

@@ -1,12 +1,12 @@
-"""A language model's loss without its logits, for any transformers model whose head can be taken apart.
+"""A language model's loss without all logits in memory, for transformers models whose head can be run separately.
 
-The model runs as always, hooks and all, except that its head is handed the last position alone. What the head would
-have been handed, the hidden states of all positions, then goes through `linear_cross_entropy`; or, where the head is
-adapted, trains as a copy or is quantized, through the head itself in chunks, whose logits backward makes again.
+The model runs as usual, hooks included, except that its head gets only the last position. The hidden states of all
+positions, the head's input, then go through `linear_cross_entropy`; or, where the head is adapted, trains as a copy or
+is quantized, through the head itself in chunks, whose logits backward recomputes.
 
-Whether that gives the model's own logits is found out on its first batch (`head_probe.py`). A model that does something
-else to them, one that is compiled as a whole, and any `nn.Module` that is not of transformers compute all their logits;
-of a transformers model it is said aloud.
+The first batch verifies that this gives the model's logits (`head_probe.py`). A model that transforms its logits in
+another way, one that is compiled as a whole, and any `nn.Module` outside of transformers compute all logits; for a
+transformers model there is a warning.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from lora_lightning.tasks.losses.linear_cross_entropy import in_chunks, linear_c
 from lora_lightning.tasks.losses.token_loss import IGNORED, LinearCrossEntropy, Terms, cross_entropy_of_logits
 
 _FOUND: WeakKeyDictionary[nn.Module, Terms | None] = WeakKeyDictionary()
-"""What `terms_of` found of each model."""
+"""The result of `terms_of` for each model."""
 _SAID: WeakSet[nn.Module] = WeakSet()
-"""Models of which it was said that they compute all their logits."""
+"""Models for which the warning about all logits was shown."""
 _ROUTED: WeakSet[nn.Module] = WeakSet()
-"""Models of which it was said that their router's loss is not added."""
+"""Models for which the warning about the router's loss was shown."""
 
 
 def shifted_loss(
     backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor, *, label_smoothing: float = 0.0
 ) -> LinearCrossEntropy:
-    """Next-token cross-entropy: the output at position t is held to the label at t + 1.
+    """Next-token cross-entropy: the output at position t predicts the label at t + 1.
 
     Args:
-        backbone: gives logits (b, t, V).
+        backbone: returns logits (b, t, V).
         inputs: its keyword arguments, without labels.
         labels: (b, t), -100 where nothing is trained on; those of position 0 never are.
         label_smoothing: share of the target spread over the vocabulary.
 
     Raises:
-        LoRAError: nothing is trained on though gradients are wanted; or labels do not fit.
+        LoRAError: labels do not fit.
     """
     return aligned_loss(backbone, inputs, shift_labels(labels), label_smoothing=label_smoothing)
 
@@ -62,7 +62,7 @@ def shifted_losses(backbone: nn.Module, inputs: Mapping[str, Any], labels: Tenso
 
 
 def shift_labels(labels: Tensor) -> Tensor:
-    """Shift labels (b, t) to the outputs' places: position t gets the label of t + 1, and the last none.
+    """Shift labels (b, t) to the outputs' positions: position t gets the label of t + 1, and the last none.
 
     Raises:
         LoRAError: they are not one for each token.
@@ -78,14 +78,14 @@ def shift_labels(labels: Tensor) -> Tensor:
 def aligned_loss(
     backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor, *, label_smoothing: float = 0.0
 ) -> LinearCrossEntropy:
-    """The same without the shift, as for sequence to sequence: the output at position t is held to the label at t."""
+    """The same without the shift, for sequence to sequence: the output at position t predicts the label at t."""
     return _losses(backbone, inputs, [(slice(None), labels)], label_smoothing)[0]
 
 
 def _losses(
     backbone: nn.Module, inputs: Mapping[str, Any], parts: Sequence[tuple[slice, Tensor]], label_smoothing: float
 ) -> list[LinearCrossEntropy]:
-    """One forward, and the loss of each part of its rows, which are all of them together, with that part's labels."""
+    """The loss of each part of the rows with its labels, from one forward; the parts cover all rows."""
     _warn_of_router_loss(backbone)
     before = before_head(backbone, inputs)
     if before is not None:
@@ -96,7 +96,7 @@ def _losses(
 
 
 def _warn_of_router_loss(backbone: nn.Module) -> None:
-    """Say that a mixture's config asks for a second loss, of how its router shares out tokens, which is not added."""
+    """Warn that a mixture of experts' auxiliary router loss, which its config requests, is not added."""
     config = getattr(backbone, "config", None)
     share = getattr(config, "router_aux_loss_coef", 0)
     if share and getattr(config, "output_router_logits", False) is True and backbone not in _ROUTED:
@@ -113,18 +113,18 @@ def _of_logits(logits: Tensor, labels: Tensor, label_smoothing: float) -> Linear
 
 
 class BeforeHead(NamedTuple):
-    """What a model's head would make its logits of."""
+    """A model's head and its input."""
 
     head: nn.Module
     hidden: Tensor
     """(b, t, d)."""
     vocabulary: int
     terms: Terms
-    """What becomes of the head's logits."""
+    """How the model transforms the head's logits."""
 
 
 def before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> BeforeHead | None:
-    """Run the model up to its head; None where its logits cannot be had from there."""
+    """Run the model up to its head; None where its logits cannot be computed from there."""
     head, terms = _head_and_terms(backbone, inputs)
     if head is None:
         return None
@@ -152,18 +152,18 @@ def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: i
     )
 
 
-def _trained_rows(what: str, given: Tensor, labels: Tensor) -> Tensor:
-    """Return where labels count, on the device of what was `given` for them."""
-    if given.dim() != 3 or given.shape[:2] != labels.shape:
+def _trained_rows(what: str, states: Tensor, labels: Tensor) -> Tensor:
+    """Return a mask of the labels that count, on the device of the model's states."""
+    if states.dim() != 3 or states.shape[:2] != labels.shape:
         raise LoRAError(
-            f"labels {tuple(labels.shape)} need one row of {what} each, got {tuple(given.shape)}: inputs and labels"
+            f"labels {tuple(labels.shape)} need one row of {what} each, got {tuple(states.shape)}: inputs and labels"
             " must be of one length"
         )
-    return labels.to(given.device) != IGNORED
+    return labels.to(states.device) != IGNORED
 
 
 def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.Module | None, Terms]:
-    """The head, where the model's logits come from it by known terms; else None."""
+    """The head, where the model's logits follow from the head's by known terms; else None."""
     why = why_all_logits(backbone)
     if why is None:
         head = _head(backbone)
@@ -182,7 +182,7 @@ def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.
 
 
 def why_all_logits(backbone: Any) -> str | None:
-    """Why this model's head cannot be taken apart, as far as can be seen before it runs; None where it may."""
+    """Why this model's head cannot be run separately, as far as known before it runs; None where it may."""
     if not is_a(backbone, HF_MODEL):
         return "it is no transformers model"
     if backbone._compiled_call_impl is not None:
@@ -202,8 +202,8 @@ def _head(backbone: Any) -> Any:
 
 
 def _is_one_product(head: nn.Module, hidden: Tensor) -> bool:
-    """Whether the head is torch's own product with a weight that is there, and nothing else."""
-    if type(head) is not nn.Linear or "forward" in vars(head):  # accelerate hangs its hooks there
+    """Whether the head is only torch's product with a whole weight."""
+    if type(head) is not nn.Linear or "forward" in vars(head):  # accelerate's hooks are there
         return False
     weight = head.weight
     whole = weight.shape == (head.out_features, head.in_features) and not weight.is_meta

@@ -19,31 +19,31 @@ from lora_lightning.tasks.losses.token_loss import IGNORED, Terms, refuse_labels
 
 
 class LogProbs(NamedTuple):
-    """Of each text of a batch."""
+    """Log-probabilities of each text of a batch."""
 
     total: Tensor
     """(b,): `sum_t log p(y_t | y_<t)` over trained tokens, in float32 or wider."""
     tokens: Tensor
-    """(b,): how many these are."""
+    """(b,): number of trained tokens."""
 
     @property
     def mean(self) -> Tensor:
-        """(b,): per trained token; 0 of none."""
+        """(b,): mean over trained tokens; 0 without any."""
         return self.total / self.tokens.clamp(min=1)
 
 
 def sequence_log_probs(backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> LogProbs:
     """Log-probabilities of the tokens that have a label, each given all before it.
 
-    Of the rest no logit is computed, and those of the trained tokens are made in chunks, and again in backward.
+    Logits are computed only for the trained tokens, in chunks, and recomputed in backward.
 
     Args:
-        backbone: gives logits (b, t, V).
+        backbone: returns logits (b, t, V).
         inputs: its keyword arguments, without labels.
         labels: (b, t), -100 where a token does not count; those of position 0 never do, as nothing predicts them.
 
     Raises:
-        LoRAError: labels that do not fit the inputs or the head.
+        LoRAError: labels do not fit the inputs or the head.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     before = before_head(backbone, inputs)

@@ -1,4 +1,4 @@
-"""What a pair of answers costs, of which people chose one: DPO and its kin as functions of log-probabilities.
+"""Losses of a chosen and a rejected answer, such as DPO, as functions of log-probabilities.
 
 With h = [log p(y_w) - log p_ref(y_w)] - [log p(y_l) - log p_ref(y_l)] of the chosen answer y_w and the rejected y_l,
 means over an answer's tokens under a bar, s the logistic function, b = beta and e = label_smoothing:
@@ -29,7 +29,7 @@ OF_MEANS = ("ipo", "simpo", "orpo")
 
 
 class PreferenceTerms(NamedTuple):
-    """What the losses are made of; `check_terms` checks it."""
+    """Parameters of a loss; `check_terms` checks them."""
 
     loss: PreferenceLoss
     beta: float
@@ -39,18 +39,18 @@ class PreferenceTerms(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Of each pair."""
+    """Loss and rewards of each pair."""
 
     loss: Tensor
     """(n,)."""
     chosen_reward: Tensor
     """(n,): `beta` times the log-probability of the chosen answer over the reference's, without gradient."""
     rejected_reward: Tensor
-    """(n,): of the rejected."""
+    """(n,): the same for the rejected answer."""
 
 
 def check_terms(terms: PreferenceTerms) -> PreferenceTerms:
-    """The terms, or a LoRAError that names the one that means nothing."""
+    """The terms, or a LoRAError that names an invalid one."""
     known = get_args(PreferenceLoss)
     if terms.loss not in known:
         raise LoRAError(f"loss is one of {', '.join(known)}, got {terms.loss!r}{did_you_mean(str(terms.loss), known)}")

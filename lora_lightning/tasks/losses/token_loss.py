@@ -1,4 +1,4 @@
-"""What a batch's tokens cost: the parts that every way of computing it shares."""
+"""The parts of a token loss that all ways of computing it share."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ IGNORED = -100
 
 
 class LinearCrossEntropy(NamedTuple):
-    """What a batch's tokens cost, and how many were guessed."""
+    """The loss of a batch's tokens, and the number of right predictions."""
 
     loss: Tensor
     """The sum over trained rows, a scalar in float32 or wider."""
-    count: int  # type: ignore[assignment]  # a tuple's own `count` is not missed
-    """How many rows are trained on."""
+    count: int  # type: ignore[assignment]  # it replaces tuple's method `count`
+    """Number of trained rows."""
     correct: Tensor
-    """Of them, how many have their largest logit at the label; a scalar of whole numbers."""
+    """Number of these whose largest logit is the label's; an integer scalar."""
 
 
 class Terms(NamedTuple):
-    """What turns `W h + b` into logits and logits into a loss."""
+    """Parameters that turn `W h + b` into logits and logits into a loss."""
 
     label_smoothing: float = 0.0
     softcap: float | None = None
@@ -35,7 +35,7 @@ class Terms(NamedTuple):
 
 
 def cross_entropy_of_logits(logits: Tensor, labels: Tensor, terms: Terms) -> LinearCrossEntropy:
-    """The plain way, from `W h + b` (n, V) and labels (n,) of which none is left out."""
+    """The loss from `W h + b` (n, V) and labels (n,), all valid."""
     refuse_labels(labels, logits.shape[-1])
     z = with_terms(logits.to(wide_dtype(logits)), terms)
     loss = F.cross_entropy(z, labels, reduction="sum", label_smoothing=terms.label_smoothing)
@@ -43,13 +43,13 @@ def cross_entropy_of_logits(logits: Tensor, labels: Tensor, terms: Terms) -> Lin
 
 
 def with_terms(logits: Tensor, terms: Terms) -> Tensor:
-    """`cap tanh(scale z / cap)`."""
+    """The logits `cap tanh(scale z / cap)`."""
     scaled = logits if terms.logit_scale == 1.0 else logits * terms.logit_scale
     return scaled if terms.softcap is None else torch.tanh(scaled / terms.softcap) * terms.softcap
 
 
 def refuse_labels(trained: Tensor, vocabulary: int, ignore_index: int = IGNORED) -> None:
-    """Raise a LoRAError where one of these labels is none of the head's entries."""
+    """Raise a LoRAError for a label outside of the head's entries."""
     if not len(trained):
         return
     low, high = torch.stack(trained.aminmax()).tolist()

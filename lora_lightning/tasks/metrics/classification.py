@@ -1,4 +1,4 @@
-"""Metrics of a classification by the names that a config gives them."""
+"""Metrics of classifications by their names in a config."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ METRICS: dict[str, Callable[[int], Metric]] = {
     "binary_f1": lambda n: PositiveF1(),
     "matthews": MulticlassMatthewsCorrCoef,
 }
-"""By name, how a metric over logits (n, num_classes) and labels (n,) is made."""
+"""Makers of metrics over logits (n, num_classes) and labels (n,), by name."""
 
 
 def metrics_of(names: Sequence[str], num_classes: int) -> MetricCollection:
     """The named metrics under their names.
 
     Raises:
-        LoRAError: none is named, one is unknown, or one is for two classes and there are more.
+        LoRAError: there is no name, an unknown one, or one for two classes where there are more.
     """
     if not names:
         raise LoRAError(f"metrics: name at least one of {', '.join(METRICS)}: the first chooses the best checkpoint")
@@ -40,5 +40,5 @@ def metrics_of(names: Sequence[str], num_classes: int) -> MetricCollection:
             raise LoRAError(f"metrics: '{name}' is none of {', '.join(METRICS)}{did_you_mean(name, METRICS)}")
     if "binary_f1" in names and num_classes != 2:
         raise LoRAError(f"metrics: binary_f1 is the F1 of class 1 of 2, and there are {num_classes} classes: take f1")
-    # Groups of metrics that count alike are found by comparing their states after one batch: two may agree by chance.
+    # Without groups: torchmetrics merges metrics whose states are equal after one batch, which may be by chance.
     return MetricCollection({name: METRICS[name](num_classes) for name in names}, compute_groups=False)

@@ -1,4 +1,4 @@
-"""How many examples and tokens a batch holds."""
+"""Counts the examples and the tokens of a batch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ IDS, MASK = "input_ids", "attention_mask"
 
 
 def examples_in(batch: Any) -> int:
-    """Rows of the batch's first tensor; a packed row counts as one."""
+    """The number of rows of the batch's first tensor; a packed row counts as one."""
     first = next(tensors_in(batch), None)
     return 0 if first is None else len(first) if first.dim() else 1
 
 
 def tokens_in(batch: Any) -> Tensor | int | None:
-    """Tokens that the backbone reads: ones of the attention mask, or all ids where rows come without one.
+    """The number of tokens that the backbone reads: ones of the attention mask, or all ids without a mask.
 
-    A tensor where they have to be counted on the device, None where the batch is no text. Encoder-decoders' labels are
-    not counted.
+    A tensor if they are counted on the device; None if the batch has no text. Labels of encoder-decoders do not count.
     """
     if not isinstance(batch, Mapping):
         parts = [tokens_in(part) for part in batch] if isinstance(batch, list | tuple) else []
@@ -35,7 +34,7 @@ def tokens_in(batch: Any) -> Tensor | int | None:
 
 
 def tensors_in(batch: Any) -> Iterator[Tensor]:
-    """The tensors of mappings, lists and tuples, however deep."""
+    """The tensors in mappings, lists and tuples at any depth."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):

@@ -1,4 +1,4 @@
-"""From a sentence's tags to its entities; their precision, recall and F1, which sum over batches and processes."""
+"""Entities from a sentence's tags; their precision, recall and F1 over batches and processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_lightning.tasks.losses.token_loss import IGNORED
 OUTSIDE = "O"
 """The tag of words in no entity."""
 PREFIXES = {"B": "B", "I": "I", "E": "E", "S": "S", "L": "E", "U": "S"}
-"""Begin, inside, end and single of IOB2 and IOBES; last and unit are BILOU's names of the latter two."""
+"""Begin, inside, end and single of IOB2 and IOBES; BILOU calls the latter two last and unit."""
 
 
 class Span(NamedTuple):
@@ -27,25 +27,25 @@ class Span(NamedTuple):
 
 
 class Tag(NamedTuple):
-    """A label taken apart: `B-PER` is (B, PER), `O` is (O, "")."""
+    """A label's parts: `B-PER` is (B, PER), `O` is (O, "")."""
 
     prefix: str
     kind: str
 
 
 class Tagging:
-    """How labels mark entities: IOB2, IOBES, BILOU, or without prefixes, where like neighbours join.
+    """A scheme of labels for entities: IOB2, IOBES, BILOU, or without prefixes, where equal neighbors join.
 
-    By default every word whose tag is not O is in some entity, as in `conlleval`, the script of the CoNLL shared tasks,
+    By default every word whose tag is not O is in an entity, as in `conlleval`, the script of the CoNLL shared tasks,
     and in seqeval: an entity begins at B and S, after E and S, after O, and where the kind changes.
 
     Args:
         names: the labels, in the order of their numbers.
-        strict: count well-formed entities alone, as seqeval's strict mode does: in IOB2 B and then insides of one
-            kind; in IOBES S, or B to E.
+        strict: count only well-formed entities, as seqeval's strict mode does: in IOB2 B and then I of one kind; in
+            IOBES S, or B to E.
 
     Raises:
-        LoRAError: some labels have a prefix and others have none; or `strict` where there are no prefixes.
+        LoRAError: some labels have a prefix and others have none; or `strict` without prefixes.
     """
 
     def __init__(self, names: Sequence[str], *, strict: bool = False) -> None:
@@ -84,7 +84,7 @@ def _split(name: str) -> Tag | None:
 
 
 def _parts(before: Tag, tag: Tag) -> bool:
-    """Whether two neighbours are not of one entity."""
+    """Whether two neighbors are in different entities."""
     return before.prefix in "ESO" or tag.prefix in "BSO" or before.kind != tag.kind
 
 
@@ -93,9 +93,9 @@ def _parts_after(tags: Sequence[Tag], i: int) -> bool:
 
 
 def count_entities(predictions: Tensor, targets: Tensor, tagging: Tagging) -> tuple[int, int, int]:
-    """How many entities are (found, predicted, there), over sentences (n, t) of label numbers.
+    """The number of (right, predicted, true) entities over sentences (n, t) of label numbers.
 
-    One is found where kind, first and last word are right. Words whose target is -100 are left out.
+    An entity is right where kind, first and last word are. Words whose target is -100 are left out.
     """
     correct = predicted = actual = 0
     for guessed, true in zip(predictions.tolist(), targets.tolist(), strict=True):
@@ -107,11 +107,11 @@ def count_entities(predictions: Tensor, targets: Tensor, tagging: Tagging) -> tu
 
 
 class EntityMetric(Metric):
-    """Counts of entities, summed over everything seen: the micro average of seqeval and `conlleval`.
+    """Counts of entities, summed over all batches: the micro average of seqeval and `conlleval`.
 
     Args:
         names: the labels, in the order of their numbers.
-        strict: count well-formed entities alone; see `Tagging`.
+        strict: count only well-formed entities; see `Tagging`.
     """
 
     is_differentiable = False
@@ -129,7 +129,7 @@ class EntityMetric(Metric):
             self.add_state(state, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Count sentences (n, t) of label numbers in; -100 among the targets is left out."""
+        """Add sentences (n, t) of label numbers; targets of -100 are left out."""
         correct, predicted, actual = count_entities(predictions, targets, self.tagging)
         self.found += correct
         self.predicted += predicted
@@ -137,21 +137,21 @@ class EntityMetric(Metric):
 
 
 class EntityPrecision(EntityMetric):
-    """The share of predicted entities that are there; 0 where none is predicted."""
+    """The share of predicted entities that are right; 0 where none is predicted."""
 
     def compute(self) -> Tensor:
         return _share(self.found, self.predicted)
 
 
 class EntityRecall(EntityMetric):
-    """The share of entities that are found; 0 where there is none."""
+    """The share of true entities that are predicted; 0 where there is none."""
 
     def compute(self) -> Tensor:
         return _share(self.found, self.actual)
 
 
 class EntityF1(EntityMetric):
-    """The harmonic mean of precision and recall, `2 found / (predicted + there)`; 0 of none."""
+    """The harmonic mean of precision and recall, `2 right / (predicted + true)`; 0 without entities."""
 
     def compute(self) -> Tensor:
         return _share(2 * self.found, self.predicted + self.actual)

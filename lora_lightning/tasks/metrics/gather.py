@@ -1,4 +1,4 @@
-"""Rows of all processes in each of them, with gradients that go back to where a row came from."""
+"""Gathers rows of all processes in each of them, with gradients that go back to a row's process."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch.autograd.function import once_differentiable
 
 
 class Gathered(NamedTuple):
-    """Of all processes, in the order of their ranks."""
+    """Rows of all processes, in the order of their ranks."""
 
     rows: Tensor
     """(N, ...)."""
     start: int
-    """Where this process's own begin."""
+    """The index of this process's first row."""
 
 
 def gather_rows(rows: Tensor) -> Gathered:
-    """`rows` (n, ...) of every process, one after another; n may differ. Alone, a process has its own.
+    """The concatenated `rows` (n, ...) of all processes; n may differ.
 
-    Backward adds up what all processes' losses say of this process's rows. Every process must call it, and backward.
+    Backward sums the gradients of all processes' losses for this process's rows. Every process must call both.
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return Gathered(rows, 0)

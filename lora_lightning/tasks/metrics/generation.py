@@ -1,7 +1,7 @@
-"""How near generated texts are to their references: BLEU and its like, each a torchmetric with states that sum.
+"""Metrics of generated texts against references, such as BLEU: torchmetrics with states that are summed.
 
-All are between 0 and 1, where the literature often prints a hundred times as much. They are updated with n texts and
-n lists of references, of one or more texts each.
+All are between 0 and 1, where the literature often uses percent. They are updated with n texts and n lists of
+references, of one or more texts each.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lora_lightning.lora.errors import LoRAError, did_you_mean
 class Rouge(Metric):
     """The mean over texts of ROUGE's F measure with the nearest reference (Lin 2004, aclanthology.org/W04-1013).
 
-    Words are lower-cased runs of a-z and 0-9, not stemmed, as in Google's `rouge_score`. A sum and a count, where
-    torchmetrics keeps each text's score: so the mean over processes is exact at no cost.
+    Words are lower-cased runs of a-z and 0-9, not stemmed, as in Google's `rouge_score`. The state is a sum and a count
+    in place of torchmetrics' list of scores, so that the mean over processes is exact and cheap.
 
     Args:
         key: `rouge1`, `rouge2`, ... by n-grams; `rougeL` by the longest common subsequence; `rougeLsum` by that of each
@@ -89,16 +89,16 @@ METRICS: dict[str, Callable[[], Metric]] = {
     "rougeLsum": lambda: Rouge("rougeLsum"),
     "exact_match": ExactMatch,
 }
-"""By name: BLEU over all texts together, of words as sacrebleu's 13a takes them (Post 2018), unsmoothed; chrF++; TER,
-of which less is better; ROUGE; and exact match."""
+"""By name: corpus BLEU with sacrebleu's 13a tokens (Post 2018), unsmoothed; chrF++; TER, where less is better; ROUGE;
+and exact match."""
 LESS_IS_BETTER = frozenset({"ter"})
 
 
 def generation_metrics(names: Sequence[str]) -> dict[str, Metric]:
-    """The metrics of these names.
+    """The metrics with these names.
 
     Raises:
-        LoRAError: an unknown name, or a metric that needs a package which is not there.
+        LoRAError: a name is unknown, or a metric's package is missing.
     """
     for name in names:
         if name not in METRICS:

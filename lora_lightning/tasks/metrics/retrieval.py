@@ -1,4 +1,4 @@
-"""How well each anchor finds its own positive among all: the loss over candidates, and ranks over a whole stage."""
+"""Retrieval of each anchor's positive among all candidates: the loss, and ranks over a whole stage."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from lora_lightning.lora.layers.functional import wide_dtype
 
 Figure = Literal["loss", "mrr", "recall@1", "recall@5"]
 AT_ONCE = 1024
-"""Anchors that are compared with all candidates at once."""
+"""Anchors at most that are compared with all candidates at once."""
 
 
 def info_nce(
     anchors: Tensor, candidates: Tensor, positive_rows: Tensor, groups: Tensor, temperature: Tensor | float = 1.0
 ) -> Tensor:
-    """Each anchor's `-log softmax(sim / temperature)` at its own candidate (arXiv 1807.03748), (n,).
+    """Each anchor's `-log softmax(sim / temperature)` at its positive (arXiv 1807.03748), (n,).
 
-    Candidates of the own one's group are right as well: they are no negatives, and are left out.
+    Other candidates of the positive's group are no negatives, and are left out.
 
     Args:
         anchors: (n, d).
         candidates: (m, d).
-        own: (n,), the number of each anchor's own candidate.
+        positive_rows: (n,), the index of each anchor's positive among the candidates.
         groups: (m,), of the candidates.
-        temperature: what similarities are divided by.
+        temperature: divisor of similarities.
     """
     with torch.autocast(anchors.device.type, enabled=False):
         wide = wide_dtype(anchors)
@@ -40,9 +40,9 @@ def info_nce(
 
 
 def ranks(anchors: Tensor, candidates: Tensor, positive_rows: Tensor, groups: Tensor) -> Tensor:
-    """Of each anchor's own candidate: 1 and the number of other groups with a candidate that is nearer, (n,).
+    """The rank of each anchor's positive, (n,): 1 plus the number of other groups with a nearer candidate.
 
-    An equally near one counts a half, so that a model which makes all texts alike has not found anything.
+    An equally near group counts a half, so that equal embeddings for all texts get a bad rank.
     """
     logits = anchors @ candidates.T
     numbers = torch.unique(groups, return_inverse=True)[1]
@@ -54,19 +54,19 @@ def ranks(anchors: Tensor, candidates: Tensor, positive_rows: Tensor, groups: Te
 
 
 def _also_right(positive_rows: Tensor, groups: Tensor) -> Tensor:
-    """(n, m): of the own candidate's group, and not it."""
+    """(n, m): whether a candidate is of the positive's group, but not the positive."""
     same = groups[positive_rows].unsqueeze(1) == groups.unsqueeze(0)
     return same.scatter(1, positive_rows.unsqueeze(1), False)
 
 
 class Retrieval(Metric):
-    """A figure over all pairs of a stage: each anchor seeks its positive among all positives and hard negatives.
+    """A metric over all pairs of a stage: each anchor is compared with all positives and hard negatives.
 
-    So it depends neither on the batch size nor on how pairs lie in batches and processes.
+    So it does not depend on the batch size or on the distribution of pairs over batches and processes.
 
     Args:
-        figure: `loss`, or of the ranks (see `ranks`): `recall@k`, the share within k, or `mrr`, the mean of 1 / rank.
-        symmetric: whether the loss is also taken the other way, from positives to anchors.
+        figure: `loss`, or by rank (see `ranks`): `recall@k`, the share within k, or `mrr`, the mean of 1 / rank.
+        symmetric: whether the loss is also taken from positives to anchors.
     """
 
     full_state_update = False
@@ -84,11 +84,11 @@ class Retrieval(Metric):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(self, embeddings: Tensor, groups: Tensor) -> None:
-        """Take in n pairs.
+        """Add n pairs.
 
         Args:
             embeddings: (n, p, d): anchor, positive and p - 2 hard negatives; products with the anchor are logits.
-            groups: (n, p - 1): of the positive and of the negatives; -1 where one stands for itself.
+            groups: (n, p - 1): of the positive and of the negatives; -1 for one without a group.
         """
         self.anchors.append(embeddings[:, 0])
         self.candidates.append(embeddings[:, 1])
@@ -98,7 +98,7 @@ class Retrieval(Metric):
             self.extra_groups.append(groups[:, 1:].flatten())
 
     def compute(self) -> Tensor:
-        """The figure, a scalar."""
+        """The metric, a scalar."""
         anchors, positives = dim_zero_cat(self.anchors), dim_zero_cat(self.candidates)
         candidates = torch.cat([positives, *_all(self.extra)])
         groups = number_singles(torch.cat([dim_zero_cat(self.groups), *_all(self.extra_groups)]))
@@ -117,14 +117,14 @@ class Retrieval(Metric):
 
 
 def number_singles(groups: Tensor) -> Tensor:
-    """Give each -1 a group number of its own."""
+    """Give each -1 a new group number."""
     alone = groups < 0
     singles = groups.max().clamp(min=-1) + 1 + alone.cumsum(0)
     return torch.where(alone, singles, groups)
 
 
 def _all(states: list[Tensor] | Tensor) -> list[Tensor]:
-    """A list state, or what synchronising made of it."""
+    """A list state, or its concatenation after synchronization."""
     return [dim_zero_cat(states)] if len(states) else []
 
 

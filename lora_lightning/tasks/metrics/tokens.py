@@ -1,4 +1,4 @@
-"""Metrics over tokens, from a batch's mean loss and its number of right guesses: logits need not be kept."""
+"""Metrics over tokens, from a batch's mean loss and its number of right predictions, without logits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Perplexity(MeanMetric):
     higher_is_better = False  # type: ignore[assignment]
 
     def compute(self) -> Tensor:
-        """Not a number where no token was counted."""
+        """The perplexity; NaN without tokens."""
         return super().compute().exp()
 
 
 class TokenAccuracy(Metric):
-    """Share of tokens whose largest logit is at the label; `update(right ones, tokens)`."""
+    """Share of tokens whose largest logit is the label's; `update(right ones, tokens)`."""
 
     full_state_update = False
     higher_is_better = True
@@ -35,5 +35,5 @@ class TokenAccuracy(Metric):
         self.tokens += tokens
 
     def compute(self) -> Tensor:
-        """Not a number where no token was counted."""
+        """The share; NaN without tokens."""
         return self.correct / self.tokens
