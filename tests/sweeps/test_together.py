@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 import json
+import random
 import re
+import subprocess
 
 import pytest
 import torch
 
-from tests.command.process import command, logged_rows, mistake, run
+from tests.command.process import COMMAND, command, logged_rows, mistake, run
 
 GRID = ("--grid", "model.lora.r=1,4", "--grid", "model.optimizer.init_args.lr=1e-2,3")
 OPTIONS = (
@@ -120,3 +122,32 @@ def test_who_was_dropped_before_a_kill_is_recorded_and_not_fitted(tiny, tmp_path
     ranking = json.loads((tmp_path / "runs/tiny-sweep/sweep.json").read_text())["ranking"]
     assert [point["state"] for point in ranking] == ["pruned"] * 4
     assert not list((tmp_path / "runs" / "tiny-sweep").rglob("*.ckpt"))
+
+
+def test_a_member_whose_loss_is_not_finite_ends_alone_and_by_name(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = ["--grid", "model.optimizer.init_args.lr=1e-2,1e30", "--together", "--plots", "false"]
+    command(monkeypatch, "sweep", "--config", tiny.config, *OPTIONS, *grid)
+    ranking = json.loads((tmp_path / "runs/tiny-sweep/sweep.json").read_text())["ranking"]
+    trials = {point["values"]["model.optimizer.init_args.lr"]: point["trials"][0] for point in ranking}
+    assert trials["1e-2"]["state"] == "complete"
+    assert trials["1e30"]["state"] == "failed"
+    assert "finite" in trials["1e30"]["error"]
+
+
+@pytest.mark.slow
+def test_a_population_that_is_killed_goes_on_to_the_same_bytes(sweep, tiny, tmp_path):
+    folder, _ = sweep
+    options = ["--config", tiny.config, *OPTIONS, *GRID, "--together", "--halving", "2", "--plots", "false"]
+    rng = random.Random(0)
+    for _ in range(6):
+        with subprocess.Popen([str(COMMAND), "sweep", *map(str, options)], cwd=tmp_path) as process:
+            try:
+                process.wait(timeout=8 + 12 * rng.random())
+            except subprocess.TimeoutExpired:
+                process.kill()
+    run("sweep", *options, cwd=tmp_path)
+    again = tmp_path / "runs" / "tiny-sweep"
+    assert (again / "halving.json").read_text() == (folder / "halving.json").read_text()
+    for member in folder.glob("0*"):
+        assert same(member, again / member.name), member.name
