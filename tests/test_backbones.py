@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel
+from transformers import AutoModelForCausalLM
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule, huggingface, inject, merge
 from lora_lightning.backbones.gguf import directory_and_file
@@ -20,6 +20,7 @@ from lora_lightning.backbones.locate import refuse_not_there
 from lora_lightning.backbones.vision import timm_model, torchvision_model
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.tasks.classification import ImageClassification
+from tests.factories import hf
 from tests.tiny import VOCABULARY, config_text, words_tokenizer
 
 
@@ -52,17 +53,13 @@ def test_a_wrong_name_and_weights_of_another_model_are_refused(tiny, tmp_path):
             huggingface(str(name), auto_class=auto_class)
 
 
-def make_llama(folder):
-    """A Llama and a tokenizer as they come: neither knows how to pad."""
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    LlamaModel(LlamaConfig(**shape, vocab_size=len(VOCABULARY), eos_token_id=3, bos_token_id=2)).save_pretrained(folder)
-    words_tokenizer(VOCABULARY, split=Whitespace(), eos_token="[SEP]", unk_token="[UNK]").save_pretrained(folder)
-    return folder
-
-
 def test_a_decoder_without_a_padding_token_classifies_batches(tiny, tmp_path):
-    text = config_text(make_llama(tmp_path / "llama"), tiny.reviews, name="llama", epochs=4)
+    """With a tokenizer that has none either, as they come."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    folder, ids = tmp_path / "llama", {"eos_token_id": 3, "bos_token_id": 2}
+    hf("LlamaModel", **shape, **ids, vocab_size=len(VOCABULARY)).save_pretrained(folder)
+    words_tokenizer(VOCABULARY, split=Whitespace(), eos_token="[SEP]", unk_token="[UNK]").save_pretrained(folder)
+    text = config_text(folder, tiny.reviews, name="llama", epochs=4)
     (tmp_path / "run.yaml").write_text(text.replace("[classifier]", "[score]"))
     cli = LoRACLI(args=["fit", "--config", str(tmp_path / "run.yaml")])
     assert cli.model.backbone.config.pad_token_id == 3
@@ -99,7 +96,7 @@ def test_weights_of_a_file_fill_all_but_a_head_of_another_size(tmp_path):
         assert all(torch.equal(t, own[key]) for key, t in kept.items())
 
 
-def test_pretrained_weights_of_torchvision_keep_all_but_the_head(monkeypatch, tmp_path):
+def test_models_of_torchvision_have_as_many_outputs_as_asked_and_keep_all_but_the_head(monkeypatch, tmp_path):
     from torchvision.models import ResNet18_Weights, get_model
 
     whole = get_model("resnet18")
@@ -108,11 +105,7 @@ def test_pretrained_weights_of_torchvision_keep_all_but_the_head(monkeypatch, tm
     assert model.new_keys == ["fc.weight", "fc.bias"]
     assert model.fc.out_features == 5
     assert torch.equal(model.layer4[1].conv2.weight, whole.layer4[1].conv2.weight)
-    same = torchvision_model("resnet18", num_classes=1000)
-    assert same.new_keys == []
-
-
-def test_a_segmentation_model_has_as_many_maps_as_asked():
+    assert torchvision_model("resnet18", num_classes=1000).new_keys == []
     model = torchvision_model("lraspp_mobilenet_v3_large", weights=None, num_classes=4)
     assert model.eval()(torch.zeros(1, 3, 32, 32))["out"].shape == (1, 4, 32, 32)
 

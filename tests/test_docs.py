@@ -41,9 +41,7 @@ def everywhere(language):
 
 
 def run_python(page):
-    names = {"__name__": "page"}
-    for block in blocks(page, "python"):
-        exec(compile(block, page, "exec"), names)
+    exec(compile("\n".join(blocks(page, "python")), page, "exec"), {"__name__": "page"})
 
 
 # ---- what is parsed
@@ -272,11 +270,10 @@ def test_every_target_of_make_module_extra_and_file_that_a_page_names_is_there()
     assert min(map(len, (targets, modules, wanted, files))) > 3
 
 
-def functions(file):
-    return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
-
-
 def test_every_test_that_a_page_names_is_there_and_each_of_ten_laws_has_its_own():
+    def functions(file):
+        return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
+
     there = set().union(*(functions(file) for file in (REPOSITORY / "tests").rglob("test_*.py")))
     found = {name for page in ("guards.md", "laws.md") for name in re.findall(r"`(test_\w+)`", PAGES[page])}
     assert len(found) > 35

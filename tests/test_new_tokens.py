@@ -110,21 +110,12 @@ CODE = {
 }
 
 
-@pytest.fixture
-def foreign(tmp_path):
-    """A model that brings its own code."""
+def test_code_that_a_model_brings_is_run_only_where_the_config_says_so(tmp_path, monkeypatch):
     for name, text in CODE.items():
         (tmp_path / name).write_text(text)
-    return str(tmp_path)
-
-
-@pytest.mark.parametrize("load", [lambda name: huggingface(name, auto_class="AutoModel"), load_tokenizer])
-def test_code_that_a_model_brings_is_not_run_unasked(load, foreign, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # what `echo y |` would answer transformers
-    with pytest.raises(LoRAError, match=r"not run unasked.*trust_remote_code: true"):
-        load(foreign)
-
-
-def test_code_that_a_model_brings_is_run_where_the_config_says_so(foreign):
+    for load in (lambda name: huggingface(name, auto_class="AutoModel"), load_tokenizer):
+        with pytest.raises(LoRAError, match=r"not run unasked.*trust_remote_code: true"):
+            load(str(tmp_path))
     with pytest.raises((LoRAError, RuntimeError), match="this code has run"):
-        huggingface(foreign, auto_class="AutoModel", model_kwargs={"trust_remote_code": True})
+        huggingface(str(tmp_path), auto_class="AutoModel", model_kwargs={"trust_remote_code": True})

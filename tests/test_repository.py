@@ -34,13 +34,10 @@ def test_a_workflow_calls_targets_that_exist_on_the_pythons_that_are_promised(pa
     assert f"Python {tested[0]} to {tested[-1]}" in MAKEFILE
 
 
-def test_the_citation_is_of_this_version_and_licence():
+def test_the_citation_is_of_this_version_and_licence_and_each_dependency_has_a_lower_bound_and_no_pin():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     found = [citation[name] for name in ("title", "version", "license")]
     assert found == [PROJECT[name] for name in ("name", "version", "license")]
-
-
-def test_each_dependency_has_a_lower_bound_and_none_is_pinned():
     listed = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
     for dependency in listed:
         assert "==" not in dependency, dependency

@@ -15,7 +15,7 @@ from lora_lightning.analysis.strength import Strength, choose, validation_metric
 from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.language_model import CausalLM
-from tests.factories import bert, move
+from tests.factories import assert_same, bert, move, snapshot
 from tests.tiny_lm import make_model, make_texts, make_tokenizer
 
 
@@ -146,14 +146,10 @@ def test_an_images_places_are_averaged_wherever_the_channels_lie():
 
 def test_the_model_and_its_modes_are_as_before(encoder):
     model, batches = encoder
-    model.train()
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    state = torch.get_rng_state()
+    before, state = snapshot(model.train()), torch.get_rng_state()
     measure_drift(model, batches, list("abcdef"), [0.0, 0.5, 1.25])
     assert torch.equal(torch.get_rng_state(), state), "nothing random is drawn"
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    assert all(module.training for module in model.bert.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert_same(model, before, but=("attributes",))
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line():
@@ -177,16 +173,13 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
 # Texts.
 
 
-def test_the_neutral_set_is_paragraphs_of_some_length_and_fewer_texts_come_from_all_over():
+def test_the_neutral_set_is_paragraphs_and_texts_are_read_from_files_of_which_a_wrong_cell_is_named(tmp_path):
+    """Other mistakes are in tests/command/mistakes.txt."""
     texts = neutral_texts()
     assert len(texts) == len(set(texts)) > 50
     assert all(20 < len(text.split()) < 70 for text in texts)
     assert pick_evenly(range(10), 5) == [0, 2, 4, 6, 8]
     assert pick_evenly(range(3), 5) == [0, 1, 2]
-
-
-def test_texts_are_read_from_files_and_a_cell_that_is_none_is_named(tmp_path):
-    """Other mistakes are in tests/command/mistakes.txt."""
     (tmp_path / "a.txt").write_text("one two\n\nthree four\n")
     assert read_texts(str(tmp_path / "a.txt")) == ["one two", "three four"]
     (tmp_path / "a.csv").write_text("body,n\nfirst,1\nsecond,2\n")
@@ -224,25 +217,18 @@ def test_the_smallest_strength_within_one_standard_error_of_the_best_is_chosen()
     assert chosen("max", *((scale, value, None) for scale, value, _ in values))[1] == 1.0, "the best itself"
 
 
-class Known(nn.Module):
-    """Gives the logits that it is given."""
-
-    def forward(self, logits):
-        return logits
-
-
 def test_the_metrics_error_is_that_of_its_examples():
     """Of an accuracy over n examples about sqrt(p (1 - p) / n); and the value is that of the examples."""
-    task, random, known = SequenceClassification(2), torch.Generator().manual_seed(0), Known()
+    task, random, known = SequenceClassification(2), torch.Generator().manual_seed(0), nn.Identity()
     right = torch.rand(2000, generator=random) < 0.8
     labels = torch.randint(0, 2, (2000,), generator=random)
     logits = nn.functional.one_hot(torch.where(right, labels, 1 - labels), 2).float() * 4
     rows = zip(logits.split(20), labels.split(20), strict=True)
-    found = validation_metrics(known, task, [(i % 10, {"logits": z, "labels": y}) for i, (z, y) in enumerate(rows)])
+    found = validation_metrics(known, task, [(i % 10, {"input": z, "labels": y}) for i, (z, y) in enumerate(rows)])
     p = float(right.double().mean())
     assert found["accuracy"].value == pytest.approx(p, abs=1e-6)
     assert found["accuracy"].error == pytest.approx((p * (1 - p) / 2000) ** 0.5, rel=0.5)
     assert {"loss", "f1"} <= found.keys()
-    one = validation_metrics(known, task, [(0, {"logits": logits, "labels": labels})])
+    one = validation_metrics(known, task, [(0, {"input": logits, "labels": labels})])
     assert one["accuracy"].error is None, "of one batch there is none"
     assert set(task.stages("val")) == {"val"}, "the task itself counts nothing"

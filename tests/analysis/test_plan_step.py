@@ -26,8 +26,6 @@ from tests.lora.test_paper_counts import OF_C_ATTN, gpt
 
 ROWS, LENGTH = 4, 48
 AdamW = functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True)
-
-
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 
 
@@ -240,18 +238,14 @@ def test_the_adapters_file_has_the_size_that_was_planned(name, tmp_path):
     assert (planned.trainable, planned.frozen) == (report.trainable, report.frozen)
 
 
-def test_the_papers_formula_has_a_runs_numbers():
+def test_the_formulas_terms_are_what_their_own_numbers_give():
     """tests/lora/test_paper_counts.py holds the counts to the paper's."""
     with torch.device("meta"):
         model = gpt(1024, 24, 16)()
     report = inject(model, LoRAConfig(r=4, **OF_C_ATTN), run_init=False)
     (term,) = terms_of(model, report)
-    assert term.formula == "2 L d r = 2 x 2 x 24 x 1,024 x 4"
-    assert term.is_square
+    assert (term.formula, term.is_square) == ("2 L d r = 2 x 2 x 24 x 1,024 x 4", True)
     assert term.factors == report.trainable == 393_216
-
-
-def test_the_formulas_terms_are_what_their_own_numbers_give():
     model = FAMILIES["bert"].make()
     report = inject(model, LoRAConfig(r=4, target_modules="all-linear", use_dora=True))
     terms = terms_of(model, report)
