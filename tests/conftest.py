@@ -17,7 +17,6 @@ from lora_lightning.cli.main import LoRACLI
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.lora.layers import fused_linear
 from tests.factories import FAMILIES, Family
-from tests.lora.coverage import COVERED
 from tests.tiny import config_text, make_bert, make_reviews
 
 hypothesis.settings.register_profile("lora", deadline=None, derandomize=True, max_examples=30, database=None)
@@ -126,29 +125,3 @@ def make_data(tiny):
         return TextClassificationData(tiny.reviews, tiny.bert, **options)
 
     return make
-
-
-# What the laws of the method were held over, in the closing lines.
-
-
-def pytest_sessionfinish(session):
-    """A worker of pytest-xdist hands over what it covered."""
-    output = getattr(session.config, "workeroutput", None)
-    if output is not None:
-        output["covered"] = {what: sorted(names) for what, names in COVERED.items()}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node, error):
-    for what, names in getattr(node, "workeroutput", {}).get("covered", {}).items():
-        COVERED[what].update(names)
-
-
-def pytest_terminal_summary(terminalreporter):
-    if not any(COVERED.values()):
-        return
-    terminalreporter.section("the laws of the method held over")
-    for what, names in COVERED.items():
-        if not names:
-            continue
-        terminalreporter.write_line(f"{len(names):3} {what}: {', '.join(sorted(names))}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
 
@@ -42,31 +43,23 @@ def encoder() -> nn.Module:
 
 
 def bert(**changes: Any) -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    return BertForSequenceClassification(BertConfig(**{**_sizes(), "num_labels": 3, **changes}))
+    return tf.BertForSequenceClassification(tf.BertConfig(**{**_sizes(), "num_labels": 3, **changes}))
 
 
 def llama(**changes: Any) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     sizes = {**_sizes(), "num_key_value_heads": 1, "pad_token_id": 0, **changes}
-    return LlamaForCausalLM(LlamaConfig(**sizes))
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**sizes))
 
 
 def gpt(**changes: Any) -> nn.Module:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
-
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**{**_sizes(), "rotary_pct": 1.0, **changes}))
+    return tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**{**_sizes(), "rotary_pct": 1.0, **changes}))
 
 
 def hf(model: str, config: str = "", **sizes: Any) -> nn.Module:
     """A small model of transformers by the name of its class, with the same weights each time."""
-    import transformers
-
     torch.manual_seed(0)
     config = config or f"{model.partition('For')[0].removesuffix('Model')}Config"
-    return getattr(transformers, model)(getattr(transformers, config)(**sizes))
+    return getattr(tf, model)(getattr(tf, config)(**sizes))
 
 
 def _sizes() -> dict[str, Any]:

@@ -24,15 +24,8 @@ PACKAGE = Path(lora_lightning.__file__).parent
 def run(*command: object, cwd: Path, **variables: str) -> str:
     """What it prints, in this environment without its own PYTHONPATH, which may name the tree."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
-    done = subprocess.run(
-        [str(part) for part in command],
-        check=False,
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words, to = [str(part) for part in command], {"cwd": cwd, "env": environment, "timeout": 300}
+    done = subprocess.run(words, check=False, capture_output=True, text=True, **to)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,10 +1,8 @@
 """The pages of docs/ are true: their YAML and commands are parsed, their Python runs, what they name is there."""
 
 import ast
-import dataclasses
 import inspect
 import json
-import math
 import re
 import shlex
 import sys
@@ -15,21 +13,19 @@ import peft
 import pytest
 import torch
 import yaml
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_lightning
-from lora_lightning import ChatData, LoRAConfig, LoRAModule, WarmupDecay, inject, load_loralib
+from lora_lightning import ChatData, LoRAConfig, load_loralib
 from lora_lightning.cli.parser import command_parser, with_values
 from lora_lightning.cli.registry import COMMANDS, function_of
-from lora_lightning.data.base import TableData
 from tests.chats import CHATML
 from tests.command.process import REPOSITORY, command, ends
 from tests.recipes.recipe import parse
 from tests.tiny_lm import make_lm
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((REPOSITORY / "docs").glob("*.md"))}
+PAGES["README.md"] = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PROJECT = REPOSITORY / "lora_lightning" / "template" / "project"
 """What new.md speaks of: files and targets of the projects that it makes."""
 BASE = "demo.yaml"
@@ -45,9 +41,7 @@ def everywhere(language):
 
 
 def run_python(page):
-    names = {"__name__": "page"}
-    for block in blocks(page, "python"):
-        exec(compile(block, page, "exec"), names)
+    exec(compile("\n".join(blocks(page, "python")), page, "exec"), {"__name__": "page"})
 
 
 # ---- what is parsed
@@ -112,7 +106,10 @@ def test_the_python_of_a_page_compiles(page, block):
 # ---- what is run
 
 
-@pytest.mark.parametrize("page", ["idea.md", "backbones.md", "moving.md", "python.md", "big-models.md", "adapters.md"])
+RUN = ("README.md", "idea.md", "backbones.md", "moving.md", "python.md", "big-models.md", "adapters.md")
+
+
+@pytest.mark.parametrize("page", RUN)
 def test_the_python_of_a_page_runs(page):
     assert blocks(page, "python")
     run_python(page)
@@ -230,71 +227,27 @@ def test_a_wrong_name_is_answered_as_the_page_says(old, new, said, own, tmp_path
 # ---- moving.md: what it says of PEFT, loralib and transformers is what is installed; of ours, what we do
 
 
-def row(name):
-    """The cells of a row of the first table, by column."""
-    lines = [line for line in PAGES["moving.md"].splitlines() if line.startswith("| ")]
-    head = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    cells = next(line for line in lines if line.startswith(f"| {name} |")).strip("|").split("|")
-    return dict(zip(head[1:], [cell.strip() for cell in cells[1:]], strict=True))
-
-
-def default(made, name):
-    return inspect.signature(made).parameters[name].default
-
-
-def test_defaults_of_peft_loralib_and_ours():
+def test_defaults_of_peft_loralib_and_ours_are_those_of_moving():
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in PAGES["moving.md"].splitlines() if line.startswith("| ")]
+    found = {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows if len(row) == len(rows[0])}
     theirs, ours = peft.LoraConfig(), LoRAConfig()
     arguments = inspect.signature(loralib.Linear.__init__).parameters
     rank, alpha, dropout = (arguments[name].default for name in ("r", "lora_alpha", "lora_dropout"))
-    assert [row("rank")[who] for who in ("PEFT", "loralib", "here")] == [str(theirs.r), f"{rank}, off", str(ours.r)]
-    assert (row("alpha")["PEFT"], row("alpha")["loralib"]) == (str(theirs.lora_alpha), str(alpha))
-    scale = row("scale alpha / r")
-    assert scale["PEFT"] == str(theirs.lora_alpha // theirs.r)
-    assert scale["here"] == f"{ours.scale(ours.r, ours.scaling_alpha):.0f}"
-    found = [row("LoRA dropout")[who] for who in ("PEFT", "loralib", "here")]
-    assert found == [f"{value:.0f}" for value in (theirs.lora_dropout, dropout, ours.dropout)]
-    often = [sorted(names) for names in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.values()]
-    query_value = (["query", "value"], ["q_proj", "v_proj"], ["q", "v"])
-    assert sum(names in query_value for names in often) > len(often) / 2
-    assert ours.target_modules == "all-linear"
-    assert default(LoRAModule.__init__, "backbone_mode") == "eval"
-
-
-@pytest.mark.parametrize("wide", [64, 1024])
-def test_how_a_starts(wide):
-    """Uniform in +-1/sqrt(in) for PEFT, loralib and our kaiming; a Gaussian of sqrt(3) times the spread by default."""
-
-    def ours(init):
-        model = nn.Sequential(nn.Linear(wide, wide))
-        inject(model, LoRAConfig(r=64, init=init))
-        return model[0].lora_A.detach()
-
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(wide, wide)), peft.LoraConfig(r=64, target_modules=["0"]))
-    theirs, bound = model.base_model.model[0].lora_A["default"].weight.detach(), 1 / math.sqrt(wide)
-    for uniform in (theirs, loralib.Linear(wide, wide, r=64).lora_A.detach(), ours("kaiming")):
-        assert 0.95 * bound < uniform.abs().max() <= bound
-    assert float(ours("gaussian").std() / theirs.std()) == pytest.approx(math.sqrt(3), rel=0.1)
-
-
-def test_the_trainers_table():
-    theirs = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
-    for name, shown in {
-        "learning_rate": "5e-5", "weight_decay": "0", "max_grad_norm": "1.0", "per_device_train_batch_size": "8",
-        "num_train_epochs": "3", "warmup_steps": "0",
-    }.items():  # fmt: skip
-        assert float(theirs[name]) == float(shown)
-        assert re.search(rf"`{name}` {re.escape(shown)}\b", PAGES["moving.md"]), name
-    assert theirs["lr_scheduler_type"] == "linear"
-    assert (default(TableData.__init__, "batch_size"), default(ChatData.__init__, "batch_size")) == (32, 8)
-    assert default(torch.optim.AdamW.__init__, "weight_decay") == 0.01
-    assert (default(WarmupDecay.__init__, "warmup"), default(WarmupDecay.__init__, "decay")) == (0.06, "linear")
+    for name, *wanted in (
+        ("rank", theirs.r, f"{rank}, off", ours.r),
+        ("alpha", theirs.lora_alpha, alpha, None),
+        ("scale alpha / r", theirs.lora_alpha // theirs.r, None, f"{ours.scale(ours.r, ours.scaling_alpha):.0f}"),
+        ("LoRA dropout", *(f"{value:.0f}" for value in (theirs.lora_dropout, dropout, ours.dropout))),
+    ):
+        for who, value in zip(("PEFT", "loralib", "here"), wanted, strict=True):
+            assert value is None or found[name][who] == str(value), (name, who)
 
 
 # ---- what the pages and the README name
 
 
 def named(pattern):
-    pages = {**PAGES, "README.md": (REPOSITORY / "README.md").read_text(encoding="utf-8")}
+    pages = {**PAGES, "CONTRIBUTING.md": (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")}
     return {(page, found) for page, text in pages.items() for found in re.findall(pattern, text)}
 
 
@@ -317,11 +270,10 @@ def test_every_target_of_make_module_extra_and_file_that_a_page_names_is_there()
     assert min(map(len, (targets, modules, wanted, files))) > 3
 
 
-def functions(file):
-    return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
-
-
 def test_every_test_that_a_page_names_is_there_and_each_of_ten_laws_has_its_own():
+    def functions(file):
+        return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
+
     there = set().union(*(functions(file) for file in (REPOSITORY / "tests").rglob("test_*.py")))
     found = {name for page in ("guards.md", "laws.md") for name in re.findall(r"`(test_\w+)`", PAGES[page])}
     assert len(found) > 35

@@ -12,14 +12,6 @@ from tests.command.process import REPOSITORY
 from tests.mutations import MUTATIONS
 
 
-def python(*args, timeout=100):
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, *args]
-    return subprocess.run(
-        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=timeout, check=False
-    )
-
-
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.guard)
 def test_a_mutation_is_of_a_text_that_is_there_once_and_names_tests_that_are_there(mutation):
     assert mutation.source.count(mutation.old) == 1
@@ -38,25 +30,9 @@ def test_the_table_has_all_its_mutations_each_once():
     assert laws >= {f"law {n}" for n in (2, 4, 5, 7, 8, 9, 10)}
 
 
-def test_a_mutation_changes_the_function_wherever_it_was_imported():
-    """Of a method that calls `super()`, and of a plain function, seen through a name that was imported earlier."""
-    program = """
-from lora_lightning.training.checkpoints.file_io import check_whole as earlier
-from tests.mutations import MUTATIONS
-by = {m.guard: m for m in MUTATIONS}
-for guard in ("files: by their own sums", "on by default"):
-    before = by[guard].function.__code__
-    by[guard].apply()
-    assert by[guard].function.__code__ is not before
-assert earlier is by["files: by their own sums"].function
-assert earlier.__code__.co_consts != before.co_consts
-"""
-    done = python("-c", program)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.slow
 def test_every_mutation_is_caught():
     """In a process of its own, which forks: nothing may have been computed there before."""
-    done = python("-m", "tests.mutations", timeout=3000)
+    env, command = {**os.environ, "PYTHONPATH": str(REPOSITORY)}, [sys.executable, "-m", "tests.mutations"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stdout

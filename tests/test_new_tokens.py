@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lightning import LoRAConfig, LoRAError, huggingface, inject
@@ -46,7 +45,7 @@ def test_the_new_rows_are_the_mean_of_the_others_and_have_the_same_bits_each_tim
     model = huggingface(str(folder), auto_class="AutoModelForCausalLM", add_tokens=[WORDS[0], NEW[0]])
     assert model.added_tokens[WORDS[0]] == make_tokenizer().convert_tokens_to_ids(WORDS[0]), "it has that one"
     assert model.get_input_embeddings().num_embeddings == len(make_tokenizer()) + 1
-    with pytest.raises(LoRAError, match="add_tokens holds a token twice"):
+    with pytest.raises(LoRAError, match="add_tokens"):
         huggingface(str(folder), auto_class="AutoModelForCausalLM", add_tokens=["<|a|>", "<|a|>"])
 
 
@@ -64,29 +63,21 @@ def trained(folder, tmp_path_factory):
     there = tmp_path_factory.mktemp("run")
     rows = [{"text": f"<|ask|> {word} then <|say|> {word} comes home"} for word in WORDS * 3]
     (there / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    backbone = {"pretrained_model_name_or_path": str(folder), **CAUSAL}
-    config = {
-        "name": "tokens",
-        "runs_dir": str(there / "runs"),
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False},
-        "model": {
-            "backbone": {"class_path": "lora_lightning.huggingface", "init_args": backbone},
-            "lora": {"r": 2, "target_modules": ["q_proj", "v_proj"], "trainable_token_indices": NEW},
-            "task": {"class_path": "lora_lightning.CausalLM"},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
-        },
-        "data": {
-            "class_path": "lora_lightning.LanguageModellingData",
-            "init_args": {
-                "path": str(there / "rows.jsonl"),
-                "tokenizer": str(folder),
-                "max_length": 16,
-                "batch_size": 8,
-                "split": {"validation": 0.2},
-            },
-        },
-    }
-    (there / "run.yaml").write_text(yaml.safe_dump(config))
+    (there / "run.yaml").write_text(f"""
+name: tokens
+runs_dir: {there / "runs"}
+trainer: {{max_epochs: 2, accelerator: cpu, enable_progress_bar: false}}
+model:
+  backbone:
+    class_path: lora_lightning.huggingface
+    init_args: {{pretrained_model_name_or_path: {folder}, auto_class: AutoModelForCausalLM, add_tokens: {NEW}}}
+  lora: {{r: 2, target_modules: [q_proj, v_proj], trainable_token_indices: {NEW}}}
+  task: {{class_path: lora_lightning.CausalLM}}
+  optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.05}}}}
+data:
+  class_path: lora_lightning.LanguageModellingData
+  init_args: {{path: {there / "rows.jsonl"}, tokenizer: {folder}, max_length: 16, batch_size: 8}}
+""")
     LoRACLI(args=["fit", "--config", str(there / "run.yaml")])
     out = there / "out"
     LoRACLI(args=["export", "--ckpt_path", str(there / "runs" / "tokens"), "--output_dir", str(out)])
@@ -119,21 +110,12 @@ CODE = {
 }
 
 
-@pytest.fixture
-def foreign(tmp_path):
-    """A model that brings its own code."""
+def test_code_that_a_model_brings_is_run_only_where_the_config_says_so(tmp_path, monkeypatch):
     for name, text in CODE.items():
         (tmp_path / name).write_text(text)
-    return str(tmp_path)
-
-
-@pytest.mark.parametrize("load", [lambda name: huggingface(name, auto_class="AutoModel"), load_tokenizer])
-def test_code_that_a_model_brings_is_not_run_unasked(load, foreign, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # what `echo y |` would answer transformers
-    with pytest.raises(LoRAError, match=r"not run unasked.*trust_remote_code: true"):
-        load(foreign)
-
-
-def test_code_that_a_model_brings_is_run_where_the_config_says_so(foreign):
+    for load in (lambda name: huggingface(name, auto_class="AutoModel"), load_tokenizer):
+        with pytest.raises(LoRAError, match=r"not run unasked.*trust_remote_code: true"):
+            load(str(tmp_path))
     with pytest.raises((LoRAError, RuntimeError), match="this code has run"):
-        huggingface(foreign, auto_class="AutoModel", model_kwargs={"trust_remote_code": True})
+        huggingface(str(tmp_path), auto_class="AutoModel", model_kwargs={"trust_remote_code": True})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -32,25 +34,38 @@ def test_a_workflow_calls_targets_that_exist_on_the_pythons_that_are_promised(pa
     assert f"Python {tested[0]} to {tested[-1]}" in MAKEFILE
 
 
-def test_the_citation_is_of_this_version_and_licence():
+def test_the_citation_is_of_this_version_and_licence_and_each_dependency_has_a_lower_bound_and_no_pin():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     found = [citation[name] for name in ("title", "version", "license")]
     assert found == [PROJECT[name] for name in ("name", "version", "license")]
-
-
-def test_each_room_and_target_that_contributing_names_is_there():
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    rooms = re.findall(r"`((?:lora_lightning/)?[a-z_]+/|tests/[\w/]+\.py)`", text)
-    rooms = [room if (ROOT / room).exists() else f"lora_lightning/{room}" for room in rooms]
-    assert len(rooms) > 8
-    assert [room for room in rooms if not (ROOT / room).exists()] == []
-    for target in re.findall(r"make ([a-z-]+)", text):
-        assert re.search(rf"^{target}:", MAKEFILE, flags=re.MULTILINE), target
-
-
-def test_each_dependency_has_a_lower_bound_and_none_is_pinned():
     listed = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
     for dependency in listed:
         assert "==" not in dependency, dependency
         own = dependency.startswith(("lora_lightning[", "types-"))
         assert own or ">=" in dependency, dependency
+
+
+# ---- the script for SLURM is bash, starts what it should, and asks for another turn on 75 and on no other
+
+
+SCRIPT = ROOT / "configs/slurm/fit.sh"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True), (137, False)])
+def test_only_a_fit_that_was_pre_empted_is_queued_again(tmp_path, code, requeued):
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    for name, end in (("srun", code), ("scontrol", 0)):
+        (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" >> {tmp_path}/said\nexit {end}\n')
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_ID": "7"}
+    env = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--config", "x.yaml", "--name", "a b"], env=env, timeout=60, check=False
+    )
+    assert done.returncode == code
+    first, *others = (tmp_path / "said").read_text().splitlines()
+    assert first == (
+        "srun --wait=60 lora-lightning fit --config x.yaml --name a b --config configs/strategy/multi-node.yaml"
+        " --trainer.num_nodes 2 --trainer.devices 8 --ckpt_path auto"
+    )
+    assert others == (["scontrol requeue 7"] if requeued else [])

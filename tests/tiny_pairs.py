@@ -1,6 +1,5 @@
 """What comes in pairs, tiny: a Llama with a chat template and answers to prefer, texts that belong together."""
 
-import json
 import random
 from pathlib import Path
 
@@ -27,16 +26,15 @@ def make_tokenizer(directory: Path, *, template: str | None = TEMPLATE) -> PreTr
     return tokenizer
 
 
-def make_llama(directory: Path, *, template: str | None = TEMPLATE, tied: bool = False) -> Path:
+def make_llama(directory: Path) -> Path:
     """With random weights, two layers and its tokenizer, as `from_pretrained` expects them."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        tie_word_embeddings=tied,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory)
-    make_tokenizer(directory, template=template)
+    make_tokenizer(directory)
     return directory
 
 
@@ -55,9 +53,3 @@ def as_messages(row: dict[str, str]) -> dict[str, list[dict[str, str]]]:
         column: [{"role": "user" if column == "prompt" else "assistant", "content": text}]
         for column, text in row.items()
     }
-
-
-def write_rows(file: Path, rows: list[dict]) -> Path:
-    """A JSONL file."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file

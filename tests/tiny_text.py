@@ -9,19 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as tf
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from tests.tiny import words_tokenizer
 
@@ -48,7 +37,7 @@ def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> str:
     return str(file)
 
 
-def make_tokenizer(folder: Path, *, ends: bool) -> PreTrainedTokenizerFast:
+def make_tokenizer(folder: Path, *, ends: bool) -> tf.PreTrainedTokenizerFast:
     """Of whole words; with `ends`, a text closes with the end token."""
     closes = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)]) if ends else None
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "padding_side": "right"}
@@ -58,24 +47,24 @@ def make_tokenizer(folder: Path, *, ends: bool) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(kind: str, folder: Path | None = None, *, width: int = 32) -> PreTrainedModel:
+def make_model(kind: str, folder: Path | None = None) -> tf.PreTrainedModel:
     """`t5`, `bart` or `gpt2` with random weights, in `folder` with its tokenizer where one is given."""
     torch.manual_seed(0)
     shared: dict[str, Any] = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "eos_token_id": 1}
-    model: PreTrainedModel
+    model: tf.PreTrainedModel
     if kind == "t5":
-        config = {"d_model": width, "d_kv": 8, "d_ff": 2 * width, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
-        model = T5ForConditionalGeneration(T5Config(**shared, **config, decoder_start_token_id=0))
+        config = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+        model = tf.T5ForConditionalGeneration(tf.T5Config(**shared, **config, decoder_start_token_id=0))
     elif kind == "bart":
         sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 64))}
         heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.0}
         ends = {"bos_token_id": 1, "decoder_start_token_id": 1, "forced_eos_token_id": None}
-        model = BartForConditionalGeneration(
-            BartConfig(d_model=width, max_position_embeddings=64, **shared, **sizes, **heads, **ends)
+        model = tf.BartForConditionalGeneration(
+            tf.BartConfig(d_model=32, max_position_embeddings=64, **shared, **sizes, **heads, **ends)
         )
     else:
         off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1}
-        model = GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=2, n_head=4, n_positions=64, **shared, **off))
+        model = tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **shared, **off))
     if folder is not None:
         model.save_pretrained(folder)
         make_tokenizer(folder, ends=kind != "gpt2")
@@ -98,6 +87,6 @@ def make_tagger(folder: Path) -> Path:
     """A headless BERT with random weights and a tokenizer of whole words."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(VOCABULARY), max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    tf.BertModel(tf.BertConfig(vocab_size=len(VOCABULARY), max_position_embeddings=32, **sizes)).save_pretrained(folder)
     make_tokenizer(folder, ends=True)
     return folder

@@ -14,7 +14,7 @@ from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.io.streams import StreamLoader
 from lora_lightning.data.loading.loader import ResumableLoader, seeded_generator
 from lora_lightning.data.loading.sampler import EpochSampler
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 
 
 class DatasetData(LightningDataModule):
@@ -235,7 +235,7 @@ def _load(path: str, split: str, name: str | None, streaming: bool, revision: st
         saved = _from_disk(location, split)
         if saved is not None:
             return saved.to_iterable_dataset() if streaming else saved
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise LoRAError(f"no set '{path}' with a split '{split}': {reason}") from error
 
 

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import nn
 
-from lora_lightning.lora.errors import AdapterError, LoRAError
+from lora_lightning.lora.errors import AdapterError, LoRAError, first_line
 from lora_lightning.lora.frozen.dtype import cast_base
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import full_name
@@ -88,7 +88,7 @@ class HalfBase(MixedPrecision):
             except RuntimeError as error:
                 if not MIXED_UP.search(str(error)):
                     raise
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 raise LoRAError(
                     f"the backbone brings float32 to weights in bfloat16, which torch refuses here ({reason}): use"
                     " precision bf16-mixed, which keeps W0 in float32"

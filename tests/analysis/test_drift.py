@@ -11,11 +11,11 @@ from torch import nn
 from lora_lightning import LoRAConfig, LoRAError, SequenceClassification, inject
 from lora_lightning.analysis.drift import Batch, Drift, Mean, measure_drift, pool_rows, ratio, token_figures
 from lora_lightning.analysis.drift_inputs import neutral_texts, pick_evenly, read_texts, run_batches, text_batches
-from lora_lightning.analysis.strength import Strength, choose, parse_scales, validation_metrics
+from lora_lightning.analysis.strength import Strength, choose, validation_metrics
 from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.language_model import CausalLM
-from tests.factories import bert, move
+from tests.factories import assert_same, bert, move, snapshot
 from tests.tiny_lm import make_model, make_texts, make_tokenizer
 
 
@@ -30,29 +30,21 @@ def texts_of(model, count=24):
     return texts, text_batches(texts, make_tokenizer(), CausalLM(), model, 32)
 
 
+@torch.no_grad()
 def by_hand(model, texts):
-    """KL, both losses and changes of every predicted token by text: one text at a time, with Python's sums."""
+    """KL, both losses and changes of every predicted token by text: one text at a time."""
     tokenizer, found = make_tokenizer(), []
     for text in texts:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
-        with torch.no_grad():
-            q = model(ids).logits[0].double()
-            with disabled(model):
-                p = model(ids).logits[0].double()
-        rows = []
-        for at in range(ids.shape[1] - 1):
-            a, b = (_log_softmax(x[at].tolist()) for x in (p, q))
-            kl = math.fsum(math.exp(x) * (x - y) for x, y in zip(a, b, strict=True))
-            label = int(ids[0, at + 1])
-            rows.append((kl, -a[label], -b[label], float(a.index(max(a)) != b.index(max(b)))))
-        found.append(rows)
+        q = model(ids).logits[0, :-1].double().log_softmax(-1)
+        with disabled(model):
+            p = model(ids).logits[0, :-1].double().log_softmax(-1)
+        label = ids[0, 1:, None]
+        kl = (p.exp() * (p - q)).sum(-1)
+        losses = [-x.gather(-1, label)[:, 0] for x in (p, q)]
+        changed = (p.argmax(-1) != q.argmax(-1)).double()
+        found.append(torch.stack([kl, *losses, changed], -1).tolist())
     return found
-
-
-def _log_softmax(values):
-    top = max(values)
-    total = math.log(math.fsum(math.exp(v - top) for v in values)) + top
-    return [v - total for v in values]
 
 
 @pytest.mark.parametrize(
@@ -107,8 +99,8 @@ def test_a_token_that_the_base_rules_out_adds_nothing():
     base, adapted = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64)
     base[0, 2] = -math.inf
     (kl, *_) = token_figures(base, adapted, torch.tensor([0]))[0].tolist()
-    q = _log_softmax([0.0, 1.0, 2.0])
-    assert kl == pytest.approx(sum(0.5 * (math.log(0.5) - q[i]) for i in range(2)), abs=1e-14)
+    q = adapted[0].log_softmax(-1)
+    assert kl == pytest.approx(float(0.5 * (math.log(0.5) - q[:2]).sum()), abs=1e-14)
 
 
 @pytest.fixture
@@ -154,14 +146,10 @@ def test_an_images_places_are_averaged_wherever_the_channels_lie():
 
 def test_the_model_and_its_modes_are_as_before(encoder):
     model, batches = encoder
-    model.train()
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    state = torch.get_rng_state()
+    before, state = snapshot(model.train()), torch.get_rng_state()
     measure_drift(model, batches, list("abcdef"), [0.0, 0.5, 1.25])
     assert torch.equal(torch.get_rng_state(), state), "nothing random is drawn"
-    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
-    assert all(module.training for module in model.bert.modules())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert_same(model, before, but=("attributes",))
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line():
@@ -185,30 +173,19 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
 # Texts.
 
 
-def test_the_neutral_set_is_paragraphs_of_some_length_and_fewer_texts_come_from_all_over():
+def test_the_neutral_set_is_paragraphs_and_texts_are_read_from_files_of_which_a_wrong_cell_is_named(tmp_path):
+    """Other mistakes are in tests/command/mistakes.txt."""
     texts = neutral_texts()
     assert len(texts) == len(set(texts)) > 50
     assert all(20 < len(text.split()) < 70 for text in texts)
     assert pick_evenly(range(10), 5) == [0, 2, 4, 6, 8]
     assert pick_evenly(range(3), 5) == [0, 1, 2]
-
-
-def test_texts_are_read_from_files_and_mistakes_name_the_place(tmp_path):
     (tmp_path / "a.txt").write_text("one two\n\nthree four\n")
     assert read_texts(str(tmp_path / "a.txt")) == ["one two", "three four"]
     (tmp_path / "a.csv").write_text("body,n\nfirst,1\nsecond,2\n")
     assert read_texts(str(tmp_path / "a.csv"), "body") == ["first", "second"]
-    for name, text, column, match in [
-        ("a.csv", None, "text", "no column 'text'.*columns: body, n"),
-        ("a.csv", None, "n", "row 1, column 'n': expected text, got 1"),
-        ("b.txt", " \n \n", "text", "all are blank|holds no rows"),
-        ("empty.txt", "", "text", "is empty"),
-        ("none.txt", None, "text", "no file"),
-    ]:
-        if text is not None:
-            (tmp_path / name).write_text(text)
-        with pytest.raises(LoRAError, match=match):
-            read_texts(str(tmp_path / name), column)
+    with pytest.raises(LoRAError, match="row 1, column 'n': expected text, got 1"):
+        read_texts(str(tmp_path / "a.csv"), "n")
 
 
 def test_a_runs_own_inputs_are_compared_where_its_task_trains():
@@ -226,13 +203,6 @@ def test_a_runs_own_inputs_are_compared_where_its_task_trains():
 # Strengths.
 
 
-def test_scales_are_numbers_with_commas_between():
-    assert parse_scales("1, 0.5,0,1") == [0.0, 0.5, 1.0]
-    for wrong in ("", "0,,1", "nan", "inf"):
-        with pytest.raises(LoRAError):
-            parse_scales(wrong)
-
-
 def test_the_smallest_strength_within_one_standard_error_of_the_best_is_chosen():
     def chosen(mode, *values, sign=1):
         found = []
@@ -247,25 +217,18 @@ def test_the_smallest_strength_within_one_standard_error_of_the_best_is_chosen()
     assert chosen("max", *((scale, value, None) for scale, value, _ in values))[1] == 1.0, "the best itself"
 
 
-class Known(nn.Module):
-    """Gives the logits that it is given."""
-
-    def forward(self, logits):
-        return logits
-
-
 def test_the_metrics_error_is_that_of_its_examples():
     """Of an accuracy over n examples about sqrt(p (1 - p) / n); and the value is that of the examples."""
-    task, random, known = SequenceClassification(2), torch.Generator().manual_seed(0), Known()
+    task, random, known = SequenceClassification(2), torch.Generator().manual_seed(0), nn.Identity()
     right = torch.rand(2000, generator=random) < 0.8
     labels = torch.randint(0, 2, (2000,), generator=random)
     logits = nn.functional.one_hot(torch.where(right, labels, 1 - labels), 2).float() * 4
     rows = zip(logits.split(20), labels.split(20), strict=True)
-    found = validation_metrics(known, task, [(i % 10, {"logits": z, "labels": y}) for i, (z, y) in enumerate(rows)])
+    found = validation_metrics(known, task, [(i % 10, {"input": z, "labels": y}) for i, (z, y) in enumerate(rows)])
     p = float(right.double().mean())
     assert found["accuracy"].value == pytest.approx(p, abs=1e-6)
     assert found["accuracy"].error == pytest.approx((p * (1 - p) / 2000) ** 0.5, rel=0.5)
     assert {"loss", "f1"} <= found.keys()
-    one = validation_metrics(known, task, [(0, {"logits": logits, "labels": labels})])
+    one = validation_metrics(known, task, [(0, {"input": logits, "labels": labels})])
     assert one["accuracy"].error is None, "of one batch there is none"
     assert set(task.stages("val")) == {"val"}, "the task itself counts nothing"

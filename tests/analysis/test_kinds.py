@@ -98,16 +98,23 @@ def weight_deltas(layer):
 def dense(layer):
     """By torch's own layout of each kind, the matrices of `s (B A - B0 A0)` that a merge would add."""
     dora = layer.lora_magnitude_vector is not None
-    deltas = [layer.delta_weight()] if dora else weight_deltas(layer).values()
-    return [matrix for delta in deltas for matrix in _matrices(layer, delta.detach().double())]
+    matrices = []
+    for found in [layer.delta_weight()] if dora else weight_deltas(layer).values():
+        delta = found.detach().double()
+        if layer.kind in ("Conv1D", "Embedding"):
+            matrices.append(delta.T)
+        elif layer.kind == "Parameter" and delta.dim() == 3:
+            matrices += delta
+        else:
+            matrices += delta.flatten(1).chunk(getattr(layer, "groups", 1))
+    return matrices
 
 
-def _matrices(layer, delta):
-    if layer.kind in ("Conv1D", "Embedding"):
-        return [delta.T]
-    if layer.kind == "Parameter" and delta.dim() == 3:
-        return list(delta)
-    return list(delta.flatten(1).chunk(getattr(layer, "groups", 1)))
+def inside(update, W0):
+    """||U^T W0 V||_F by a dense decomposition."""
+    U, S, Vh = torch.linalg.svd(update)
+    q = int((1e-12 * S[0] < S).sum())
+    return float(torch.linalg.norm(U[:, :q].T @ W0 @ Vh[:q].T))
 
 
 def singular_values(matrices):
@@ -136,28 +143,12 @@ def test_what_files_and_model_hold_is_what_a_merge_adds(kind, tmp_path):
         assert math.isclose(told[name].base.w0_norm, norm, rel_tol=1e-12)
         found = Weights(made(kind, adapted=False)).of(read[name])
         assert all(torch.equal(a, b) for a, b in zip(found, base_matrices(layer), strict=True))
-        inside = [_inside(p, w) for p, w in zip(pairs, W0, strict=True)]
-        amplification = math.sqrt(sum(float(p.square().sum()) for p in pairs)) / math.sqrt(sum(i**2 for i in inside))
+        shared = sum(inside(p, w) ** 2 for p, w in zip(pairs, W0, strict=True))
+        amplification = math.sqrt(sum(float(p.square().sum()) for p in pairs) / shared)
         assert math.isclose(told[name].base.amplification, amplification, rel_tol=1e-9)
 
 
-def _inside(update, W0):
-    """||U^T W0 V||_F by a dense decomposition."""
-    U, S, Vh = torch.linalg.svd(update)
-    q = int((1e-12 * S[0] < S).sum())
-    return float(torch.linalg.norm(U[:, :q].T @ W0 @ Vh[:q].T))
-
-
 BY_PEFT = ["linear", "conv2d", "embedding", "parts", "dora", "rslora", "pissa", "stacks", "lora_bias"]
-
-
-def assert_merged_alike(ours, theirs):
-    """PEFT's whole weights are W0 with our update."""
-    for path, layer in adapted_layers(ours):
-        for name, delta in weight_deltas(layer).items():
-            W0 = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)[name]
-            owner = path if layer.kind != "Parameter" else path.rpartition(".")[0]
-            assert relative(theirs.get_parameter(f"{owner}.{name}"), W0 + delta) < 1e-9
 
 
 @kinds
@@ -191,7 +182,12 @@ def test_a_truncated_adapter_loads_and_holds_its_share_and_no_more_than_it_must(
     if kind in BY_PEFT:
         bare = made(kind, adapted=False)
         theirs = peft.PeftModel.from_pretrained(bare, tmp_path / "small", autocast_adapter_dtype=False)
-        assert_merged_alike(again, theirs.merge_and_unload())
+        merged = theirs.merge_and_unload()
+        for path, layer in adapted_layers(again):
+            for name, delta in weight_deltas(layer).items():
+                W0 = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)[name]
+                owner = path if layer.kind != "Parameter" else path.rpartition(".")[0]
+                assert relative(merged.get_parameter(f"{owner}.{name}"), W0 + delta) < 1e-9
 
 
 def test_an_adapter_that_peft_wrote_has_pefts_own_update(tmp_path):

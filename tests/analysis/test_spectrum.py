@@ -30,19 +30,13 @@ def test_spectrum_is_that_of_the_dense_update(m, k, r, scale):
     np.testing.assert_allclose(sp.energy(found.S), np.cumsum(want**2) / np.sum(want**2), atol=1e-12)
 
 
-def test_a_zero_update_has_no_rank():
+def test_the_smallest_rank_holds_a_share_and_a_zero_update_has_no_rank():
+    cases = [([3, 1], 0.9, 1), ([3, 1], 0.91, 2), ([1] * 4, 0.75, 3), ([1] * 4, 1.0, 4), ([5], 0.1, 1)]
+    for values, share, rank in cases:
+        assert sp.smallest_rank(torch.tensor(values, dtype=torch.float64), share) == rank
     found = sp.spectrum(torch.randn(4, 9), torch.zeros(7, 4))
-    assert found.S.shape == (0,)
-    assert found.U.shape == (7, 0)
+    assert (found.S.shape, found.U.shape) == ((0,), (7, 0))
     assert (sp.stable_rank(found.S), sp.smallest_rank(found.S, 0.9), sp.frobenius(found.S)) == (0.0, 0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("values", "share", "rank"),
-    [([3, 1], 0.9, 1), ([3, 1], 0.91, 2), ([1] * 4, 0.75, 3), ([1] * 4, 1.0, 4), ([5], 0.1, 1)],
-)
-def test_smallest_rank_that_holds_a_share(values, share, rank):
-    assert sp.smallest_rank(torch.tensor(values, dtype=torch.float64), share) == rank
 
 
 def test_what_is_found_in_random_directions_is_chance():

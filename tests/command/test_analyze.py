@@ -1,4 +1,4 @@
-"""`lora-lightning analyze` as a user calls it: on runs, checkpoints and directories, with pictures and a page."""
+"""`lora-lightning analyze` and `export --scale` as a user calls them: figures, pictures and a page."""
 
 from __future__ import annotations
 
@@ -8,25 +8,38 @@ import re
 import shutil
 from contextlib import redirect_stdout
 
+import peft
 import pytest
 import torch
 
 from lora_lightning import huggingface, load_adapter
+from lora_lightning.analysis.strength import validation_metrics
 from lora_lightning.cli.build import open_run
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.cli.parser import run_command
+from lora_lightning.commands.drift import validation_batches
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint
+from tests.chromium import parsed
 from tests.command.process import called, mistake
 
 PICTURES = ["norms", "energy", "ranks", "amplification"]
 
 
 @pytest.fixture(scope="module")
-def analyzed(trained, tmp_path_factory):
-    """The tiny run, cut."""
-    out, said = tmp_path_factory.mktemp("analyzed") / "out", io.StringIO()
+def a_run(trained, tmp_path_factory):
+    """A copy of the tiny run, whose page will show what is measured."""
+    folder = tmp_path_factory.mktemp("moved") / "version_0"
+    shutil.copytree(trained, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def analyzed(a_run):
+    """The tiny run, cut, and at three strengths."""
+    out, said = a_run.parent / "out", io.StringIO()
     with redirect_stdout(said):
-        run_command("analyze", [str(trained), "--output_dir", str(out), "--truncate", "0.8"])
+        run_command("analyze", [str(a_run), "--output_dir", str(out), "--truncate", "0.8", "--scales", "1,0,0.5"])
     return out, said.getvalue()
 
 
@@ -61,7 +74,7 @@ def test_pictures_and_page_are_there_and_the_page_needs_no_network(analyzed):
         assert "<svg" in (out / f"{name}.svg").read_text()
     page = (out / "index.html").read_text()
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
-    assert page.count("data:image/svg+xml") == len(PICTURES)
+    assert page.count("data:image/svg+xml") == len(PICTURES) + 1, "and that of the drift"
     assert "amplification" in page
     (layer, *_) = json.loads((out / "analysis.json").read_text())["adapters"][0]["layers"]
     assert layer["name"] in page
@@ -85,9 +98,6 @@ def test_two_adapters_are_compared_without_w0(trained, tmp_path, monkeypatch, ca
     for layer in found["pairs"][0]["layers"]:
         assert all(abs(layer["phi"][i][i] - 1) < 1e-6 for i in range(len(layer["phi"])))
     assert (tmp_path / "out" / "phi-A.png").is_file()
-    fewer = called(monkeypatch, capsys, "analyze", copy, *args[3:], "--plots", "false")
-    assert fewer[0] == 0
-    assert not list((tmp_path / "out").glob("*.png")), "of the earlier analysis, which is replaced"
     code, said = called(monkeypatch, capsys, *args, "--layers", "nothing")
     assert (code, "no adapted layer matches" in said) == (2, True)
 
@@ -100,3 +110,59 @@ def test_a_run_is_opened_with_its_base_filled_and_in_the_precision_of_its_fit(ti
     assert not any(p.is_meta for p in opened.parameters())
     assert opened.bert.encoder.layer[0].output.dense.weight.dtype == torch.bfloat16
     assert opened.bert.encoder.layer[0].output.dense.lora_A.dtype == torch.float32
+
+
+def test_each_strength_has_its_metric_and_its_drift(a_run, analyzed):
+    out, said = analyzed
+    told = json.loads((out / "analysis.json").read_text())["drift"]
+    zero, half, one = told["found"]
+    assert [s["scale"] for s in told["found"]] == [0, 0.5, 1]
+    assert zero["drift"]["figures"]["cosine"]["value"] == 0
+    assert 0 < half["drift"]["figures"]["cosine"]["value"] < one["drift"]["figures"]["cosine"]["value"]
+    logged = json.loads((a_run / "report.json").read_text())
+    assert abs(one["metrics"]["accuracy"]["value"] - logged["val_accuracy"]) < 1e-6
+    assert told["metric"] == "accuracy"
+    assert told["chosen"] <= told["best"]
+    assert f"{told['chosen']:g} is the smallest strength" in " ".join(said.split())
+    assert (out / "drift.png").read_bytes().startswith(b"\x89PNG")
+    page = (a_run / "report.html").read_text()  # the run's own page shows it
+    for text in ("Gain against drift", "data:image/svg+xml", "The texts that moved most"):
+        assert text in page
+    parsed(a_run / "report.html")
+
+
+def test_without_strengths_the_figure_of_an_earlier_measurement_goes(a_run, analyzed, tmp_path, monkeypatch, capsys):
+    again = tmp_path / "version_0"
+    shutil.copytree(a_run, again)
+    args = ["--drift", "run", "--drift_texts", "5", "--plots", "false", "--output_dir", tmp_path / "out"]
+    code, said = called(monkeypatch, capsys, "analyze", again, *args)
+    assert code == 0, said
+    assert not (again / "drift.svg").exists()
+    page = (again / "report.html").read_text()
+    assert "How far it moved from the base" in page
+    assert "data:image/svg+xml" not in page
+
+
+def test_our_validation_is_that_of_the_trainer(trained):
+    opened = open_run(find_checkpoint(trained))
+    with scaled(opened.module.backbone, 0.5):
+        own = validation_metrics(opened.module.backbone, opened.module.task, validation_batches(opened))
+        theirs = opened.validate()
+    for name, mean in own.items():
+        assert abs(mean.value - theirs[f"val/{name}"]) < 1e-6, name
+
+
+def test_an_export_of_half_the_strength_is_opened_by_peft(tiny, a_run, tmp_path, monkeypatch, capsys):
+    args = ["--ckpt_path", a_run, "--output_dir", tmp_path / "half", "--scale", "0.5"]
+    code, said = called(monkeypatch, capsys, "export", *args)
+    assert code == 0, said
+    report = json.loads((tmp_path / "half" / "export_report.json").read_text())
+    assert report["scale"] == 0.5
+    config = json.loads((tmp_path / "half" / "adapter" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == 4, "alpha is 2 r = 8"
+    backbone = open_run(find_checkpoint(a_run)).module.backbone
+    batch = {"input_ids": torch.tensor([[2, 5, 9, 3]])}
+    with torch.no_grad(), scaled(backbone, 0.5):
+        want = backbone(**batch).logits
+    wrapped = peft.PeftModel.from_pretrained(huggingface(tiny.bert, num_labels=2), tmp_path / "half" / "adapter")
+    torch.testing.assert_close(wrapped.eval()(**batch).logits, want, rtol=1e-5, atol=1e-6)

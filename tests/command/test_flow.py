@@ -1,61 +1,17 @@
-"""The whole job through the installed command: fit, test, export, and others open what came out."""
+"""Law 9 through the command, and what is done with a run that lies elsewhere."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_lightning import LoRAConfig, LoRAError, LoRAModule, SequenceClassification, huggingface
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from tests.command.process import command, run
+from tests.command.process import REPOSITORY, command, mistake, run
 from tests.tiny import make_bert
-
-KEYS = {
-    "val_accuracy", "test_accuracy", "trainable", "total", "w0_unchanged", "export_max_rel_diff", "adapter_dir",
-    "merged_dir", "train_seconds",
-}  # fmt: skip
-
-
-def test_whole_flow_on_a_tiny_bert(tiny, tmp_path, monkeypatch, capsys):
-    """The fit in a shell of its own; what follows reads files alone."""
-    run("fit", "--config", tiny.config, cwd=tmp_path)
-    command(monkeypatch, "test", "--config", tiny.config, "--ckpt_path", "best")
-    capsys.readouterr()
-    command(monkeypatch, "export", "--ckpt_path", "runs/tiny")
-    shown = capsys.readouterr().out
-
-    report = json.loads((tmp_path / "runs/tiny/report.json").read_text())
-    assert set(report) >= KEYS
-    assert report["val_accuracy"] > 0.85
-    assert report["test_accuracy"] > 0.75
-    assert report["w0_unchanged"] is True
-    assert report["export_max_rel_diff"] <= 1e-5
-    assert report["trainable"] == 3906
-    words = ("trainable parameters", "W0 before, after", "unchanged", "merged against adapted")
-    assert all(text in shown for text in (*words, report["merged_dir"]))
-    made = {p.name for p in (tmp_path / "runs/tiny/version_0").iterdir()}
-    assert {"config.yaml", "checkpoints", "metrics.csv", "report.json", "export", "test"} <= made
-
-    texts = ["the film is lovely and warm", "a dull story of two friends", "clumsy"]
-    batch = AutoTokenizer.from_pretrained(tmp_path / report["merged_dir"])(texts, padding=True, return_tensors="pt")
-    module = LoRAModule(
-        huggingface(tiny.bert, label_names=["fresh", "rotten"]),
-        SequenceClassification(2),
-        LoRAConfig(r=4, modules_to_save=["classifier"]),
-    ).eval()
-    module.load_state_dict(load_checkpoint(tmp_path / "runs/tiny/version_0/checkpoints/best.ckpt")["state_dict"])
-    with torch.no_grad():
-        ours = module.backbone(**batch).logits
-        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / report["merged_dir"])
-        assert merged.config.id2label == {0: "fresh", 1: "rotten"}
-        peft = PeftModel.from_pretrained(huggingface(tiny.bert, num_labels=2), tmp_path / report["adapter_dir"]).eval()
-        for other in (merged(**batch).logits, peft(**batch).logits):
-            assert float((other - ours).abs().max() / ours.abs().max()) <= 1e-5
-        assert [merged.config.id2label[int(i)] for i in ours.argmax(1)] == ["fresh", "rotten", "rotten"]
 
 
 @pytest.mark.slow  # tests/training/test_averaging.py holds it without the command
@@ -99,18 +55,16 @@ def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(traine
     assert all(sum(row["probabilities"]) == pytest.approx(1, abs=1e-5) for row in rows)
 
 
-def test_a_run_is_exported_onto_another_base_aloud_and_not_without_data(tiny, trained, tmp_path, monkeypatch, capsys):
-    """In this process: the parser is the command's own."""
+def test_a_run_is_exported_onto_another_base_aloud(tiny, trained, tmp_path, monkeypatch, capsys):
     config = yaml.safe_load((trained / "config.yaml").read_text())
     args = config["model"]["backbone"]["init_args"]
     args["pretrained_model_name_or_path"] = str(make_bert(tmp_path / "other", seed=1))
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
     given = ["export", "--config", tmp_path / "other.yaml", "--ckpt_path", trained, "--output_dir", tmp_path / "out"]
     given += ["--dtype", "float16", "--max_shard_size", "20KB", "--model.allow_other_base", "true"]
-    with pytest.warns(UserWarning, match="allow_other_base: the adapter was made on another base"):
+    with pytest.warns(UserWarning, match="allow_other_base"):
         LoRACLI(args=[str(arg) for arg in given])
     report = json.loads((tmp_path / "out" / "export_report.json").read_text())
-    assert report["probe"] == "the data's first batch"
     assert report["dtype"] == "float16"
     assert report["merged_files"] > 1
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged")
@@ -119,12 +73,72 @@ def test_a_run_is_exported_onto_another_base_aloud_and_not_without_data(tiny, tr
     shown = capsys.readouterr().out
     assert "merged weights" in shown
     assert "float16" in shown
-    config.pop("data")
-    config["model"]["task"]["init_args"]["num_classes"] = 2
-    args["label_names"] = ["fresh", "rotten"]
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
-    with (
-        pytest.warns(UserWarning, match="allow_other_base"),
-        pytest.raises(LoRAError, match="give the config a data section, or the model an example_input_array"),
-    ):
-        LoRACLI(args=[str(arg) for arg in given])
+
+
+# ---- a run of many GPUs on a machine that has none
+
+
+@pytest.fixture
+def of_many(trained):
+    places = {"accelerator": "gpu", "devices": "8", "num_nodes": "2", "strategy": "ddp"}
+    flags = [word for name, value in places.items() for word in (f"--trainer.{name}", value)]
+    return ["--config", str(trained / "config.yaml"), *flags, "--ckpt_path", str(trained)]
+
+
+def test_a_run_of_many_gpus_is_exported_in_one_process_anywhere(of_many, tmp_path):
+    LoRACLI(args=["export", *of_many, "--formats", "adapter", "--output_dir", str(tmp_path / "out")])
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the line is for machines without a GPU")
+def test_it_is_tested_on_one_device_with_an_overlay_and_said_in_one_line_without(of_many, monkeypatch, capsys):
+    assert "--trainer.accelerator gpu" in mistake(monkeypatch, capsys, "test", *of_many)
+    cli = LoRACLI(args=["test", *of_many, "--config", str(REPOSITORY / "configs/strategy/single.yaml")])
+    assert cli.trainer.world_size == 1
+    assert float(cli.trainer.callback_metrics["test/accuracy"]) > 0.75
+
+
+# ---- data that are given beside a run
+
+
+@pytest.fixture
+def hold_out(tiny, tmp_path, monkeypatch):
+    """20 rows of one label alone, and no train split."""
+    lines = Path(tiny.reviews).read_text().splitlines(keepends=True)
+    rows = [line for line in lines if ",fresh," in line or line.startswith("text,")][:21]
+    (tmp_path / "hold.csv").write_text("".join(rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hold.csv"
+
+
+@pytest.mark.parametrize(
+    ("path", "names"), [("hold.csv", []), ("{test: hold.csv}", ["--data.label_names", "[fresh,rotten]"])]
+)
+def test_all_rows_of_a_named_file_are_tested_beside_the_run(trained, hold_out, path, names, monkeypatch, capsys):
+    """A trained run knows its labels; no train split is asked for."""
+    command(monkeypatch, "test", "--ckpt_path", trained)
+    before = (trained / "report.json").read_bytes(), (trained / "test/metrics.csv").read_bytes()
+    capsys.readouterr()
+    command(monkeypatch, "test", "--ckpt_path", trained, "--data.path", path, *names)
+    shown = capsys.readouterr().out
+    assert "20 of hold.csv" in shown
+    assert "rows: test 20" in shown
+    assert (trained / "test_hold/metrics.csv").is_file()
+    report = json.loads((trained / "test_hold/report.json").read_text())
+    assert report["test_rows"] == 20
+    assert report["data"]["rows"] == {"test": 20}
+    assert "Data" in (trained / "test_hold/report.html").read_text()
+    assert before == ((trained / "report.json").read_bytes(), (trained / "test/metrics.csv").read_bytes())
+
+
+def test_predictions_carry_the_columns_that_are_asked_for(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "new.csv").write_text("id,text,film\n7,a lovely story,one\n9,a dull film,two\n")
+    monkeypatch.chdir(tmp_path)
+    given = ["predict", "--ckpt_path", trained, "--data.path", "new.csv"]
+    for columns, own in (([], {"id": [7, 9]}), (["--columns", "film,text"], {"film": ["one", "two"]})):
+        command(monkeypatch, *given, *columns)
+        rows = [json.loads(line) for line in (trained / "predict/predictions.jsonl").read_text().splitlines()]
+        assert [row["row"] for row in rows] == [0, 1]
+        for name, values in own.items():
+            assert [row[name] for row in rows] == values
+    assert rows[0]["text"] == "a lovely story"

@@ -11,6 +11,7 @@ import pytest
 
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import REPOSITORY
+from tests.command.test_several_processes import end_of
 from tests.training.resuming import differing
 
 
@@ -28,26 +29,19 @@ def finish(process):
     return process.returncode, said
 
 
-def end_of(folder):
-    """Adapter and optimizer in `last.ckpt` of the only version there."""
-    assert [p.name for p in (folder / "runs" / "tiny").glob("version_*")] == ["version_0"]
-    content = load_checkpoint(folder / "runs/tiny/version_0/checkpoints/last.ckpt")
-    moments = content["optimizer_states"][0]["state"]
-    flat = {f"{i}.{key}": value for i, state in moments.items() for key, value in state.items()}
-    return {**content["state_dict"], **flat, "step": content["global_step"], "epoch": content["epoch"]}
-
-
-def killed_and_started_again(tiny, folder, kills, seed, epochs):
-    """Kill at random moments: every other time from the start on, else once there is a newer checkpoint.
-
-    Returns the steps of the newest checkpoint after each kill.
-    """
-    rng = random.Random(seed)
-    steps = []
-    file = folder / "runs/tiny/version_0/checkpoints/last.ckpt"
+@pytest.mark.slow
+def test_twenty_kills_end_with_the_bytes_of_the_uninterrupted_run(tiny, tmp_path):
+    """At random moments: every other time from the start on, else once there is a newer checkpoint."""
+    kills, epochs, rng, steps = 20, 60, random.Random(20), []
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    code, said = finish(start(tiny, whole, epochs=epochs))
+    assert code == 0, said
+    file = killed / "runs/tiny/version_0/checkpoints/last.ckpt"
     for number in range(kills):
         before = file.stat().st_mtime_ns if file.is_file() else None
-        process = start(tiny, folder, "--ckpt_path", "auto", epochs=epochs)
+        process = start(tiny, killed, "--ckpt_path", "auto", epochs=epochs)
         limit = time.monotonic() + 120
         while number % 2 and process.poll() is None and time.monotonic() < limit:
             if file.is_file() and file.stat().st_mtime_ns != before:
@@ -57,21 +51,22 @@ def killed_and_started_again(tiny, folder, kills, seed, epochs):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         steps.append(load_checkpoint(file)["global_step"] if file.is_file() else 0)
-    code, said = finish(start(tiny, folder, "--ckpt_path", "auto", epochs=epochs))
+    code, said = finish(start(tiny, killed, "--ckpt_path", "auto", epochs=epochs))
     assert code == 0, said
-    return steps
+    end = end_of(whole, "tiny")
+    print(f"newest step after each kill: {steps}, of {end['step']}")
+    assert steps == sorted(steps), "a kill lost what was saved"
+    assert len(set(steps) - {0, end["step"]}) >= kills // 3, f"too few kills fell into training: {steps}"
+    assert differing(end, end_of(killed, "tiny")) == []
 
 
 @pytest.mark.slow
-def test_twenty_kills_end_with_the_bytes_of_the_uninterrupted_run(tiny, tmp_path):
-    kills, epochs = 20, 60
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    code, said = finish(start(tiny, tmp_path / "whole", epochs=epochs))
-    assert code == 0, said
-    steps = killed_and_started_again(tiny, tmp_path / "killed", kills, 20, epochs)
-    whole, killed = (end_of(tmp_path / name) for name in ("whole", "killed"))
-    print(f"newest step after each kill: {steps}, of {whole['step']}")
-    assert steps == sorted(steps), "a kill lost what was saved"
-    assert len(set(steps) - {0, whole["step"]}) >= kills // 3, f"too few kills fell into training: {steps}"
-    assert differing(whole, killed) == []
+def test_ctrl_c_in_a_fit(tiny, tmp_path):
+    running, limit = start(tiny, tmp_path, epochs=10_000), time.monotonic() + 120
+    while time.monotonic() < limit and not list(tmp_path.glob("runs/tiny/version_0/checkpoints/*.ckpt")):
+        time.sleep(0.2)
+    running.send_signal(signal.SIGINT)
+    code, said = finish(running)
+    assert code == 130, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "lora-lightning: error: stopped by Ctrl-C"

@@ -1,7 +1,6 @@
 """Real launchers, and strategies that start or shard: what stops one stops all, and a fit goes on to the same bytes."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 from lora_lightning.training.checkpoints.file_io import check_whole
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import REPOSITORY
-from tests.command.test_several_processes import MIDDLE, STOPS, end_of, errors, fit, interrupted, only_folder
+from tests.command.test_several_processes import MIDDLE, end_of, errors, fit, interrupted, only_folder
 from tests.command.warm import run_all
 from tests.processes import free_port
 from tests.training.resuming import differing
@@ -36,7 +35,6 @@ KILLED = (2, -signal.SIGKILL)
 """By itself, or by Lightning's observer, which looks every five seconds."""
 ENDS = {
     "gone": (f"kill:1:{MIDDLE}", KILLED, "another process is gone"),
-    "wrong": (f"stuck:0:{MIDDLE}+error:1:{MIDDLE}", KILLED, "ZeroDivisionError: a fault of one's own"),
     "first": (f"kill:0:{MIDDLE}", KILLED[1:], "process is gone"),
 }
 
@@ -72,8 +70,8 @@ SPAWN = [*TWO, "--trainer.strategy", "ddp_spawn"]
 ALONE = {"count": 1, "launcher": "none"}
 FORK = {**ALONE, "overlay": REPOSITORY / "configs/strategy/ddp-fork.yaml"}
 WAYS = {
-    "fork": (TWO, FORK, f"asked:1:{MIDDLE}", [75], {"nan": f"nan:1:{MIDDLE}", "gone": f"kill:1:{MIDDLE}"}),
-    "spawn": (SPAWN, ALONE, f"asked:0:{MIDDLE}", [75], {"nan": f"nan:1:{MIDDLE}"}),
+    "fork": (TWO, FORK, f"asked:1:{MIDDLE}", [75], {"gone": f"kill:1:{MIDDLE}"}),
+    "spawn": (SPAWN, ALONE, f"asked:0:{MIDDLE}", [75], {}),
     "fsdp2": ([], {"overlay": REPOSITORY / "configs/strategy/fsdp2.yaml"}, f"term:1:{MIDDLE}", [75, 0], {}),
 }
 """Arguments, how it is started, a SIGTERM to the parent of processes or to one of two, the exit codes, other faults."""
@@ -94,7 +92,7 @@ def played(request, tiny, tmp_path_factory):
 def test_sigterm_leaves_one_whole_checkpoint_and_the_fit_goes_on_to_the_bytes_of_one_that_was_not_interrupted(played):
     asked, kept = played["asked"], played["folder"] / "asked.kept"
     assert asked.codes == played["way"][3], asked
-    assert asked.everything.count("goes on from there") == 1, asked
+    assert asked.everything.count("SIGTERM: ") == 1, asked
     check_whole(kept / "last.ckpt")
     assert load_checkpoint(kept / "last.ckpt")["global_step"] == MIDDLE + 1
     assert {path.name for path in kept.iterdir()} == {"best.ckpt", "last.ckpt", "last.ckpt.previous"}
@@ -106,11 +104,10 @@ def test_sigterm_leaves_one_whole_checkpoint_and_the_fit_goes_on_to_the_bytes_of
 
 
 def test_what_stops_a_process_that_the_command_started_is_told_in_one_line(played):
-    told = {"nan": STOPS["nan"].removeprefix("rank 1.*"), "gone": r"process 1 was ended by SIGKILL"}
     for name in played["way"][4]:
         assert played[name].codes == [2], played[name]
         (line,) = errors(played[name])
-        assert re.search(told[name], line), line
+        assert "process 1 was ended by SIGKILL" in line
         assert "Traceback" not in played[name].everything, played[name]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lora_lightning.cli.registry import ENTRIES
-from tests.command.process import ends, files_in, run
+from tests.command.process import ends, files_in
 
 BROKEN = """
 from torch import nn
@@ -86,7 +86,7 @@ def taken():
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: f"{mistake.command[:50]} {mistake.said[:30]}")
 def test_a_mistake_is_answered_word_for_word(mistake, folder, taken, monkeypatch, capsys):
-    if "torch sees no GPU" in mistake.said and torch.cuda.is_available():
+    if mistake.command.endswith("accelerator gpu") and torch.cuda.is_available():
         pytest.skip("the line is for machines without a GPU")
     here = folder(mistake)
     before = files_in(here)
@@ -105,10 +105,3 @@ def test_a_mistake_is_answered_word_for_word(mistake, folder, taken, monkeypatch
 def test_there_are_many_and_each_answer_is_one_sentence_that_fits_a_screen():
     assert len(MISTAKES) > 90
     assert all(len(mistake.said) < 330 and "<class" not in mistake.said for mistake in MISTAKES)
-
-
-def test_a_mistake_in_a_users_shell(tiny, tmp_path):
-    done = run("fit", "--config", tiny.config, "--model.lora.target_modules", "[qurey]", cwd=tmp_path, ok=False)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("lora-lightning: error: target_modules: no module matches 'qurey'")

@@ -1,10 +1,9 @@
 """How a command ends: exit codes, the place of an exception, and what `--debug` adds."""
 
 import os
-import signal
+import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -44,26 +43,22 @@ def fails(monkeypatch, capsys):
 def test_an_exception_keeps_its_type_and_message_and_names_its_place():
     code, said = exit_code_and_line(raised(lambda: 1 / 0))
     assert code == 1
-    assert said.startswith("ZeroDivisionError: division by zero (")
-    assert "test_outcome.py:" in said
-    assert "<lambda>; --debug shows the traceback)" in said
-
-    # of a user's own code and not of the library that it called; and not taken for an error that is known
-    assert (
-        "test_outcome.py:"
-        in exit_code_and_line(raised(lambda: subprocess.run(["true"], check=False, timeout="soon")))[1]
+    assert re.fullmatch(
+        r"ZeroDivisionError: .* zero \(.*test_outcome.py:.*<lambda>; --debug shows the traceback\)", said
     )
-    (_, said), (code, _) = (
-        exit_code_and_line(raised(lambda error=error: (_ for _ in ()).throw(error)))
-        for error in (RuntimeError("out of memory, says my loader"), FileNotFoundError(2, "gone", "x"))
-    )
-    assert said.startswith("RuntimeError: out of memory, says my loader")
-    assert code == 1
+    ours = exit_code_and_line(raised(lambda: subprocess.run(["true"], check=False, timeout="soon")))[1]
+    assert "test_outcome.py:" in ours, "of a user's own code and not of the library that it called"
+    for error in (RuntimeError("out of memory, says my loader"), FileNotFoundError(2, "gone", "x")):
+        code, said = exit_code_and_line(raised(lambda error=error: (_ for _ in ()).throw(error)))
+        assert (code, said.partition(":")[0]) == (1, type(error).__name__), "not taken for an error that is known"
 
 
 def test_a_mistake_is_2_and_ctrl_c_130_and_they_say_nothing_of_a_place(fails):
     assert fails(LoRAError("r must be 1")) == (2, "lora-lightning: error: r must be 1\n")
-    assert fails(KeyboardInterrupt()) == (130, "lora-lightning: error: stopped by Ctrl-C\n")
+    answered_by_lightning = SystemExit(1)
+    answered_by_lightning.__context__ = KeyboardInterrupt()
+    for error in (KeyboardInterrupt(), answered_by_lightning):
+        assert fails(error) == (130, "lora-lightning: error: stopped by Ctrl-C\n")
 
 
 @pytest.mark.parametrize("error", [LoRAError("r must be 1"), ZeroDivisionError("no")])
@@ -75,41 +70,6 @@ def test_debug_adds_the_traceback_and_keeps_line_and_code(error, fails):
     assert "Traceback (most recent call last)" in shown
     assert shown.endswith(plain)
     assert os.environ[DEBUG] == "1", "processes that the command starts show theirs too"
-
-
-def test_ctrl_c_that_lightning_answered_with_1_is_130_too(monkeypatch, capsys):
-    def run(_):
-        try:
-            raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            sys.exit(1)
-
-    monkeypatch.setattr(entry, "run", run)
-    with pytest.raises(SystemExit) as stopped:
-        command(monkeypatch, "fit")
-    assert stopped.value.code == 130
-    assert "Traceback" not in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_ctrl_c_in_a_fit(tiny, tmp_path):
-    args = ["fit", "-c", tiny.config, "--trainer.max_epochs", "10000"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "lora_lightning", *args],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    ) as running:
-        limit = time.monotonic() + 120
-        while time.monotonic() < limit and not list(tmp_path.glob("runs/tiny/version_0/checkpoints/*.ckpt")):
-            time.sleep(0.2)
-        running.send_signal(signal.SIGINT)
-        said = running.communicate(timeout=60)[1]
-    assert running.returncode == 130, said
-    assert "Traceback" not in said
-    assert said.splitlines()[-1] == "lora-lightning: error: stopped by Ctrl-C"
 
 
 def test_a_reader_that_has_gone_is_no_error():

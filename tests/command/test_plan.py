@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -47,11 +46,16 @@ def bare(tiny, tmp_path):
     return file
 
 
-def test_config_json_alone_suffices_and_no_data_are_read(bare):
+def test_config_json_alone_suffices_and_flags_of_fit_count_and_batches_are_as_large_as_asked(bare):
     plan = planned("-c", bare, "--length", 12, *OWN)
     assert plan.report.trainable > 0
     assert plan.config_row().cost.peak > plan.config_row().cost.kept > 0
     assert plan.full.flops > plan.config_row().cost.flops
+    wider = planned("-c", bare, *OWN, "--length", 24, "--model.lora.r", 8)
+    assert wider.report.trainable - 66 == 2 * (plan.report.trainable - 66)  # but for the classifier
+    assert wider.config_row().cost.kept > 1.9 * plan.config_row().cost.kept
+    assert planned("-c", bare, *OWN, "--length", 12, "--batch_size", 4).batch.rows == 4
+    assert plan.batch.rows == 16  # the config's own
 
 
 def test_labels_come_from_the_config_then_a_flag_then_are_assumed_aloud(bare):
@@ -62,15 +66,6 @@ def test_labels_come_from_the_config_then_a_flag_then_are_assumed_aloud(bare):
     assert given.notes == named.notes == []
     assert given.report.saved == named.report.saved == {"classifier": 5 * 32 + 5}
     assert assumed.report.saved == {"classifier": 2 * 32 + 2}
-
-
-def test_flags_of_fit_count_and_batches_are_as_large_as_asked(bare):
-    plan = planned("-c", bare, *OWN, "--length", 12)
-    wider = planned("-c", bare, *OWN, "--length", 24, "--model.lora.r", 8)
-    assert wider.report.trainable - 66 == 2 * (plan.report.trainable - 66)  # but for the classifier
-    assert wider.config_row().cost.kept > 1.9 * plan.config_row().cost.kept
-    assert planned("-c", bare, *OWN, "--length", 12, "--batch_size", 4).batch.rows == 4
-    assert plan.batch.rows == 16  # the config's own
 
 
 def test_every_overlay_is_set_beside_the_others(bare):
@@ -103,24 +98,12 @@ def test_the_screen_shows_the_formula_with_the_runs_numbers_and_json_stands_alon
     assert json.loads((tmp_path / "plan.json").read_text())["batch"]["rows"] == 16
 
 
-def test_a_step_that_asks_for_numbers_leaves_the_counts(bare, tmp_path):
-    (tmp_path / "asking.py").write_text(
-        "import torch\n\n\nclass Asking(torch.nn.Module):\n"
-        "    def __init__(self):\n        super().__init__()\n        self.query = torch.nn.Linear(8, 8)\n"
-        "        self.classifier = torch.nn.Linear(8, 2)\n\n"
-        "    def forward(self, input_ids, attention_mask):\n"
-        "        out = self.query(torch.ones(len(input_ids), 8))\n"
-        "        return self.classifier(out if out.sum() > 0 else -out)\n"
-    )
-    sys.path.insert(0, str(tmp_path))
-    try:
-        config = yaml.safe_load(bare.read_text())
-        config["model"]["backbone"] = {"class_path": "asking.Asking"}
-        config["model"]["lora"]["target_modules"] = ["query"]
-        bare.write_text(yaml.safe_dump(config))
-        plan = planned("-c", bare, *OWN, "--length", 12)
-    finally:
-        sys.path.remove(str(tmp_path))
+def test_a_step_that_asks_for_numbers_leaves_the_counts(bare):
+    config = yaml.safe_load(bare.read_text())
+    config["model"]["backbone"] = {"class_path": "tests.command.own_data.Asking"}
+    config["model"]["lora"]["target_modules"] = ["query"]
+    bare.write_text(yaml.safe_dump(config))
+    plan = planned("-c", bare, *OWN, "--length", 12)
     assert plan.report.trainable == 2 * 8 * 4 + 18
     assert plan.memory == []
     assert any("cannot be run without numbers" in note for note in plan.notes)
@@ -129,11 +112,10 @@ def test_a_step_that_asks_for_numbers_leaves_the_counts(bare, tmp_path):
 @pytest.mark.parametrize("make", ["timm_model", "torchvision_model"])
 def test_image_models_are_built_without_their_weights(make, tmp_path):
     pytest.importorskip("timm")
-    name = {"timm_model": "resnet18", "torchvision_model": "resnet18"}[make]
     file = tmp_path / "images.yaml"
     text = f"""
 model:
-  backbone: {{class_path: lora_lightning.{make}, init_args: {{model_name: {name}}}}}
+  backbone: {{class_path: lora_lightning.{make}, init_args: {{model_name: resnet18}}}}
   lora: {{r: 4, target_modules: [conv1], modules_to_save: [fc]}}
   task: {{class_path: lora_lightning.ImageClassification}}
 data:

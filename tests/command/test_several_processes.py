@@ -1,8 +1,4 @@
-"""Laws 2, 4 and 8 with several processes, through the command: what stops one stops all.
-
-The processes are forked from one that has imported all, with the environment that torchrun sets, and each case is a run
-of the command in two of them. Where a fault falls, `tests/command/faults.py` says.
-"""
+"""Laws 2, 4 and 8 with several processes, through the command: what stops one stops all."""
 
 import json
 import re
@@ -128,14 +124,12 @@ def test_with_workers_with_four_processes_and_with_samples(more):
         for done in (whole, f"{name}-again"):
             assert set(more[done].codes) == {0}, more[done]
         assert differing(end_of(more["folder"], whole), end_of(more["folder"], name)) == []
-    assert more["stuck"].codes == [2, 1], more[
-        "stuck"
-    ]  # as in NCCL's collectives, which know of no process that is gone
+    # as in NCCL's collectives, which know of no process that is gone
+    assert more["stuck"].codes == [2, 1], more["stuck"]
     assert "a fault of one's own" in more["stuck"].said[1]
     assert more["loss"].codes == [2, 2], more["loss"]
     (line,) = errors(more["loss"])
     assert "the loss of optimizer step 5 is not finite" in line
-    assert "of the training set, as its file counts them" in line
     assert more["chat"].codes == [0, 0], more["chat"]
     samples = [json.loads(line) for line in (only_folder(more["folder"], "chat") / "samples.jsonl").open()]
     assert len(samples) == 3
@@ -145,7 +139,7 @@ def test_with_workers_with_four_processes_and_with_samples(more):
 @pytest.mark.slow
 def test_sigterm_to_all_saves_once_and_before_training_it_ends_all(more):
     assert more["all"].codes == [75, 0], more["all"]
-    assert more["all"].everything.count("goes on from there") == 1
+    assert more["all"].everything.count("SIGTERM: ") == 1
     assert more["early"].codes == [143, 143], more["early"]
 
 
@@ -159,7 +153,7 @@ def test_a_run_in_two_processes_that_is_interrupted_ends_as_if_it_had_not_been(p
     assert whole["step"] == 9
     assert differing(whole, again) == []
     if name == "asked":
-        assert played["asked"].everything.count("goes on from there") == 1
+        assert played["asked"].everything.count("SIGTERM: ") == 1
         assert f"after step {MIDDLE + 1}" in played["asked"].said[0]
 
 
@@ -174,7 +168,7 @@ STOPS = {
     "scaled": r"the loss of optimizer step 5 is not finite: .* rows .* 'bert.encoder.layer.1.output.dense'",
     "w0": "W0 moved during fit: 1 frozen tensors changed, first 'bert.embeddings.word_embeddings.weight'",
     "gradient": "2 of 28 trainable tensors got no gradient in the first backward",
-    "disk": "could not be written .*: make room there",
+    "disk": "last.ckpt' .*--runs_dir",
     "gone": "another process is gone: all processes stop; --ckpt_path last",
 }
 
@@ -185,7 +179,7 @@ def test_what_goes_wrong_in_one_process_stops_all_with_one_line(played, name):
     assert case.codes == ([2, -9] if name == "gone" else [2, 2]), case
     assert len(errors(case)) == 1, case
     assert re.search(STOPS[name].removeprefix("rank 1.*"), errors(case)[0]), case
-    assert max(case.seconds) < 60, case
+    assert case.seconds < 60, case
 
 
 def only_folder(folder, name):
@@ -231,8 +225,5 @@ def test_two_processes_test_and_predict_as_one_does(played):
 def test_another_number_of_processes_goes_on_and_says_so(more):
     case = more["fewer"]
     assert case.codes == [0], case
-    assert (
-        "the checkpoint was written by 2 processes and is read by 1: the fit goes on, and not bit for bit"
-        in case.said[0]
-    )
+    assert "written by 2 processes and is read by 1: the fit goes on, and not bit for bit" in case.said[0]
     assert end_of(more["folder"], "fewer")["step"] > 9

@@ -13,15 +13,13 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 from tests.command.process import REPOSITORY
-from tests.processes import free_port
+from tests.processes import free_port, in_processes
 
 LIMIT = 90.0
 
@@ -34,67 +32,37 @@ def as_torchrun(rank, count, port):
 def as_srun(rank, count, port):
     """What srun sets for `--nodes=1 --ntasks-per-node=COUNT`."""
     tasks = {"SLURM_NTASKS": count, "SLURM_NTASKS_PER_NODE": count, "SLURM_NNODES": 1, "SLURM_NODELIST": "localhost"}
-    own = {
-        "SLURM_PROCID": rank,
-        "SLURM_LOCALID": rank,
-        "SLURM_NODEID": 0,
-        "SLURM_JOB_ID": 4242,
-        "SLURM_JOB_NAME": "fit",
-    }
-    return {**tasks, **own, "MASTER_PORT": port}
+    own = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": 0, "SLURM_JOB_ID": 4242}
+    return {**tasks, **own, "SLURM_JOB_NAME": "fit", "MASTER_PORT": port}
 
 
 LAUNCHERS = {"torchrun": as_torchrun, "srun": as_srun, "none": lambda *_: {}}
 
 
-def child(case, rank, port):
-    """In a forked process: the command, and its exit code."""
+def child(case, port):
+    """In a forked process: the command."""
+    rank = int(os.environ["LOCAL_RANK"])
     out = os.open(Path(case["folder"]) / f"{case['name']}.{rank}.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(out, stream)
     os.chdir(case["folder"])
+    for name in ("LOCAL_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
     env = {**LAUNCHERS[case.get("launcher", "torchrun")](rank, case["count"], port), **case.get("env", {})}
     os.environ.update({key: str(value) for key, value in env.items()})
     sys.argv = ["lora-lightning", *map(str, case["args"])]
     from lora_lightning.__main__ import main
 
-    code = 0
     try:
         main()
-    except SystemExit as stopped:
-        code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    atexit._run_exitfuncs()
-    os._exit(code)
+    finally:
+        atexit._run_exitfuncs()
 
 
 def play(case):
-    port, began, limit = free_port(), time.monotonic(), case.get("limit", LIMIT)
-    pids = []
-    for rank in range(case["count"]):
-        pid = os.fork()
-        if not pid:
-            child(case, rank, port)
-        pids.append(pid)
-    codes, seconds = {}, {}
-    while len(codes) < len(pids) and time.monotonic() < began + limit:
-        for rank, pid in enumerate(pids):
-            if rank not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
-                codes[rank], seconds[rank] = os.waitstatus_to_exitcode(found[1]), time.monotonic() - began
-        time.sleep(0.02)
-    for rank, pid in enumerate(pids):
-        if rank not in codes:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            codes[rank], seconds[rank] = "hangs", limit
-    result = {
-        "codes": [codes[r] for r in range(len(pids))],
-        "seconds": [round(seconds[r], 1) for r in range(len(pids))],
-    }
+    began = time.monotonic()
+    codes = in_processes(case["count"], child, case, free_port(), timeout=case.get("limit", LIMIT))
+    result = {"codes": codes, "seconds": round(time.monotonic() - began, 1)}
     (Path(case["folder"]) / f"{case['name']}.json").write_text(json.dumps(result))
     if "keep" in case:
         kept, copy = (Path(case["folder"]) / name for name in (case["keep"], f"{case['name']}.kept"))

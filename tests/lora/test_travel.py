@@ -16,7 +16,6 @@ from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
 from tests.factories import folded
-from tests.lora.coverage import note_travel
 from tests.lora.directories import same_files
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import FAMILIES, MOE, build
@@ -158,7 +157,6 @@ def run(case, model):
 def arrived(case, direction, got, home, plain, dtype):
     assert relative(got, home) <= TOLERANCE[dtype]
     assert relative(plain, home) > 1e-4, "the update shows"
-    note_travel(family=case[0], options=case[1], direction=direction)
 
 
 @cases([*WHOLE, *PAIRS], not_by_peft)

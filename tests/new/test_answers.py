@@ -14,7 +14,8 @@ from packaging.requirements import Requirement
 from lora_lightning.commands.new import PACKAGE, new
 from lora_lightning.commands.projects import checks
 from lora_lightning.commands.projects.checks import questions, requirement
-from tests.command.process import REPOSITORY
+from lora_lightning.lora.errors import LoRAError, MissingPackageError
+from tests.command.process import REPOSITORY, files_in, mistake
 from tests.new.test_git import told_by_pip
 from tests.recipes.recipe import parse
 
@@ -115,3 +116,39 @@ def test_on_a_terminal_what_no_flag_says_is_asked(tmp_path):
     assert [said in shown for said in ("The backbone", "Where are runs tracked")] == [True, True]
     assert [said in shown for said in ("What is to be learnt", "The licence")] == [False, False]
     assert (tmp_path / "asked/configs/experiment.yaml").is_file()
+
+
+# ---- mistakes end in one line, and nothing is written
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["3d"], "try 'project_3d'"),
+        (["MyProject"], "try 'my_project'"),
+        (["torch"], "would hide the installed package 'torch'"),
+        (["class"], "try 'class_project'"),
+        (["json"], "try 'json_project'"),
+        ([], "new needs a name: lora-lightning new my_project"),
+        (["mine", "--task", "chta"], "did you mean 'chat'?"),
+        (["mine", "--logger", "wandbb"], "did you mean 'wandb'?"),
+        (["mine", "--tsak", "chat"], "did you mean '--task'?"),
+        (["mine", "--package", "nowhere"], "there is no 'nowhere'"),
+        (["mine", "--template", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(args, said, tmp_path, monkeypatch, capsys):
+    assert said in mistake(monkeypatch, capsys, "new", *args)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_folder_and_a_missing_copier_leave_everything_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    new("mine", git=False, defaults=True)  # an empty one is taken
+    before = files_in(tmp_path)
+    with pytest.raises(LoRAError, match="'mine' is not empty, and nothing was written"):
+        new("mine", "chat", git=False, defaults=True)
+    monkeypatch.setitem(sys.modules, "copier", None)
+    with pytest.raises(MissingPackageError):
+        new("a_b-c", defaults=True)
+    assert files_in(tmp_path) == before

@@ -21,10 +21,18 @@ def main():
     version.mkdir(parents=True, exist_ok=True)
     r, seed = given["model.lora.r"], int(given.get("seed_everything", 0))
     state = version / "state.json"  # stands for last.ckpt
-    done = json.loads(state.read_text()) if state.is_file() else 0
+    done = saved = json.loads(state.read_text()) if state.is_file() else 0
 
     def event(what):
-        told = {"what": what, "r": r, "seed": seed, "at": time.monotonic(), "from": done, "ckpt": given["ckpt_path"]}
+        told = {
+            "what": what,
+            "r": r,
+            "seed": seed,
+            "at": time.monotonic(),
+            "from": done,
+            "saved": saved,
+            "ckpt": given["ckpt_path"],
+        }
         told |= {"threads": os.environ.get("OMP_NUM_THREADS"), "callbacks": given.get("trainer.callbacks+")}
         with Path(plan["events"]).open("a") as file:
             file.write(json.dumps(told) + "\n")
@@ -43,6 +51,7 @@ def main():
         time.sleep(plan["pause"])
         value = level * step / plan["validations"]
         state.write_text(json.dumps(step))
+        saved = step
         with (version / "validations.jsonl").open("a") as file:
             file.write(json.dumps({"step": 10 * step, "val_accuracy": value, "val_loss": 1 - value}) + "\n")
     report = {"val_accuracy": level, "val_loss": 1 - level, "trainable": 100 * int(r), "train_seconds": 60.0}

@@ -35,6 +35,23 @@ def test_a_sweep_of_real_fits_ranks_them_and_reports_each_validation_to_a_pruner
     assert (folder / "rank.png").is_file()
 
 
+@pytest.mark.slow
+def test_a_pruner_ends_a_live_fit_that_learns_nothing(tiny, tmp_path, monkeypatch):
+    """Two learn; the third, with a learning rate of nothing, is ended after a validation, saved and ranked behind."""
+    lr = "model.optimizer.init_args.lr"
+    flags = ["--pruner", "median", "--metric", "val/loss", "--mode", "min", "--trainer.max_epochs", "40"]
+    command(monkeypatch, "sweep", "-c", tiny.config, "--grid", f"{lr}=1e-2,5e-3,1e-12", *flags, "--plots", "false")
+    folder = tmp_path / "runs/tiny-sweep"
+    ranking = json.loads((folder / "sweep.json").read_text())["ranking"]
+    states = {point["values"][lr]: point["state"] for point in ranking}
+    assert states == {"1e-2": "complete", "5e-3": "complete", "1e-12": "pruned"}
+    (trial,) = ranking[-1]["trials"]
+    assert 0 < len(trial["reported"]) < 40
+    assert trial["value"] == min(trial["reported"])
+    assert "SIGTERM: all is saved" in (folder / trial["name"] / "log.txt").read_text()
+    assert not (folder / trial["name"] / "version_0/report.json").exists()
+
+
 REFUSED = {
     "model.lora.rank": ["model.lora.rank=1,2"],
     "two": ["model.lora.r=1,two"],

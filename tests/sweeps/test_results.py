@@ -34,7 +34,7 @@ def over_ranks(*, seeds=(None,), sets=("[query]", "[query, value]")):
     ]
 
 
-def test_equal_points_are_ranked_by_what_they_train_and_what_is_not_whole_comes_last():
+def test_equal_points_are_ranked_by_what_they_train_and_the_table_says_that_the_test_set_was_not_used():
     trials = [
         trial(0, {RANK: "8"}, 0.9, trainable=800),
         trial(1, {RANK: "1"}, None, state="failed"),
@@ -47,9 +47,6 @@ def test_equal_points_are_ranked_by_what_they_train_and_what_is_not_whole_comes_
     seeds += [trial(2, {RANK: "2"}, 0.5, seed=1), trial(3, {RANK: "2"}, 0.7, seed=2)]
     found = rank_points(seeds, "max")
     assert [(point.values[RANK], point.state) for point in found] == [("2", "complete"), ("1", "failed")]
-
-
-def test_the_table_names_what_is_swept_shortly_and_says_that_the_test_set_was_not_used():
     rows = table("sweep", rank_points(over_ranks(seeds=(1, 2)), "max"), [MATRICES, RANK], METRIC, "max")
     assert rows.header == ["", "target_modules", "r", METRIC, "sd", "n", "trainable", "minutes", "folder"]
     assert rows.rows[0][:6] == ["1", "query, value", "64", "0.6790", "0.0071", "2"]

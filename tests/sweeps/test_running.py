@@ -19,13 +19,19 @@ from tests.sweeps.quick import events, placed, plan, run, sweep
 LEVELS = {"1": 0.3, "2": 0.7, "4": 0.5}
 
 
-def test_points_are_ranked_by_the_metric_and_written(tmp_path):
-    outcome, _ = run(plan(tmp_path, level=LEVELS))
+def test_points_are_ranked_and_written_and_a_fit_whose_end_was_not_noted_is_not_run_again(tmp_path):
+    file = plan(tmp_path, level=LEVELS)
+    outcome, _ = run(file)
     told = json.loads((outcome.folder / "sweep.json").read_text())["ranking"]
     assert [point["trainable"] for point in told] == [200, 400, 100]
     with (outcome.folder / "sweep.csv").open() as file:
         rows = [(row["model.lora.r"], float(row["val/accuracy"])) for row in csv.DictReader(file)]
     assert rows == [(point["values"]["model.lora.r"], point["mean"]) for point in told]
+    (outcome.folder / "study.log").unlink()  # as of a sweep that is killed between a fit's end and its record
+    again, said = run(file)
+    assert said == [("ends", r, "complete") for r in ("1", "2", "4")]
+    assert len(events(tmp_path, "begins")) == 3
+    assert placed(again) == [2, 4, 1]
 
 
 def test_a_loss_is_best_where_it_is_smallest_and_which_end_is_must_be_said(tmp_path):
@@ -174,17 +180,6 @@ def test_a_sweep_that_is_killed_ends_its_fits_and_goes_on_where_it_was(tmp_path,
     assert placed(outcome) == [2, 4, 1]
 
 
-def test_a_fit_whose_end_was_not_noted_is_not_run_again(tmp_path):
-    """As where the sweep is killed between a fit's end and its record; here the record of all is gone."""
-    file = plan(tmp_path, level=LEVELS)
-    outcome, _ = run(file)
-    (outcome.folder / "study.log").unlink()
-    again, said = run(file)
-    assert said == [("ends", r, "complete") for r in ("1", "2", "4")]
-    assert len(events(tmp_path, "begins")) == 3
-    assert placed(again) == [2, 4, 1]
-
-
 def test_two_processes_on_one_study_make_each_fit_once_and_one_goes_on_for_the_other_that_is_killed(tmp_path):
     ranks = [str(r) for r in (1, 2, 4, 8, 16, 32)]
     levels = {r: int(r) / 100 for r in ranks}
@@ -203,7 +198,7 @@ def test_two_processes_on_one_study_make_each_fit_once_and_one_goes_on_for_the_o
     (left,) = events(tmp_path, "leaves")
     again = [event["from"] for event in events(tmp_path, "begins") if event["r"] == left["r"]]
     assert len(again) == 2
-    assert again[1] > 0, "the fit of the killed process goes on from its checkpoint"
+    assert again[1] >= left["saved"], "the fit of the killed process goes on from its checkpoint"
 
 
 def test_a_storage_that_cannot_serve_is_refused_without_its_password(tmp_path):

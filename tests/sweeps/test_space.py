@@ -6,14 +6,8 @@ import pytest
 
 from lora_lightning import LoRAError
 from lora_lightning.cli.parser import command_parser
-from lora_lightning.commands.sweep.search_space import (
-    Range,
-    choices,
-    grid_points,
-    interval,
-    readable_value,
-    short_names,
-)
+from lora_lightning.commands.sweep import search_space as space
+from lora_lightning.commands.sweep.search_space import choices, grid_points, interval
 from lora_lightning.commands.sweep.study import Study, folder_name
 from lora_lightning.commands.sweep.sweep import Request
 
@@ -24,17 +18,13 @@ def test_a_comma_in_brackets_or_quotes_belongs_to_its_value():
     assert choices(SETS).values == ("[query]", "[query,value]", "all-linear")
     assert choices("model.lora={r: 1, alpha: 2},{r: 2, alpha: 2}").values == ("{r: 1, alpha: 2}", "{r: 2, alpha: 2}")
     assert choices("model.lora.target_modules='.*(a,b)',x").values == ("'.*(a,b)'", "x")
-
-
-def test_a_grid_has_every_combination_once_and_the_last_flag_changes_first():
-    swept = [choices("a.b=1,2"), choices("c=x,y,z")]
-    found = [tuple(point.values()) for point in grid_points(swept)]
-    assert found == [(a, c) for a in "12" for c in "xyz"]
+    found = [tuple(point.values()) for point in grid_points([choices("a.b=1,2"), choices("c=x,y,z")])]
+    assert found == [(a, c) for a in "12" for c in "xyz"], "every combination once, and the last flag changes first"
 
 
 def test_a_range_is_no_grid_and_is_whole_where_both_ends_are():
-    assert interval("model.lora.r=1..64") == Range("model.lora.r", 1, 64, log=False, integer=True)
-    assert interval("x.lr=1e-4..1e-2:log") == Range("x.lr", 1e-4, 1e-2, log=True, integer=False)
+    assert interval("model.lora.r=1..64") == space.Range("model.lora.r", 1, 64, log=False, integer=True)
+    assert interval("x.lr=1e-4..1e-2:log") == space.Range("x.lr", 1e-4, 1e-2, log=True, integer=False)
     assert not interval("x.dropout=0..0.5").integer
     with pytest.raises(LoRAError, match="has no grid: give --sampler random or tpe"):
         grid_points([interval("model.lora.r=1..4")])
@@ -42,11 +32,11 @@ def test_a_range_is_no_grid_and_is_whole_where_both_ends_are():
 
 def test_names_are_as_short_as_they_can_be_and_a_folder_tells_its_values():
     keys = ["model.lora.r", "data.init_args.lr", "model.optimizer.lr"]
-    assert list(short_names(keys).values()) == ["lora.r", "init_args.lr", "optimizer.lr"]
-    assert short_names(["model.lora.r"]) == {"model.lora.r": "r"}
+    assert list(space.short_names(keys).values()) == ["lora.r", "init_args.lr", "optimizer.lr"]
+    assert space.short_names(["model.lora.r"]) == {"model.lora.r": "r"}
     name = folder_name(3, {"model.lora.r": "4", "model.lora.target_modules": "[query, value]"}, seed=2)
     assert name == "003_r-4_target_modules-query-value_seed-2"
-    assert readable_value("[query,value]") == "query, value"
+    assert space.readable_value("[query,value]") == "query, value"
     assert "/" not in folder_name(0, {"data.path": "../../x"}, None)
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import html
 import json
+import random
 import re
+import subprocess
 
 import pytest
 import torch
 
-from tests.command.process import command, logged_rows, mistake, run
+from tests.command.process import COMMAND, command, logged_rows, mistake, run
 
 GRID = ("--grid", "model.lora.r=1,4", "--grid", "model.optimizer.init_args.lr=1e-2,3")
 OPTIONS = (
     *("--trainer.max_epochs", "2", "--model.lora.dropout", "0.1", "--trainer.gradient_clip_val", "0.5"),
     *("--trainer.accumulate_grad_batches", "2", "--data.init_args.eval_batch_size", "4", "--save_every", "2"),
 )
+TOGETHER = (*OPTIONS, *GRID, "--together", "--halving", "2", "--plots", "false")
 
 
 def adapter(folder):
@@ -35,8 +38,7 @@ def same(one, other):
 @pytest.fixture(scope="module")
 def sweep(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
-    options = ["--config", tiny.config, *OPTIONS, *GRID, "--together", "--halving", "2", "--plots", "false"]
-    done = run("sweep", *options, cwd=folder)
+    done = run("sweep", "--config", tiny.config, *TOGETHER, cwd=folder)
     return folder / "runs" / "tiny-sweep", done.stdout
 
 
@@ -83,10 +85,8 @@ TWO_RANKS = ["--grid", "model.lora.r=1,2"]
 REFUSED = [
     (["--grid", "data.init_args.batch_size=8,16"], "'data.init_args.batch_size' cannot differ"),
     (["--grid", "trainer.precision=32-true,bf16-mixed"], "'trainer.precision' cannot differ"),
-    (
-        ["--grid", "trainer.max_epochs=1,2"],
-        "'trainer.max_epochs' cannot.*lora-lightning sweep --.* --grid trainer",
-    ),
+    (["--grid", "trainer.max_epochs=1,2"], "'trainer.max_epochs' cannot.*lora-lightning sweep --.* --grid trainer"),
+    ([*TWO_RANKS, "--seeds", "1,2"], "leave --seeds out"),
     ([*TWO_RANKS, "--trainer.strategy", "ddp_fork"], "forks its processes for each"),
     ([*TWO_RANKS, "--trainer.strategy", "fsdp2"], "shards W0 for each: take strategy ddp"),
 ]
@@ -101,8 +101,7 @@ def test_what_one_fit_cannot_have_is_refused_by_name(flags, said, tiny, monkeypa
 def test_other_rungs_than_those_that_were_decided_at_are_refused(sweep, tiny, monkeypatch, capsys):
     folder, _ = sweep
     monkeypatch.chdir(folder.parents[1])
-    flags = ["--together", "--halving", "2", "--plots", "false", "--rungs", "1/2"]
-    line = mistake(monkeypatch, capsys, "sweep", "--config", tiny.config, *OPTIONS, *GRID, *flags)
+    line = mistake(monkeypatch, capsys, "sweep", "--config", tiny.config, *TOGETHER, "--rungs", "1/2")
     assert "another together.rungs" in line
 
 
@@ -113,9 +112,37 @@ def test_who_was_dropped_before_a_kill_is_recorded_and_not_fitted(tiny, tmp_path
     decision = {"rung": "1/8", "step": 1, "dropped": dict.fromkeys(names, "rung 1: behind")}
     (tmp_path / "runs" / "tiny-sweep" / "halving.json").write_text(json.dumps([decision]))
     monkeypatch.chdir(tmp_path)
-    flags = ["--together", "--halving", "2", "--plots", "false"]
     with pytest.raises(SystemExit):  # none came to its end
-        command(monkeypatch, "sweep", "--config", tiny.config, *OPTIONS, *GRID, *flags)
+        command(monkeypatch, "sweep", "--config", tiny.config, *TOGETHER)
     ranking = json.loads((tmp_path / "runs/tiny-sweep/sweep.json").read_text())["ranking"]
     assert [point["state"] for point in ranking] == ["pruned"] * 4
     assert not list((tmp_path / "runs" / "tiny-sweep").rglob("*.ckpt"))
+
+
+def test_a_member_whose_loss_is_not_finite_ends_alone_and_by_name(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    grid = ["--grid", "model.optimizer.init_args.lr=1e-2,1e30", "--together", "--plots", "false"]
+    command(monkeypatch, "sweep", "--config", tiny.config, *OPTIONS, *grid)
+    ranking = json.loads((tmp_path / "runs/tiny-sweep/sweep.json").read_text())["ranking"]
+    trials = {point["values"]["model.optimizer.init_args.lr"]: point["trials"][0] for point in ranking}
+    assert trials["1e-2"]["state"] == "complete"
+    assert trials["1e30"]["state"] == "failed"
+    assert "finite" in trials["1e30"]["error"]
+
+
+@pytest.mark.slow
+def test_a_population_that_is_killed_goes_on_to_the_same_bytes(sweep, tiny, tmp_path):
+    folder, _ = sweep
+    options = ["--config", tiny.config, *TOGETHER]
+    rng = random.Random(0)
+    for _ in range(6):
+        with subprocess.Popen([str(COMMAND), "sweep", *map(str, options)], cwd=tmp_path) as process:
+            try:
+                process.wait(timeout=8 + 12 * rng.random())
+            except subprocess.TimeoutExpired:
+                process.kill()
+    run("sweep", *options, cwd=tmp_path)
+    again = tmp_path / "runs" / "tiny-sweep"
+    assert (again / "halving.json").read_text() == (folder / "halving.json").read_text()
+    for member in folder.glob("0*"):
+        assert same(member, again / member.name), member.name

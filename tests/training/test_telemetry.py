@@ -59,7 +59,7 @@ def fits(tiny, tmp_path_factory):
     return watched, folder / "with", rank, drift
 
 
-def test_each_layers_numbers_are_those_of_the_dense_update(fits):
+def test_each_layers_numbers_are_the_dense_updates_and_the_log_has_their_range(fits):
     trainer, folder, watching, _ = fits
     rows, layers = logged(folder, FILE), dict(adapted_layers(trainer.lightning_module.backbone))
     assert list(rows[0]) == HEADER
@@ -71,10 +71,6 @@ def test_each_layers_numbers_are_those_of_the_dense_update(fits):
         assert [float(row[name]) for name in HEADER[2:]] == pytest.approx(got, rel=1e-8)
         wanted = dense_measures(layer, layer.weight.detach().double())
         assert {name: float(row[name]) for name in wanted} == pytest.approx(wanted, rel=1e-4)
-
-
-def test_the_log_has_what_all_layers_have_in_common(fits):
-    trainer, folder, watching, _ = fits
     rows = [row for row in logged(folder) if row.get("rank/stable_rank")]
     values = sorted(m.stable_rank for m in watching.last.values())
     found = [float(rows[-1][f"rank/stable_rank{end}"]) for end in ("_min", "", "_max")]

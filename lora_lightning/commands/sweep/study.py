@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_lightning.commands.sweep.search_space import Choices, Swept, readable_value, short_names
-from lora_lightning.lora.errors import LoRAError, MissingPackageError
+from lora_lightning.lora.errors import LoRAError, MissingPackageError, first_line
 
 Sampler = Literal["grid", "random", "tpe"]
 Pruner = Literal["none", "median", "hyperband"]
@@ -357,7 +357,7 @@ class Study:
                 " pip install 'psycopg[binary]' and --storage postgresql+psycopg://user@host/name"
             ) from error
         except Exception as error:
-            first = str(error).strip().splitlines()[0]
+            first = first_line(error)
             raise LoRAError(
                 f"--storage {_without_password(storage)} cannot be opened ({first}): expected a file for Optuna's"
                 " journal, or a database as SQLAlchemy writes it, such as postgresql+psycopg://user@host/name"

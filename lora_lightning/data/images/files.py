@@ -11,7 +11,7 @@ import datasets
 from lora_lightning.data.images.decoding import SUFFIXES
 from lora_lightning.data.io.splits import SPLITS
 from lora_lightning.data.io.tables import NAMES
-from lora_lightning.lora.errors import LoRAError, first_few
+from lora_lightning.lora.errors import LoRAError, first_few, first_line
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """A folder of images with such a file is an imagefolder of `datasets`."""
@@ -126,6 +126,6 @@ def read_imagefolder(root: Path) -> datasets.DatasetDict:
         loaded = datasets.load_dataset("imagefolder", data_dir=str(root))
     except Exception as error:  # datasets wraps errors in many types
         cause = error.__cause__ or error
-        raise LoRAError(f"{root} cannot be read as an imagefolder: {str(cause).strip().splitlines()[0]}") from error
+        raise LoRAError(f"{root} cannot be read as an imagefolder: {first_line(cause)}") from error
     assert isinstance(loaded, datasets.DatasetDict)
     return loaded

@@ -16,7 +16,7 @@ from lora_lightning.data.images.rows import Cells
 from lora_lightning.data.images.table import ImageCells
 from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
 from lora_lightning.data.pairs import GROUP, groups_of
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, first_line
 
 
 class ImageTextData(ImageCells):
@@ -67,7 +67,7 @@ class ImageTextData(ImageCells):
             try:
                 self._processor = AutoProcessor.from_pretrained(resolve(self.processor_name))  # type: ignore[no-untyped-call]
             except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
                 raise LoRAError(f"no processor '{self.processor_name}': {reason}") from error
         return self._processor
 

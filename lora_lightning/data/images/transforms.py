@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torchvision.transforms import v2
 
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, first_line
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 PIL_FILTERS: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
@@ -200,7 +200,7 @@ def _of_transformers(name: str) -> Preprocessing:
         with quiet():
             settings: Any = transformers.AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, ImportError) as error:
-        raise LoRAError(f"'{name}' has no image processor: {str(error).strip().splitlines()[0]}") from error
+        raise LoRAError(f"'{name}' has no image processor: {first_line(error)}") from error
 
     def of(attribute: str, default: Any) -> Any:
         value = getattr(settings, attribute, None)

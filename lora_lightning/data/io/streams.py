@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, first_line
 
 AT_ONCE = 1000
 """Rows that are tokenized and packed together."""
@@ -99,7 +99,7 @@ def first_row(stream: datasets.IterableDataset, place: str) -> dict[str, Any]:
         row: dict[str, Any] | None = next(iter(stream), None)
     except Exception as error:  # each reader has its errors
         cause = error.__cause__ or error
-        raise LoRAError(f"{place} cannot be read: {str(cause).strip().splitlines()[0]}") from error
+        raise LoRAError(f"{place} cannot be read: {first_line(cause)}") from error
     if row is None:
         raise LoRAError(f"{place} holds no rows")
     return row

@@ -12,7 +12,7 @@ from lora_lightning.backbones.locate import refuse_not_there, resolve
 from lora_lightning.data.io.faults import fault_in, header_of, separator_advice, wide_first_row
 from lora_lightning.data.io.rows import ROW
 from lora_lightning.data.io.splits import CALLED, split_name
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 
 READERS = {
     ".csv": "csv",
@@ -250,7 +250,7 @@ def _read_part(file: str, name: str | None, text_by: TextBy, user_readers: Reade
     try:
         return datasets.load_dataset(on_hub, name, split=part, streaming=streaming)
     except Exception as error:  # many kinds, as below
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise LoRAError(f"no part '{part}' of a set '{on_hub}' found on the hub ({reason})") from error
 
 
@@ -259,7 +259,7 @@ def _from_hub(path: str, name: str | None, streaming: bool) -> dict[str, Any]:
     try:
         return _by_split(datasets.load_dataset(path, name, streaming=streaming))
     except Exception as error:  # many kinds: no network, no such set, a set that needs a configuration
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise LoRAError(f"no set '{path}': neither a file nor a directory nor found on the hub ({reason})") from error
 
 

@@ -20,7 +20,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, first_line
 
 PREVIOUS = ".previous"
 FOREIGN = re.compile(r"(?:GLOBAL|global|class|function) `?([\w.]+\.[\w.]+)")
@@ -53,7 +53,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
         raise LoRAError(
-            f"the checkpoint '{path}' could not be written ({_first_line(cause)}): make room there or give another"
+            f"the checkpoint '{path}' could not be written ({first_line(cause)}): make room there or give another"
             " --runs_dir, and go on with --ckpt_path last; older checkpoints are as they were"
         ) from error
     finally:
@@ -121,7 +121,7 @@ def check_whole(path: Path) -> None:
     except FileNotFoundError:
         raise
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
-        raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint ({_first_line(error)})") from error
+        raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint ({first_line(error)})") from error
 
 
 def whole_file(path: Path) -> Path:
@@ -161,12 +161,7 @@ def read_checkpoint(path: Path, *, weights_only: bool = True, map_location: Any 
             " of it was run"
         ) from None
     except (RuntimeError, EOFError, KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
-        raise DamagedCheckpointError(f"'{file}' is not a whole checkpoint ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise DamagedCheckpointError(f"'{file}' is not a whole checkpoint ({first_line(error)})") from error
 
 
 class WholeFiles(TorchCheckpointIO):
