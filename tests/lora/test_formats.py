@@ -77,27 +77,22 @@ def test_the_same_adapter_is_the_same_bytes(tmp_path, fields):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG, WEIGHTS]
 
 
-CODE = """
-import torch
-from torch import nn
-from lora_lightning import LoRAConfig, inject, save_adapter
-from tests.factories import Own, move
-torch.manual_seed(1)
-model = Own()
-model.table = nn.Embedding(9, 4)
-fields = {"rank_pattern": {"first": 3, "inner.a": 1}, "alpha_pattern": {"second": 3.0}, "bias": "lora_only"}
-fields |= {"modules_to_save": ["head", "norm"], "target_modules": {"first", "second", "inner.a"}}
-inject(model, LoRAConfig(r=2, trainable_token_indices=[4, 2], **fields))
-save_adapter(move(model), directory)
-"""
+def write_rich(directory):
+    torch.manual_seed(1)
+    model = Own()
+    model.table = nn.Embedding(9, 4)
+    fields = {"rank_pattern": {"first": 3, "inner.a": 1}, "alpha_pattern": {"second": 3.0}, "bias": "lora_only"}
+    fields |= {"modules_to_save": ["head", "norm"], "target_modules": {"first", "second", "inner.a"}}
+    inject(model, LoRAConfig(r=2, trainable_token_indices=[4, 2], **fields))
+    save_adapter(move(model), directory)
 
 
 @pytest.mark.filterwarnings("ignore:PEFT")
 def test_another_process_with_another_hash_seed_writes_the_same_bytes(tmp_path):
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": str(REPOSITORY)}
-    code = f"directory = {str(tmp_path / 'theirs')!r}\n{CODE}"
+    code = f"from tests.lora.test_formats import write_rich; write_rich({str(tmp_path / 'theirs')!r})"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=REPOSITORY)
-    exec(CODE, {"directory": tmp_path / "ours"})
+    write_rich(tmp_path / "ours")
     assert same_files(tmp_path / "ours", tmp_path / "theirs")
 
 
@@ -331,12 +326,17 @@ def test_files_that_are_missing_or_torn_are_refused(tmp_path, file):
     refused(tmp_path / "nowhere", "no folder")
 
 
-@pytest.mark.parametrize("record", ["", "{}", "[1]", '{"base": 3}', '{"base": {"digest": "a", "tensors": 5}}', "null"])
-def test_a_record_that_cannot_be_read_is_refused(tmp_path, record):
+TORN_RECORDS = ["", "{}", "[1]", '{"base": 3}', '{"base": {"digest": "a", "tensors": 5}}', "null"]
+OLD = ('{"base": {"digest": "a", "tensors": {}}}', "of format 1 and this version reads format 2; PEFT opens")
+
+
+@pytest.mark.parametrize(("record", "words"), [*((r, "record of its base cannot be read") for r in TORN_RECORDS), OLD])
+def test_a_record_that_cannot_be_read_is_refused(tmp_path, record, words):
     save_adapter(trained(**RICH), tmp_path)
     tensors, metadata = read_tensors(tmp_path / WEIGHTS)
     write_tensors(tmp_path / WEIGHTS, tensors, {**metadata, PROVENANCE: record})
-    refused(tmp_path, "record of its base cannot be read")
+    for allow in (False, True):
+        refused(tmp_path, words, allow_other_base=allow)
 
 
 def test_what_has_no_values_is_neither_loaded_into_nor_saved(tmp_path):

@@ -21,7 +21,6 @@ from tests.lora.directories import of_peft
 from tests.lora.kinds import (
     IDS,
     KINDS,
-    NUM_HEADS,
     WIDTH,
     Attention,
     Mixture,
@@ -189,13 +188,6 @@ def test_the_attentions_own_dropout_is_torchs_in_training(need_weights):
     want = plain(x, x, x)
     torch.manual_seed(3)
     assert torch.equal(model(x, x, x), want)
-
-
-def test_all_linear_says_that_the_dropout_of_the_other_layers_is_not_theirs():
-    model = alone(nn.TransformerEncoderLayer, WIDTH, NUM_HEADS, 16).append(nn.Linear(WIDTH, 2))
-    report = inject(model, config(dropout=0.5))
-    rates = {"0.self_attn": 0.0, "0.self_attn.out_proj": 0.0, "0.linear1": 0.5, "0.linear2": 0.5}
-    assert {row.module: row.dropout for row in report.modules} == rates
 
 
 def test_the_starts_are_drawn_for_each_projection():

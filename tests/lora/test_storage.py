@@ -27,13 +27,10 @@ from lora_lightning.lora.formats import atomic_dir
 from lora_lightning.lora.formats.atomic_dir import stage_folder, write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
+from tests.lora.directories import names
 
 METADATA = {"format": "pt", **{f"key{i}": str(i) for i in range(20)}}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def contents(folder):

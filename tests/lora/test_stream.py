@@ -22,7 +22,7 @@ from lora_lightning.lora.formats.tensor_files import as_bytes
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import base as base_layer
 from tests.factories import hf
-from tests.lora.directories import edit_config, edit_tensors, of_peft
+from tests.lora.directories import edit_config, edit_tensors, names, of_peft
 from tests.lora.kinds import t5
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import BERT, FAMILIES, GROUPED, SMALL, image, logits, seq2seq
@@ -84,10 +84,6 @@ def prepared(folder, make, run, config, dtype=torch.float32, loaded="auto"):
 
 def merged(folder, **options):
     return merge_on_disk(folder / "base", folder / "adapter", folder / "out", **options)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def stored(folder):
@@ -223,10 +219,6 @@ def test_a_file_beside_shards_is_what_transformers_opens(tmp_path):
     assert relative(logits(type(model).from_pretrained(tmp_path / "out").eval()), adapted) < 1e-5
 
 
-def edit(path, **fields):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
 def edit_index(base, change):
     path = base / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -279,7 +271,7 @@ def put_twice(base):
 
 
 def of_config(**fields):
-    return lambda base: edit(base / "config.json", **fields)
+    return lambda base: edit_config(base, "config.json", **fields)
 
 
 REFUSED = {

@@ -28,6 +28,7 @@ from lora_lightning.lora.targets.select import select
 from tests.factories import FAMILIES, Own, bert, hf
 from tests.lora.kinds import ONE_BLOCK, SPECS, alone, net
 from tests.lora.laws import config, stir
+from tests.lora.test_families import FAMILIES as FAMILIES_OF_THE_HUB
 
 
 def names(model, **fields):
@@ -69,13 +70,9 @@ def test_all_linear_selects_what_peft_selects(name):
     assert len(wanted) >= 8
 
 
-SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
-
-
 def test_all_linear_warns_of_experts_that_are_bare_stacks_until_target_parameters_names_them():
     stacks = [f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")]
-    model = hf("MixtralForCausalLM", **SIZES, **HEADS)
+    model = FAMILIES_OF_THE_HUB["mixtral"][0]()
     with pytest.warns(AdapterWarning, match=r"57% of .*target_parameters: \[experts.gate_up_proj, experts.down_proj\]"):
         report = inject(copy.deepcopy(model), LoRAConfig(r=2))
     assert [name for name, reason in report.skipped.items() if reason == STACK] == stacks

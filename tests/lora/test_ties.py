@@ -1,5 +1,6 @@
 """Tied weights: adapted, saved in full and merged without a silent double, through transformers' own saving."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -66,7 +67,10 @@ def test_merged_equals_adapted_and_survives_save_pretrained(case, tmp_path):
     assert ours.config.tie_word_embeddings
     assert torch.equal(logits(ours), plain)
 
-    untied = merge(model).untied
+    half = copy.deepcopy(model)
+    untied = merge(half, dtype=torch.bfloat16).untied
+    assert (half.lm_head.weight is half.model.embed_tokens.weight) == (not untied)
+    assert merge(model).untied == untied
     assert sorted(untied) == sorted(CASES[case][1])
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
     assert model.config.tie_word_embeddings == (not untied)

@@ -7,15 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lora_lightning import (
-    AdapterBank,
-    LoRAConfig,
-    LoRAError,
-    inject,
-    load_adapter,
-    merge,
-    save_adapter,
-)
+from lora_lightning import AdapterBank, LoRAConfig, LoRAError, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import (
     adapter_tensors,
