@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
+from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError
 from tests.factories import assert_same, llama, move, output, snapshot
 
@@ -73,7 +73,7 @@ def test_the_same_base_loads_without_a_word_and_another_aloud_where_it_was_asked
         warnings.simplefilter("error")
         load_adapter(same, directory)
     assert torch.equal(output(same, TOKENS), expected)
-    with pytest.raises(AdapterError, match="adapted already"):
+    with pytest.raises(LoRAError, match="adapted already"):
         load_adapter(same, directory)
     merge(same)
     with pytest.raises(AdapterError, match="another base"):
