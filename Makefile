@@ -98,8 +98,7 @@ clean: ## Remove the environment and caches; runs/ stays
 	@$(PIP) --editable '.[docs]' --config-settings editable_mode=compat
 	@touch $@
 
-.venv/dev: .venv/demo .venv/demo-lm .venv/demo-vision requirements/test-assets.txt
+.venv/dev: .venv/demo .venv/demo-lm .venv/demo-vision
 	@echo "installing what the tests need into .venv"
 	@$(PIP) --editable '.[dev]' --config-settings editable_mode=compat
-	@$(PIP) --no-deps --require-hashes --requirement requirements/test-assets.txt
 	@touch $@

@@ -47,24 +47,24 @@ def make_tokenizer(folder: Path, *, ends: bool) -> tf.PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_model(kind: str, folder: Path | None = None) -> tf.PreTrainedModel:
+def make_model(kind: str, folder: Path | None = None, *, width: int = 32) -> tf.PreTrainedModel:
     """`t5`, `bart` or `gpt2` with random weights, in `folder` with its tokenizer where one is given."""
     torch.manual_seed(0)
     shared: dict[str, Any] = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "eos_token_id": 1}
     model: tf.PreTrainedModel
     if kind == "t5":
-        config = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+        config = {"d_model": width, "d_kv": 8, "d_ff": 2 * width, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
         model = tf.T5ForConditionalGeneration(tf.T5Config(**shared, **config, decoder_start_token_id=0))
     elif kind == "bart":
         sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 64))}
         heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.0}
         ends = {"bos_token_id": 1, "decoder_start_token_id": 1, "forced_eos_token_id": None}
         model = tf.BartForConditionalGeneration(
-            tf.BartConfig(d_model=32, max_position_embeddings=64, **shared, **sizes, **heads, **ends)
+            tf.BartConfig(d_model=width, max_position_embeddings=64, **shared, **sizes, **heads, **ends)
         )
     else:
         off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1}
-        model = tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **shared, **off))
+        model = tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=width, n_layer=2, n_head=4, n_positions=64, **shared, **off))
     if folder is not None:
         model.save_pretrained(folder)
         make_tokenizer(folder, ends=kind != "gpt2")

@@ -170,9 +170,6 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
         measure_drift(scalar, [Batch({"input": torch.ones(2, 3)}, None, range(2))], ["a", "b"])
 
 
-# Texts.
-
-
 def test_the_neutral_set_is_paragraphs_and_texts_are_read_from_files_of_which_a_wrong_cell_is_named(tmp_path):
     """Other mistakes are in tests/command/mistakes.txt."""
     texts = neutral_texts()
@@ -198,9 +195,6 @@ def test_a_runs_own_inputs_are_compared_where_its_task_trains():
     assert found.labels.tolist() == [[-100, -100, 6, -100], [5, 6, 7, -100]]
     assert names[0] == "one two three four"
     assert measure_drift(model, [found], names)[1.0].tokens == 4
-
-
-# Strengths.
 
 
 def test_the_smallest_strength_within_one_standard_error_of_the_best_is_chosen():

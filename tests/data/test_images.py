@@ -224,20 +224,15 @@ FAULTS = {
     "empty class": (lambda f: (f / "violet").mkdir(), "has folders without an image .*violet"),
     "no classes": (lambda f: [shutil.move(f / n, f.parent) for n in COLOURS], "holds no folders: expected one for"),
     "an unknown class": (unknown_class, r"val/rad/00\.png: expected one of the labels .*'rad'.*mean 'red'"),
-    "a reader of no pairs": (
-        lambda f: None,
-        r"reader: expected images and as many labels.*lengths \[2, 3\]",
-        {"reader": lambda path: (np.zeros((2, 4, 4), np.uint8), [1, 2, 3])},
-    ),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_a_folder_names_the_file_before_training(name, folder):
-    breaks, said, *options = FAULTS[name]
+    breaks, said = FAULTS[name]
     breaks(folder)
     with pytest.raises(LoRAError, match=said):
-        data_of(folder, **(options[0] if options else {}))
+        data_of(folder)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

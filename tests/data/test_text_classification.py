@@ -88,8 +88,6 @@ def test_the_majority_share_is_that_of_the_label_most_common_in_train(tmp_path, 
     assert data_of(tmp_path, bert).majority_share("validation") == pytest.approx(1 / 3)
 
 
-# ---- several labels
-
 NAMES = ["money", "sport", "tech"]
 LABELS = [["sport"], ["money", "sport"], [], ["tech", "money"]]
 SEVERAL = [{"text": f"the film {i}", "labels": LABELS[i % 4]} for i in range(40)]
@@ -121,8 +119,6 @@ def test_every_form_of_several_labels_gives_the_same_targets(form, tmp_path, ber
     assert (batch["labels"].shape, batch["labels"].dtype) == ((4, 3), torch.float32)
 
 
-# ---- numbers
-
 SCORED = [{"one": f"the film is {'fine' if i % 2 else 'dull'}", "two": "the end", "score": i / 4} for i in range(30)]
 PAIRS = {"text_column": "one", "text_pair_column": "two", "number_column": "score"}
 
@@ -138,11 +134,3 @@ def test_numbers_of_pairs_of_texts_are_read_from_every_kind_of_file_and_cell(tmp
     assert sorted(scores) == sorted(float(row["score"]) for row in rows)
     model = huggingface(str(bert), label_names=data.label_names)
     assert (model.config.num_labels, model.config.id2label, data.num_classes) == (1, {0: "score"}, 1)
-
-
-def test_a_set_with_hidden_numbers_is_for_prediction(tmp_path, bert):
-    hidden = [{**row, "score": -1.0} for row in SCORED[:5]]
-    path = save(tmp_path / "stsb", train=SCORED, validation=SCORED[:6], test=hidden)
-    data = ready(TextRegressionData, path, bert, split=SplitConfig(test=0.0), **PAIRS)
-    assert sizes(data) == {"train": 30, "validation": 6, "predict": 5}
-    assert "labels" not in next(iter(data.predict_dataloader()))

@@ -1,7 +1,5 @@
 """Names that are the dotted end of others: a setting of one must not reach the other, here or in PEFT."""
 
-import itertools
-
 import peft
 import pytest
 import torch
@@ -14,60 +12,42 @@ from tests.factories import Own
 from tests.lora.kinds import shake
 
 
-def linear(size, **options):
-    return nn.Linear(size, size, dtype=torch.float64, **options)
+class Summed(nn.Module):
+    """Sums what the layers of these names give; the rows are those of a table, if there is one."""
 
-
-class Chain(nn.Module):
-    """`m.e.x`, `e.x` and `x`, each name the end of the one before."""
-
-    def __init__(self):
+    def __init__(self, names, size, table=None):
         super().__init__()
-        self.m, self.e = nn.ModuleDict({"e": nn.ModuleDict({"x": linear(6)})}), nn.ModuleDict({"x": linear(6)})
-        self.x = linear(6)
+        self.names, self.rows = names, table
+        for name in [*names, *([table] if table else [])]:
+            owner = self
+            *path, end = name.split(".")
+            for part in path:
+                if part not in owner._modules:
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.add_module(end, nn.Embedding(5, size) if name == table else nn.Linear(size, size))
 
     def forward(self, x):
-        return self.x(self.e["x"](self.m["e"]["x"](x)))
+        x = self.get_submodule(self.rows)(x) if self.rows else x
+        return x + 0.01 * sum(self.get_submodule(name)(x) for name in self.names)
 
 
-class Named(nn.Module):
+def chain():
+    """Each name is the end of the one before."""
+    return Summed(["m.e.x", "e.x", "x"], 6)
+
+
+def named():
     """Modules that are called as PEFT's wrappers are, or nearly so."""
-
-    def __init__(self):
-        super().__init__()
-        self.base_layer = nn.Sequential(linear(4), linear(4))
-        self.original_module, self.modules_to_save = nn.ModuleDict({"q": linear(4)}), nn.ModuleDict({"q": linear(4)})
-        self.enc = nn.ModuleDict({"base_layers": linear(4), "base_layer": linear(4)})
-        self.encs, self.table = nn.ModuleList([linear(4)]), nn.ModuleDict({"base_layer": nn.Embedding(5, 4)})
-
-    def forward(self, ids):
-        x = self.table["base_layer"](ids)
-        parts = (self.base_layer, self.original_module.values(), self.modules_to_save.values(), self.enc.values())
-        for layer in (*itertools.chain(*parts), *self.encs):
-            x = x + layer(x)
-        return x
+    ends = ["base_layer.0", "base_layer.1", "original_module.q", "modules_to_save.q", "enc.base_layers"]
+    return Summed([*ends, "enc.base_layer", "encs.0"], 4, "table.base_layer")
 
 
-BLOCK = "sparse_mixture_of_experts_of_this_decoder_layer"
-
-
-class Many(nn.Module):
+def many():
     """Experts by long names, once inside and once in full."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([self.block(5) for _ in range(6)])
-        self.model = nn.ModuleDict({"layers": nn.ModuleList([self.block(1)])})
-
-    def block(self, experts):
-        experts = [nn.ModuleDict({"down_projection": linear(2, bias=False)}) for _ in range(experts)]
-        return nn.ModuleDict({BLOCK: nn.ModuleList(experts)})
-
-    def forward(self, x):
-        for layer in (*self.layers, *self.model["layers"]):
-            for expert in layer[BLOCK]:
-                x = x + 0.01 * expert["down_projection"](x)
-        return x
+    of = "sparse_mixture_of_experts_of_this_decoder_layer"
+    names = [f"layers.{layer}.{of}.{expert}.down_projection" for layer in range(6) for expert in range(5)]
+    return Summed([*names, f"model.layers.0.{of}.0.down_projection"], 2)
 
 
 def build(make):
@@ -76,27 +56,27 @@ def build(make):
 
 
 def input_of(make):
-    shape = {Chain: (3, 6), Many: (3, 2), Own: (2, 8)}.get(make)
+    shape = {chain: (3, 6), many: (3, 2), Own: (2, 8)}.get(make)
     return torch.tensor([[0, 3, 1], [2, 4, 1]]) if shape is None else torch.randn(shape, dtype=torch.float64)
 
 
 NAMED = ["base_layer.0", "enc.base_layers", "enc.base_layer", "table.base_layer"]
 REGEX = {"target_modules": ["inner.a+b (c)", "inner.a", "second"], "rank_pattern": {"inner.a+b (c)": 3}}
 OPTIONS = [
-    (Chain, {"target_modules": ["x"], "rank_pattern": {"^x$": 3}}),
-    (Chain, {"target_modules": ["x"], "alpha_pattern": {"^x$": 3.0}}),
-    (Chain, {"target_modules": ["x"], "dropout_pattern": {"^x$": 0.5}, "alpha_pattern": {r"^e\.x": 5.0}}),
-    (Chain, {"target_modules": ["x"], "slices": {"^x$": {"of": ["q", "k"], "take": ["k"]}}}),
-    (Chain, {"target_modules": ["e.x"], "modules_to_save": ["x"]}),
-    (Chain, {"target_modules": r"x|m\.e\.x"}),
+    (chain, {"target_modules": ["x"], "rank_pattern": {"^x$": 3}}),
+    (chain, {"target_modules": ["x"], "alpha_pattern": {"^x$": 3.0}}),
+    (chain, {"target_modules": ["x"], "dropout_pattern": {"^x$": 0.5}, "alpha_pattern": {r"^e\.x": 5.0}}),
+    (chain, {"target_modules": ["x"], "slices": {"^x$": {"of": ["q", "k"], "take": ["k"]}}}),
+    (chain, {"target_modules": ["e.x"], "modules_to_save": ["x"]}),
+    (chain, {"target_modules": r"x|m\.e\.x"}),
     (Own, {**REGEX, "alpha_pattern": {"inner.a+b (c)": 7}}),
-    *((Named, {"target_modules": [name]}) for name in [*NAMED, "original_module.q", "modules_to_save.q"]),
-    (Named, {"target_modules": NAMED, "bias": "lora_only"}),
-    (Named, {"target_modules": ["base_layer.0"], "bias": "all"}),
-    (Named, {"target_modules": ["encs.0"], "bias": "lora_only", "modules_to_save": ["enc.base_layer"]}),
-    (Named, {"target_modules": ["encs.0"], "trainable_token_indices": {"table.base_layer": [1, 3]}}),
-    (Named, {"target_modules": ["encs.0"], "target_parameters": ["enc.base_layer.weight"]}),
-    (Many, {"target_modules": r"layers\..*down_projection"}),
+    *((named, {"target_modules": [name]}) for name in [*NAMED, "original_module.q", "modules_to_save.q"]),
+    (named, {"target_modules": NAMED, "bias": "lora_only"}),
+    (named, {"target_modules": ["base_layer.0"], "bias": "all"}),
+    (named, {"target_modules": ["encs.0"], "bias": "lora_only", "modules_to_save": ["enc.base_layer"]}),
+    (named, {"target_modules": ["encs.0"], "trainable_token_indices": {"table.base_layer": [1, 3]}}),
+    (named, {"target_modules": ["encs.0"], "target_parameters": ["enc.base_layer.weight"]}),
+    (many, {"target_modules": r"layers\..*down_projection"}),
 ]
 PEFT_TOO = (r"x|m\.e\.x", r"layers\..*down_projection")
 
@@ -105,7 +85,7 @@ PEFT_TOO = (r"x|m\.e\.x", r"layers\..*down_projection")
 @pytest.mark.parametrize(("make", "options"), OPTIONS, ids=str)
 def test_settings_of_a_name_that_ends_another_stay_its_own(make, options, tmp_path):
     model, again, x = build(make), build(make), input_of(make)
-    inject(model, LoRAConfig(**{"r": 1 if make is Many else 2, "alpha": 7, **options}))
+    inject(model, LoRAConfig(**{"r": 1 if make is many else 2, "alpha": 7, **options}))
     load_adapter(again, save_adapter(shake(model), tmp_path))
     assert torch.equal(again.eval()(x), model.eval()(x))
     assert not torch.equal(model(x), build(make)(x))

@@ -1,8 +1,7 @@
-"""Backbones that give what they were made with, and tiny nets that take images under a name of their own."""
+"""Backbones that give what they were made with, and tiny nets of images."""
 
 import timm
 from torch import nn
-from torchvision.models import get_model
 from transformers import ViTConfig, ViTForImageClassification
 
 
@@ -22,12 +21,3 @@ def vit(labels):
 
 def timm_net(labels):
     return timm.create_model("test_efficientnet", num_classes=labels)
-
-
-NETS = {
-    "transformers": (vit, 16),
-    "torchvision": (lambda labels: get_model("squeezenet1_1", num_classes=labels), 32),
-    "timm": (timm_net, 32),
-    "own": (lambda labels: nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, labels)), 16),
-}
-"""How a net is made, and the side of its images."""

@@ -7,7 +7,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from lora_lightning import LoRAError
-from lora_lightning.tasks.metrics.generation import ExactMatch, Rouge, generation_metrics
+from lora_lightning.tasks.metrics.generation import ExactMatch, generation_metrics
 
 NAMES = ["bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "exact_match"]
 WORDS = "the cat sat on a mat , and dogs don't like it .".split()  # noqa: SIM905
@@ -53,13 +53,10 @@ def test_figures_do_not_depend_on_batches_and_processes_sum_their_states(corpus)
     assert {name: float(value) for name, value in one.compute().items()} == pytest.approx(whole, rel=1e-6)
 
 
-def test_by_hand():
-    rouge, exact = Rouge("rougeL"), ExactMatch()
-    texts, references = ["a b c d", " yes "], [["a c d", "z"], ["no", "yes"]]
-    for metric in (rouge, exact):
-        metric.update(texts, references)
-    assert float(rouge.compute()) == pytest.approx((2 * (3 / 4) * 1 / (3 / 4 + 1) + 1) / 2)
-    assert float(exact.compute()) == 0.5
+def test_a_text_matches_one_of_its_references_whatever_blanks_surround_it():
+    metric = ExactMatch()
+    metric.update(["a b c d", " yes "], [["a c d", "z"], ["no", "yes"]])
+    assert float(metric.compute()) == 0.5
 
 
 def test_rouge_is_googles(corpus):

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -190,15 +189,6 @@ def test_a_model_whose_head_is_not_alone_computes_all_its_logits_says_so_once_an
         assert_same(model)
 
 
-class Named(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, input_ids):
-        return self.net(input_ids)
-
-
 def test_a_sharded_model_computes_its_logits():
     model, whole = adapted("llama"), adapted("llama")
     with one_process() as mesh, pytest.warns(UserWarning, match="its head's weights are sharded"):
@@ -247,7 +237,7 @@ def test_a_bounded_head_with_dropout_draws_the_same_mask_again_in_backward():
     assert float(model.lm_head.lora_B.grad[3, 1]) == pytest.approx((total[1e-5] - total[-1e-5]) / 2e-5, rel=1e-6)
 
 
-@pytest.mark.parametrize("make", [lambda: adapted("llama"), lambda: Named(nn.Embedding(61, 61))])
+@pytest.mark.parametrize("make", [lambda: adapted("llama"), lambda: causal("llama").requires_grad_(True)])
 def test_labels_that_do_not_fit_are_refused(make):
     ids = batch()[0]["input_ids"]
     with pytest.raises(LoRAError, match=r"labels \(3, 8\) need one row of .* each, got \(3, 9, "):
