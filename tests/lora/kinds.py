@@ -500,9 +500,6 @@ ATTENTION = {
     "attention, no weights": kind_of_attention(*BOTH, call={"need_weights": False}),
     "attention, each head's weights": kind_of_attention(*BOTH, call={"average_attn_weights": False}),
     **{f"attention, {name}": kind_of_attention(*BOTH, call=call, batch_first=True) for name, call in masks().items()},
-    "attention, ranks and alphas apart": Kind(
-        Attention, run_attention, at(*BOTH, rank_pattern={"out_proj": 4}, alpha_pattern={"out_proj": 5.0}), ("rslora",)
-    ),
     "attention of q and v": kind_of_attention("attn", parts="qv"),
     "attention of k": kind_of_attention("attn", parts="k", cross=True),
     "attention of v, k and q, unfused": kind_of_attention("attn", parts="vkq", cross=True, kdim=5, vdim=6),

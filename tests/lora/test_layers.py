@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge
+from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError, MergeError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.init.random import gaussian_, kaiming_
@@ -29,10 +29,11 @@ from tests.lora.kinds import (
     embedding,
     inputs,
     net,
+    run_attention,
     run_ids,
     run_six,
 )
-from tests.lora.laws import check_training_moves_only_adapters, check_we_open_pefts, config, dtypes, stir
+from tests.lora.laws import check_training_moves_only_adapters, check_we_open_pefts, config, dtypes, relative, stir
 from tests.lora.test_fused_linear import mask_of, next_seed
 
 
@@ -204,6 +205,17 @@ def test_pefts_directory_is_read_of_which_peft_itself_counts_out_proj_twice(tmp_
     for name, theirs in (("attn", attention), ("attn.out_proj", attention.base_layer.out_proj)):
         update = 2.5 * theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
         assert torch.allclose(model.get_submodule(name).delta_weight(), update, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [{}, {"out_proj": 4}, {"attn": 4}])
+@pytest.mark.parametrize("more", [{"use_rslora": True}, {"slices": {"attn": ["q", "v"]}}])
+def test_different_ranks_and_alphas_come_back(ranks, more, tmp_path):
+    model, again = Attention(), Attention()
+    inject(model, config(**at("attn", "out_proj"), rank_pattern=ranks, alpha_pattern={"out_proj": 5.0}, **more))
+    load_adapter(again, save_adapter(stir(model), tmp_path))
+    for name in ("attn", "attn.out_proj"):
+        assert again.get_submodule(name).lora_settings == model.get_submodule(name).lora_settings
+    assert relative(run_attention(again), run_attention(model)) < 1e-6
 
 
 # `nn.Embedding`: padding row, max_norm, ties, and rows that train in full (`trainable_token_indices`).
