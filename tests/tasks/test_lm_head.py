@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +17,7 @@ from lora_lightning import LoRAConfig, LoRAError, inject
 from lora_lightning.tasks.losses import linear_cross_entropy, lm_head
 from lora_lightning.tasks.losses.lm_head import shifted_loss
 from tests.distributed import one_process
+from tests.factories import move
 from tests.tiny_lm import make_model
 
 PLAIN = ("llama", "mistral", "phi", "gpt2", "gpt_neox", "falcon", "bloom", "mamba")
@@ -82,11 +84,7 @@ def adapted(family, *, vocabulary=61, **config):
     model = causal(family, vocab_size=vocabulary)
     options = {"r": 2, "target_modules": "all-linear", **config}
     inject(model, LoRAConfig(**options))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.3)
-    return model
+    return move(model)
 
 
 @contextmanager
@@ -224,12 +222,15 @@ def test_a_bounded_head_with_dropout_draws_the_same_mask_again_in_backward():
     assert float(model.lm_head.lora_B.grad[3, 1]) == pytest.approx((total[1e-5] - total[-1e-5]) / 2e-5, rel=1e-6)
 
 
-@pytest.mark.parametrize("make", [lambda: adapted("llama"), lambda: causal("llama").requires_grad_(True)])
-def test_labels_that_do_not_fit_are_refused(make):
+HEADS = [(lambda: adapted("llama"), "input_ids"), (lambda: nn.Embedding(61, 61), "input")]
+
+
+@pytest.mark.parametrize(("make", "name"), HEADS, ids=["a head", "all logits"])
+def test_labels_that_do_not_fit_are_refused(make, name):
     ids = batch()[0]["input_ids"]
     with pytest.raises(LoRAError, match=r"labels \(3, 8\) need one row of .* each, got \(3, 9, "):
-        shifted_loss(make(), {"input_ids": ids}, ids[:, 1:])
+        shifted_loss(make(), {name: ids}, ids[:, 1:])
     with pytest.raises(LoRAError, match=r"label 61 is outside of the head's 61 entries: labels are 0 to 60, or -100"):
-        shifted_loss(make(), {"input_ids": ids}, torch.full_like(ids, 61))
+        shifted_loss(make(), {name: ids}, torch.full_like(ids, 61))
     with pytest.raises(LoRAError, match="label -1 is outside"):
-        shifted_loss(make(), {"input_ids": ids}, torch.full_like(ids, -1))
+        shifted_loss(make(), {name: ids}, torch.full_like(ids, -1))
