@@ -49,27 +49,10 @@ def test_what_is_kept_falls_to_the_blocks_inputs():
 
 @pytest.mark.parametrize("arithmetic", ["fused", "eager"])
 def test_dropout_draws_the_same_mask_again(arithmetic):
-    model, inputs = adapted("bert", dropout=0.3, target_modules=["query", "intermediate.dense"])
+    model, inputs = adapted("bert", dropout=0.3, target_modules=["query", "key", "value", "intermediate.dense"])
     model.train()
     with eager_arithmetic() if arithmetic == "eager" else contextlib.nullcontext():
         assert_same_step(step(model, inputs), step(model, inputs, Recomputation(model).on()))
-
-
-def test_dropout_that_siblings_share_is_that_of_the_recomputation():
-    """Gradients against finite differences in float64: a mask that changed between the two would show."""
-    model, inputs = adapted("bert", dropout=0.3, target_modules=["query", "key", "value"])
-    model.double().train()
-    recomputation = Recomputation(model)
-    _, grads, _ = step(model, inputs, recomputation.on())
-    for part in ("query", "value"):
-        name = f"bert.encoder.layer.0.attention.self.{part}.lora_B"
-        parameter, change, losses = model.get_parameter(name), 1e-5, []
-        for sign in (1, -1):
-            parameter.data[0, 0] += sign * change
-            losses.append(step(model, inputs, recomputation.on())[0].sin().sum())
-            parameter.data[0, 0] -= sign * change
-        slope = (losses[0] - losses[1]) / (2 * change)
-        torch.testing.assert_close(grads[name][0, 0], slope.to(grads[name]), rtol=1e-5, atol=1e-8)
 
 
 def test_under_autocast_it_recomputes_under_autocast():
