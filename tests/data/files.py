@@ -4,6 +4,7 @@ import csv
 import json
 
 import datasets
+import torch
 
 from lora_lightning.data.io.splits import SplitConfig
 
@@ -39,6 +40,12 @@ def ready(cls, path, tokenizer=None, **options):
     data.prepare_data()
     data.setup("fit")
     return data
+
+
+def everything(data):
+    """Of images, all training rows as one batch."""
+    batches = list(data.every("train"))
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def rows_of(data, split="train"):

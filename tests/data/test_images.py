@@ -15,7 +15,7 @@ from lora_lightning.data.images.decoding import read_rgb
 from lora_lightning.data.images.rows import BadImageError
 from lora_lightning.data.images.transforms import Augmentation, Preprocessing, preprocessing_of
 from lora_lightning.data.io.splits import SplitConfig
-from tests.data.files import ALL, ready, save, write
+from tests.data.files import ALL, everything, ready, save, write
 from tests.pictures import COLOURS, class_folders
 
 SPLIT = SplitConfig(validation=0.25, test=0.25)
@@ -33,11 +33,6 @@ def folder(made, tmp_path):
 
 def data_of(path, **kwargs):
     return ready(ImageData, path, **{"image_size": 16, "split": SPLIT, "augment": None} | kwargs)
-
-
-def everything(data, split="train"):
-    batches = list(data.every(split))
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def same(a, b):

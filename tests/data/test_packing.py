@@ -13,6 +13,7 @@ from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.loading.packing import cut, pack, pack_rows
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.language_model import CausalLM
+from tests.factories import move
 from tests.tiny_lm import VOCABULARY, make_model
 
 LENGTH = 16
@@ -55,10 +56,7 @@ def adapted(kind, **config):
     """A model in float64 whose adapters are not zero, so that A and B both have gradients."""
     model = make_model(kind, dtype=torch.float64, **config)
     inject(model, LoRAConfig(r=3, alpha=6))
-    torch.manual_seed(1)
-    for tensor in adapter_tensors(model).values():
-        tensor.data = torch.randn_like(tensor.data) * 0.3
-    return model
+    return move(model)
 
 
 def loss_and_gradients(model, batches):

@@ -9,7 +9,7 @@ from PIL import Image
 from lora_lightning import LoRAError
 from lora_lightning.data.images.segmentation import SegmentationData
 from lora_lightning.data.images.transforms import Augmentation
-from tests.data.files import ALL, ready, write
+from tests.data.files import ALL, everything, ready, write
 
 
 def make(root, count=8):
@@ -35,11 +35,6 @@ def folder(tmp_path):
 def data_of(path, **kwargs):
     plain = {"image_size": 16, "augment": None, "num_classes": 2, "split": ALL, "mean": [0.0] * 3, "std": [1.0] * 3}
     return ready(SegmentationData, path, **plain | {"interpolation": "nearest"} | kwargs)
-
-
-def everything(data):
-    batches = list(data.every("train"))
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def test_masks_are_those_of_their_images_and_a_palettes_indices_are_the_labels(folder):

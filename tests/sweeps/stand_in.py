@@ -24,16 +24,9 @@ def main():
     done = saved = json.loads(state.read_text()) if state.is_file() else 0
 
     def event(what):
-        told = {
-            "what": what,
-            "r": r,
-            "seed": seed,
-            "at": time.monotonic(),
-            "from": done,
-            "saved": saved,
-            "ckpt": given["ckpt_path"],
-        }
-        told |= {"threads": os.environ.get("OMP_NUM_THREADS"), "callbacks": given.get("trainer.callbacks+")}
+        told = {"what": what, "r": r, "seed": seed, "at": time.monotonic(), "from": done, "saved": saved}
+        told |= {"ckpt": given["ckpt_path"], "callbacks": given.get("trainer.callbacks+")}
+        told |= {"threads": os.environ.get("OMP_NUM_THREADS")}
         with Path(plan["events"]).open("a") as file:
             file.write(json.dumps(told) + "\n")
 

@@ -11,7 +11,8 @@ import pytest
 
 from tests.command.process import REPOSITORY
 from tests.command.warm import run_all
-from tests.sweeps.test_together import GRID, OPTIONS, same
+from tests.sweeps.test_together import GRID, OPTIONS, ended
+from tests.training.resuming import differing
 
 STEP = 3
 """In the middle of the first of two epochs, and after the first rung."""
@@ -52,12 +53,11 @@ def test_both_processes_drop_the_same_and_the_first_alone_says_so(played):
 def test_a_population_in_two_processes_that_is_interrupted_goes_on_to_the_same_bytes(played, name, codes):
     assert played[name].codes == codes, played[name]
     assert played[f"{name}-again"].codes == [0, 0], played[f"{name}-again"]
-    assert (played["folder"] / name / "halving.json").read_text() == (
-        played["folder"] / "whole/halving.json"
-    ).read_text()
-    for member in played["folder"].glob("whole/0*"):
+    whole, again = (played["folder"] / run for run in ("whole", name))
+    assert (again / "halving.json").read_text() == (whole / "halving.json").read_text()
+    for member in whole.glob("0*"):
         if (member / "version_0/checkpoints").is_dir():
-            assert same(member, played["folder"] / name / member.name), member.name
+            assert differing(ended(member), ended(again / member.name)) == [], member.name
 
 
 def test_what_befalls_one_process_alone_ends_both(played):

@@ -7,47 +7,36 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from lora_lightning import LoRAConfig, LoRAError, inject
 from lora_lightning.tasks.losses import linear_cross_entropy, lm_head
 from lora_lightning.tasks.losses.lm_head import shifted_loss
 from tests.distributed import one_process
+from tests.factories import move
+from tests.tiny_lm import make_model
 
-SIZES = {
-    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32,
-}  # fmt: skip
-LEFT_OUT = object()
+PLAIN = ("llama", "mistral", "phi", "gpt2", "gpt_neox", "falcon", "bloom", "mamba")
 FAMILIES = {
-    "llama": {},
+    **{family: {} for family in PLAIN},
     "qwen2": {"tie_word_embeddings": True},
-    "mistral": {},
     "gemma2": {"final_logit_softcapping": 5.0, "initializer_range": 1.0},
     "gemma3_text": {"final_logit_softcapping": None},
     "cohere": {"logit_scale": 0.3},
     "granite": {"logits_scaling": 7.0},
-    "phi": {},
-    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
-    "gpt_neox": {},
-    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 12},
-    "falcon": {"head_dim": LEFT_OUT},
-    "bloom": {"n_layer": 2, "n_head": 2},
-    "mamba": {"state_size": 4, "pad_token_id": 0},
+    "opt": {"word_embed_proj_dim": 12},
     "falcon_h1": {"lm_head_multiplier": 0.4, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8},
     "mixtral": {"num_local_experts": 2, "experts_implementation": "eager"},
 }
-QUIET = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def causal(family, dtype=torch.float64, **more):
-    torch.manual_seed(0)
-    sizes = {k: v for k, v in {**SIZES, **QUIET, **FAMILIES[family], **more}.items() if v is not LEFT_OUT}
-    model = transformers.AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).to(dtype).eval()
+    options = {"vocab_size": 61, "initializer_range": 0.02, **FAMILIES[family], **more}
+    model = make_model(family, **options).to(dtype)
     with torch.no_grad():  # so that bounds and biases matter
         for name, p in model.named_parameters():
             if p.dim() == 1:
@@ -95,11 +84,7 @@ def adapted(family, *, vocabulary=61, **config):
     model = causal(family, vocab_size=vocabulary)
     options = {"r": 2, "target_modules": "all-linear", **config}
     inject(model, LoRAConfig(**options))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.3)
-    return model
+    return move(model)
 
 
 @contextmanager
@@ -237,12 +222,15 @@ def test_a_bounded_head_with_dropout_draws_the_same_mask_again_in_backward():
     assert float(model.lm_head.lora_B.grad[3, 1]) == pytest.approx((total[1e-5] - total[-1e-5]) / 2e-5, rel=1e-6)
 
 
-@pytest.mark.parametrize("make", [lambda: adapted("llama"), lambda: causal("llama").requires_grad_(True)])
-def test_labels_that_do_not_fit_are_refused(make):
+HEADS = [(lambda: adapted("llama"), "input_ids"), (lambda: nn.Embedding(61, 61), "input")]
+
+
+@pytest.mark.parametrize(("make", "name"), HEADS, ids=["a head", "all logits"])
+def test_labels_that_do_not_fit_are_refused(make, name):
     ids = batch()[0]["input_ids"]
     with pytest.raises(LoRAError, match=r"labels \(3, 8\) need one row of .* each, got \(3, 9, "):
-        shifted_loss(make(), {"input_ids": ids}, ids[:, 1:])
+        shifted_loss(make(), {name: ids}, ids[:, 1:])
     with pytest.raises(LoRAError, match=r"label 61 is outside of the head's 61 entries: labels are 0 to 60, or -100"):
-        shifted_loss(make(), {"input_ids": ids}, torch.full_like(ids, 61))
+        shifted_loss(make(), {name: ids}, torch.full_like(ids, 61))
     with pytest.raises(LoRAError, match="label -1 is outside"):
-        shifted_loss(make(), {"input_ids": ids}, torch.full_like(ids, -1))
+        shifted_loss(make(), {name: ids}, torch.full_like(ids, -1))

@@ -18,8 +18,7 @@ from lora_lightning.tasks.regression import SequenceRegression
 from lora_lightning.tasks.segmentation import ImageSegmentation
 from lora_lightning.tasks.supervised import Supervised
 from lora_lightning.tasks.token_classification import TokenClassification
-from tests.tasks.says import Says
-from tests.tasks.test_figures import IOB2, Two
+from tests.tasks.test_figures import IOB2, Says, Two
 
 
 class Starred(nn.Module):

@@ -9,6 +9,7 @@ from lora_lightning.tasks.base import StepOutput
 from lora_lightning.tasks.losses.log_probs import LogProbs, sequence_log_probs
 from lora_lightning.tasks.losses.preference_losses import PreferenceTerms, preference_losses
 from lora_lightning.tasks.preference import PreferenceTuning, without_gradients
+from tests.factories import move
 from tests.tiny_pairs import make_llama
 
 LOSSES = [
@@ -31,11 +32,7 @@ def model_of(directory, **config):
     """Adapted, in float64, with an update that shows."""
     model = huggingface(str(directory), "AutoModelForCausalLM").double()
     inject(model, LoRAConfig(r=4, **config))
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.2)
-    return model
+    return move(model, 0.2)
 
 
 def batch_of(pairs=3, length=9):

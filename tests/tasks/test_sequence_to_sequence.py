@@ -10,6 +10,7 @@ from lora_lightning.data.chat.prompt_completion import PromptCompletionData
 from lora_lightning.data.seq2seq import SequenceToSequenceData
 from lora_lightning.tasks.generation import SequenceToSequence, TextGeneration, generate_texts, generation_config
 from tests.data.files import ALL, ready
+from tests.factories import move
 from tests.tiny_text import make_model, make_tokenizer, restaurants, write_rows
 
 KINDS = ["t5", "bart", "gpt2"]
@@ -39,11 +40,7 @@ def model_of(kind):
     """Adapted, with B not zero, so that texts are not those of the backbone."""
     model = make_model(kind)
     inject(model, LoRAConfig(r=2))
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_B"):
-            nn.init.normal_(parameter)
-    return model.double().eval()
+    return move(model, 1.0).double().eval()
 
 
 def task_of(kind, data, **kwargs):

@@ -7,9 +7,8 @@ from torchmetrics import MetricCollection
 
 from lora_lightning.tasks.metrics.entities import EntityF1, EntityPrecision, EntityRecall, Span, Tagging
 from lora_lightning.tasks.token_classification import TokenClassification
-from tests.tasks.says import Says
+from tests.tasks.test_figures import IOB2, Says
 
-IOB2 = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 IOBES = ["O", *(f"{prefix}-{kind}" for kind in ("PER", "LOC") for prefix in "BIES")]
 
 

@@ -33,20 +33,19 @@ from tests.training.resuming import whole
 
 
 class Attention(nn.Module):
-    """Four siblings over one input, and an odd width between; with `post`, over what the block before has normed."""
+    """Four siblings over one input, and an odd width between."""
 
-    def __init__(self, d: int, *, post: bool = False) -> None:
+    def __init__(self, d: int) -> None:
         super().__init__()
-        self.norm, self.post = nn.LayerNorm(d), post
+        self.norm = nn.LayerNorm(d)
         self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
         self.up, self.down = nn.Linear(d, 13), nn.Linear(13, d)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x if self.post else self.norm(x)
+        y = self.norm(x)
         a = (self.q(y) @ self.k(y).mT).softmax(-1) @ self.v(y)
         x = x + self.o(a)
-        x = x + self.down(nn.functional.gelu(self.up(x)))
-        return self.norm(x) if self.post else x
+        return x + self.down(nn.functional.gelu(self.up(x)))
 
 
 class Stack(nn.Module):
@@ -80,10 +79,6 @@ class Shared(nn.Module):
 
 def attention(**options: Any) -> nn.Module:
     return Stack(lambda: Attention(8), **options)
-
-
-def post_norm() -> nn.Module:
-    return Stack(lambda: Attention(8, post=True))
 
 
 def encoder() -> nn.Module:
@@ -130,7 +125,6 @@ CASES = {
     "bf16 base": Case(attention, ALL | {"r": 3, "modules_to_save": ["head"]}, dtype=torch.bfloat16),
     "DoRA": Case(attention, ALL | {"r": 3, "use_dora": True}),
     "bias and a moved start": Case(attention, ALL | {"r": 3, "bias": "lora_only", "init": "pissa"}),
-    "post-norm": Case(post_norm, {"r": 2, "target_modules": ["q", "k", "v"]}),
     "checkpointed with options": Case(checkpointed, EVERYTHING),
     "checkpointed": Case(checkpointed, ALL | {"r": 3}),
     "tied": Case(functools.partial(attention, tied=True), ALL | {"r": 3, "exclude_modules": ["head"]}),

@@ -5,7 +5,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lora_lightning import FreezeBase
-from lora_lightning.lora.frozen.tensors import adapter_tensors
+from tests.factories import move
 
 
 class Vision(nn.Module):
@@ -42,10 +42,7 @@ def fit(folder, module, *callbacks, data=None, **options):
     return trainer
 
 
-@torch.no_grad()
 def shaken(module, size=0.1):
     """With its adapter away from zero."""
-    torch.manual_seed(2)
-    for tensor in adapter_tensors(module.backbone).values():
-        tensor.add_(torch.randn_like(tensor) * size)
+    move(module.backbone, size)
     return module.eval()

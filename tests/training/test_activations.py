@@ -11,7 +11,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from benchmarks.measure import kept_bytes
 from lora_lightning import LoRAConfig, LoRAError, inject, merge
@@ -19,6 +18,7 @@ from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.training.activations.checkpointing import Recomputation, without_cache
 from lora_lightning.training.activations.offloading import Offload, Waiting
+from lora_lightning.training.strategies.fsdp2.wrapping import shard
 from tests.distributed import one_process
 from tests.factories import snapshot
 from tests.training.activations import IDS, MODELS, adapted, assert_same_step, step
@@ -49,27 +49,10 @@ def test_what_is_kept_falls_to_the_blocks_inputs():
 
 @pytest.mark.parametrize("arithmetic", ["fused", "eager"])
 def test_dropout_draws_the_same_mask_again(arithmetic):
-    model, inputs = adapted("bert", dropout=0.3, target_modules=["query", "intermediate.dense"])
+    model, inputs = adapted("bert", dropout=0.3, target_modules=["query", "key", "value", "intermediate.dense"])
     model.train()
     with eager_arithmetic() if arithmetic == "eager" else contextlib.nullcontext():
         assert_same_step(step(model, inputs), step(model, inputs, Recomputation(model).on()))
-
-
-def test_dropout_that_siblings_share_is_that_of_the_recomputation():
-    """Gradients against finite differences in float64: a mask that changed between the two would show."""
-    model, inputs = adapted("bert", dropout=0.3, target_modules=["query", "key", "value"])
-    model.double().train()
-    recomputation = Recomputation(model)
-    _, grads, _ = step(model, inputs, recomputation.on())
-    for part in ("query", "value"):
-        name = f"bert.encoder.layer.0.attention.self.{part}.lora_B"
-        parameter, change, losses = model.get_parameter(name), 1e-5, []
-        for sign in (1, -1):
-            parameter.data[0, 0] += sign * change
-            losses.append(step(model, inputs, recomputation.on())[0].sin().sum())
-            parameter.data[0, 0] -= sign * change
-        slope = (losses[0] - losses[1]) / (2 * change)
-        torch.testing.assert_close(grads[name][0, 0], slope.to(grads[name]), rtol=1e-5, atol=1e-8)
 
 
 def test_under_autocast_it_recomputes_under_autocast():
@@ -86,9 +69,7 @@ def test_sharded_blocks_are_computed_again_with_their_weights_there():
     for context in (without_cache, lambda model: Recomputation(model).on()):
         with one_process() as mesh:
             model, inputs = adapted("llama")
-            for layer in model.model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(model, mesh=mesh)
+            shard(model, mesh, torch.device("cpu"))
             out, grads, state = step(model, inputs, context(model))
             results.append((out, {name: grad.full_tensor() for name, grad in grads.items()}, state))
     assert_same_step(*results)

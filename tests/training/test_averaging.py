@@ -1,7 +1,4 @@
-"""Law 9 in one process: the optimizer sees the mean over all units of its step, however they lie in batches.
-
-Over processes, `test_strategies.py` holds it.
-"""
+"""Law 9 in one process: the optimizer sees the mean over all units of its step, however they lie in batches."""
 
 import pytest
 import torch

@@ -1,7 +1,4 @@
-"""A checkpoint is whole or absent; a damaged one is found out, and the one before it is used, aloud.
-
-`tests/mutations.py` takes each part of that away once.
-"""
+"""A checkpoint is whole or absent; a damaged one is found out, and the one before it is used, aloud."""
 
 import copy
 import functools

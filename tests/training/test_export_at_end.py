@@ -55,16 +55,18 @@ def test_an_export_that_cannot_be_is_told_before_the_first_step(tmp_path, make_m
     refused("vLLM takes A and B of linear layers alone", LoRAConfig(r=2, use_dora=True), serving="vllm")
 
 
-def test_an_export_at_the_end_leaves_what_was_trained_last(tmp_path, make_module):
+def test_an_export_at_the_end_finds_its_probe_and_leaves_what_was_trained_last(tmp_path, make_module):
     module, ended = make_module(Vision(), LoRAConfig(r=2, modules_to_save=["head"])), {}
 
     class Remember(Callback):
         def on_train_end(self, trainer, pl_module):
             ended.update({k: v.clone() for k, v in pl_module.state_dict().items()})
 
-    callbacks = [FreezeBase(show_table=False), Remember(), ExportAtEnd(dtype="bfloat16", output_dir="out")]
-    trainer_of(tmp_path, logger=True, callbacks=callbacks, max_epochs=2).fit(module, loader(), loader(8))
+    export = ExportAtEnd("merged, adapter", "out", dtype="bfloat16")
+    callbacks = [FreezeBase(show_table=False), Remember(), export]
+    trainer_of(tmp_path, logger=True, callbacks=callbacks, max_epochs=2).fit(module, loader(), {"a": stream()})
     assert json.loads((tmp_path / "out" / "export_report.json").read_text())["dtype"] == "bfloat16"
+    assert {"adapter", "merged"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert all(torch.equal(ended[k], v) for k, v in module.state_dict().items())
 
 
@@ -123,10 +125,3 @@ def test_the_first_batch_that_any_loader_gives_is_the_probe(case, make_module):
 def test_no_batch_at_all_leaves_the_probe_to_the_model(make_module):
     assert probe_of(make_module, Data(empty(), val=empty())) is None
     assert probe_of(make_module, LightningDataModule()) is None
-
-
-def test_export_at_end_finds_its_probe_in_the_fits_loaders(tmp_path, make_module):
-    trainer = trainer_of(tmp_path, logger=True, callbacks=[FreezeBase(False), ExportAtEnd("merged, adapter", "out")])
-    trainer.fit(make_module(Vision(), LoRAConfig(r=2)), loader(), {"a": stream()})
-    assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()
-    assert (tmp_path / "out" / "adapter").is_dir()

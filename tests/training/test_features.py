@@ -4,25 +4,27 @@ import json
 
 import pytest
 import torch
+from timm import create_model
 from torch import nn
 from torchvision.models import get_model
 
-from demos.baselines import Baselines, features, pixels
+from demos.baselines import Baselines, features
 from lora_lightning import FreezeBase, LoRAConfig, LoRAError, LoRAModule, RunReport, inject
 from lora_lightning.data.images.data import ImageData
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.classification import ImageClassification
-from tests.factories import move
+from tests.factories import hf, move
 from tests.pictures import class_folders
-from tests.tasks.says import timm_net, vit
 from tests.training.small import Vision, fit, trainer_of
 
 
 def test_features_are_the_pooled_map_the_class_token_and_the_maps_mean():
     images, task = torch.randn(2, 3, 32, 32), ImageClassification(3)
     small = images[..., :16, :16].contiguous()
-    timm, hugging, torchs = timm_net(3), vit(3), get_model("resnet18", num_classes=3).eval()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    hugging = hf("ViTForImageClassification", **sizes, image_size=16, patch_size=8, num_labels=3)
+    timm, torchs = create_model("test_efficientnet", num_classes=3), get_model("resnet18", num_classes=3).eval()
     inject(timm, LoRAConfig(r=2, target_modules=["conv_pw"], modules_to_save=["classifier"]))
     inject(hugging, LoRAConfig(r=2, modules_to_save=["classifier"]))
     body = nn.Sequential(*list(torchs.children())[:-1])
@@ -36,13 +38,6 @@ def test_features_are_the_pooled_map_the_class_token_and_the_maps_mean():
             torch.testing.assert_close(found, expected(pixel_values))
     with torch.no_grad():
         torch.testing.assert_close(features(torchs, task, {"pixel_values": images}), body(images).flatten(1))
-
-
-def test_pixels_are_averaged_to_at_most_28_a_side():
-    images = torch.randn(2, 3, 112, 56)
-    found = pixels(images).view(2, 3, 28, 28)
-    torch.testing.assert_close(found[0, 1, 3, 5], images[0, 1, 12:16, 10:12].mean())
-    assert pixels(torch.randn(2, 3, 16, 16)).shape == (2, 3 * 16 * 16)
 
 
 def test_baselines_say_what_they_cannot_do(tmp_path, make_module, make_data):

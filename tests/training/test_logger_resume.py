@@ -55,7 +55,7 @@ def test_wandb_offline_goes_on_with_the_same_run_after_sigterm_and_after_sigkill
 
 
 @pytest.mark.slow
-def test_csv_is_one_file_with_each_step_once_and_with_the_numbers_that_wandb_has(logged):
+def test_csv_and_tensorboard_have_each_step_once_and_the_numbers_that_wandb_has(logged):
     (file,) = (logged / "runs" / "tiny").glob("version_*/metrics.csv")
     with file.open() as text:
         losses = {int(row["step"]): row["train/loss_step"] for row in csv.DictReader(text) if row["train/loss_step"]}
@@ -63,6 +63,14 @@ def test_csv_is_one_file_with_each_step_once_and_with_the_numbers_that_wandb_has
     for run in runs_in(logged / "runs"):
         for step, loss in run.points("train/loss_step").items():
             assert loss == pytest.approx(float(losses[step]), rel=1e-6)
+    if not find_spec("tensorboard"):
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (folder,) = (logged / "boards").rglob("version_*")
+    assert len(list(folder.glob("events.*"))) == 3
+    events = EventAccumulator(str(folder)).Reload().Scalars("train/loss_step")
+    assert [event.step for event in events] == list(range(STEPS)), "what came after the checkpoint is hidden"
 
 
 def test_csv_forgets_what_an_interrupted_fit_wrote_after_its_checkpoint_and_a_torn_row(tmp_path):
@@ -75,17 +83,6 @@ def test_csv_forgets_what_an_interrupted_fit_wrote_after_its_checkpoint_and_a_to
     logger.finalize("success")
     rows = [(row["step"], row["loss"]) for row in resuming.logged(tmp_path)]
     assert rows == [("0", "1.0"), ("1", "2.0"), ("2", "7.0")]
-
-
-@pytest.mark.slow
-def test_tensorboard_is_one_folder_and_hides_what_came_after_the_checkpoint(logged):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    (folder,) = (logged / "boards").rglob("version_*")
-    assert len(list(folder.glob("events.*"))) == 3
-    events = EventAccumulator(str(folder)).Reload().Scalars("train/loss_step")
-    assert [event.step for event in events] == list(range(STEPS))
 
 
 def wandb_logger(folder, **options):

@@ -235,7 +235,7 @@ def test_ctrl_c_ends_members_that_save_nothing_too(tmp_path):
     assert all(member.trainer.global_step < STEPS for member in population.members)
 
 
-def test_halving_leaves_the_bits_of_those_who_go_on(tmp_path):
+def test_halving_leaves_the_bits_of_those_who_go_on_and_the_figures_of_their_rung_to_the_dropped(tmp_path):
     """The evaluation at a rung moves neither random states nor modes."""
     backbone, data = family("bert")
     halving = Halving(2, ["1/4", "1/2"], "val/loss", "min")
@@ -246,34 +246,10 @@ def test_halving_leaves_the_bits_of_those_who_go_on(tmp_path):
     for member in population.members:
         told = [member.name in decision["dropped"] for decision in population.decisions]
         assert any(told) == (member.state == "dropped") == (member.trainer.global_step < STEPS)
-
-
-class Evaluations(Callback):
-    """Counts the batches on which a member's model is evaluated."""
-
-    def setup(self, trainer, pl_module, stage):
-        self.count = 0
-        pl_module.backbone.register_forward_hook(self._count)
-
-    def _count(self, backbone, inputs, output):
-        self.count += not torch.is_grad_enabled()
-
-
-def test_a_dropped_member_ends_with_the_figures_of_its_rung(tmp_path):
-    """Lightning's validation at its end counts what the rung has computed, and computes nothing anew."""
-    backbone, data = family("bert")
-    halving = Halving(2, ["1/2"], "val/loss", "min")
-    make = functools.partial(trainer, tmp_path, num_sanity_val_steps=0)
-    adapters = {f"lr={lr}": {"lora": LoRAConfig(r=2), "optimizer": adam(lr)} for lr in (1e-3, 3)}
-    population = Population.of(backbone, TASK(), adapters, lambda name: make(name, Evaluations()), halving=halving)
-    population.fit(data)
-    _, gone = population.members
-    assert gone.state == "dropped"
-    assert next(c.count for c in gone.trainer.callbacks if isinstance(c, Evaluations)) == 4
-    ended = float(gone.trainer.callback_metrics["val/loss"])
-    assert ended == pytest.approx(gone.standings[-1].value, rel=1e-6)
-    (anew,) = make("anew").validate(gone.module, data, verbose=False)
-    assert ended == anew["val/loss"]
+        if any(told):
+            (anew,) = trainer(tmp_path, "anew").validate(member.module, data, verbose=False)
+            assert float(member.trainer.callback_metrics["val/loss"]) == anew["val/loss"]
+            assert anew["val/loss"] == pytest.approx(member.standings[-1].value, rel=1e-6)
 
 
 def test_weights_that_have_moved_since_their_rung_are_evaluated_anew():
@@ -365,13 +341,10 @@ def test_the_standard_error_is_that_of_the_paired_difference():
     assert f"standard error {error:.4f}" in choose_dropped(standings(a=a, b=b), 1, "max")["b"]
 
 
-@pytest.mark.parametrize("texts", [["0"], ["1"], ["1/2", "1/4"], ["half"], []])
-def test_rungs_are_ascending_shares(texts):
-    with pytest.raises(LoRAError, match="ascending shares"):
-        parse_rungs(texts)
-
-
-def test_each_rung_has_a_step():
+def test_rungs_are_ascending_shares_and_each_has_a_step():
+    for texts in (["0"], ["1"], ["1/2", "1/4"], ["half"], []):
+        with pytest.raises(LoRAError, match="ascending shares"):
+            parse_rungs(texts)
     rungs = parse_rungs(["1/8", "1/4", "1/2"])
     assert rung_steps(rungs, 96) == [12, 24, 48]
     for steps in (1, float("inf")):

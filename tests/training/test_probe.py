@@ -26,6 +26,7 @@ def test_an_example_of_ones_own_is_taken(example):
     for probe in (given, probe_from(model, TASK, None)):
         assert probe.inputs.keys() == {"input"}
         assert torch.equal(probe.inputs["input"], torch.ones(3, 8))
+    assert probe_from(model.to("meta"), TASK, None, example).inputs["input"].is_meta, "as on another card"
 
 
 def test_without_data_and_without_an_example_one_line_says_what_to_give():
@@ -62,11 +63,6 @@ def test_a_batch_that_names_no_arguments_is_one_clear_error_or_the_models_own_ex
     module.example_input_array = X
     assert first_batch([iter([UNNAMED[said]])], module) is None
     assert torch.equal(probe_from(module.backbone, module.task, None, module.example_input_array).inputs["x"], X)
-
-
-def test_an_example_of_ones_own_goes_to_where_the_model_is():
-    backbone = nn.Linear(6, 2, device="meta")  # stands for another card
-    assert probe_from(backbone, TASK, None, X).inputs["input"].is_meta
 
 
 ONE, TWO, THREE = torch.tensor([1.0]), torch.tensor([2.0, -4.0]), torch.tensor([[3.0]])

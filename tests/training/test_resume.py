@@ -1,7 +1,4 @@
-"""Law 8: a fit that goes on from any of its checkpoints ends with the bytes of the one that was not interrupted.
-
-`tests/mutations.py` takes each part of that away once.
-"""
+"""Law 8: a fit that goes on from any of its checkpoints ends with the bytes of the one that was not interrupted."""
 
 import random
 import shutil

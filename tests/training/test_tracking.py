@@ -9,10 +9,8 @@ import yaml
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.tracking.wandb_logger import WandbLogger
 
-BOARDS = find_spec("tensorboard") is not None
 
-
-def test_one_run_holds_config_counts_history_and_summary(tracked):
+def test_one_run_holds_config_counts_and_summary_and_a_test_of_the_run_belongs_to_it(tracked):
     run, config, report = tracked.fit, tracked.fit.config, tracked.report
     written = yaml.safe_load((tracked.folder / "config.yaml").read_text())
     for key in ("model", "data", "trainer", "seed_everything", "name", "runs_dir"):
@@ -22,6 +20,9 @@ def test_one_run_holds_config_counts_history_and_summary(tracked):
     assert config["params/frozen"] == run.summary["params/frozen"] == report["total"] - report["trainable"]
     for name in ("val_accuracy", "w0_unchanged", "export_max_rel_diff"):
         assert run.summary["report"][name] == report[name]
+    assert {run.id for run in tracked.all} == {run.id}
+    summaries = [run.summary.get("report", {}) for run in tracked.all]
+    assert [said["test_accuracy"] for said in summaries if "test_accuracy" in said] == [report["test_accuracy"]]
 
 
 def test_its_history_and_tensorboards_are_the_csv_log(tracked):
@@ -29,7 +30,7 @@ def test_its_history_and_tensorboards_are_the_csv_log(tracked):
     assert [*tracked.log["export/max_rel_diff"].values()] == pytest.approx([tracked.report["export_max_rel_diff"]])
     for name, values in tracked.log.items():
         assert tracked.fit.points(name) == pytest.approx(values), name
-    if not BOARDS:
+    if not find_spec("tensorboard"):
         return
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -39,7 +40,7 @@ def test_its_history_and_tensorboards_are_the_csv_log(tracked):
         assert {e.step: e.value for e in board.Scalars(name)} == pytest.approx(values, rel=1e-6), name
 
 
-def test_tables_hold_what_trains_and_what_is_predicted(tracked):
+def test_tables_hold_what_trains_and_is_predicted_and_artifacts_the_adapter_its_report_and_the_export(tracked):
     (folder,) = [f for f in (tracked.runs / "wandb").glob("offline-run-*") if list(f.rglob("*.table.json"))]
     tables = {f.name.partition("_")[0]: json.loads(f.read_text()) for f in folder.rglob("*.table.json")}
     injection, predictions = tables["injection"], tables["predictions"]
@@ -48,9 +49,6 @@ def test_tables_hold_what_trains_and_what_is_predicted(tracked):
     assert predictions["columns"][:3] == ["input", "target", "prediction"]
     assert len(predictions["data"]) == 16
     assert all(" " in row[0] and "[PAD]" not in row[0] for row in predictions["data"])
-
-
-def test_artifacts_are_the_adapter_its_report_and_the_export(tracked):
     files, run = {name: paths for run in tracked.all for name, paths in run.artifacts.items()}, tracked.fit
     adapters = {name: paths for name, paths in files.items() if name.startswith(f"adapter-{run.id}:")}
     assert {alias for name in adapters for alias in name.partition(":")[2].split(",")} == {"best", "latest"}
@@ -58,13 +56,6 @@ def test_artifacts_are_the_adapter_its_report_and_the_export(tracked):
     assert all(wanted <= set(paths) for paths in adapters.values())
     (export,) = (paths for name, paths in files.items() if name.startswith(f"export-{run.id}:"))
     assert {"adapter/adapter_model.safetensors", "merged/model.safetensors", "export_report.json"} <= set(export)
-
-
-def test_a_test_of_the_run_belongs_to_the_run(tracked):
-    assert {run.id for run in tracked.all} == {tracked.fit.id}
-    summaries = [run.summary.get("report", {}) for run in tracked.all]
-    accuracies = [summary["test_accuracy"] for summary in summaries if "test_accuracy" in summary]
-    assert accuracies == [tracked.report["test_accuracy"]]
 
 
 def test_without_a_key_online_is_refused_before_anything_is_asked(tmp_path, monkeypatch):
