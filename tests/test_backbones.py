@@ -14,12 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM
 
-from lora_lightning import LoRAConfig, LoRAError, LoRAModule, huggingface, inject, merge
+from lora_lightning import LoRAConfig, LoRAError, huggingface, inject, merge
 from lora_lightning.backbones.gguf import directory_and_file
 from lora_lightning.backbones.locate import refuse_not_there
 from lora_lightning.backbones.vision import timm_model, torchvision_model
 from lora_lightning.cli.main import LoRACLI
-from lora_lightning.tasks.classification import ImageClassification
 from tests.factories import hf
 from tests.tiny import VOCABULARY, config_text, words_tokenizer
 
@@ -108,13 +107,6 @@ def test_models_of_torchvision_have_as_many_outputs_as_asked_and_keep_all_but_th
     assert torchvision_model("resnet18", num_classes=1000).new_keys == []
     model = torchvision_model("lraspp_mobilenet_v3_large", weights=None, num_classes=4)
     assert model.eval()(torch.zeros(1, 3, 32, 32))["out"].shape == (1, 4, 32, 32)
-
-
-def test_a_new_head_that_stays_frozen_is_warned_of(tmp_path):
-    file = saved(timm_model("test_efficientnet", pretrained=False, num_classes=7), tmp_path / "x.pth")
-    model = timm_model("test_efficientnet", num_classes=3, checkpoint_path=file)
-    with pytest.warns(UserWarning, match="classifier: new, with random weights, and frozen"):
-        LoRAModule(model, ImageClassification(3), LoRAConfig(r=2, target_modules=["conv_pw", "conv_pwl"]))
 
 
 @pytest.mark.parametrize(
