@@ -56,6 +56,9 @@ class Request:
             raise LoRAError("analyze needs an adapter's directory, a run or a checkpoint")
         if self.layers is not None and (reason := regex_refusal(self.layers)):
             raise LoRAError(f"layers: {self.layers!r} {reason}")
+        if self.layers is not None and (len(self.adapters) == 1 or not self.plots):
+            got = "got one adapter" if self.plots else "and plots is false"
+            raise LoRAError(f"layers chooses the layers in the figures of two adapters, {got}: leave it out")
         if self.truncate is not None:
             check_share(self.truncate)
             if len(self.adapters) > 1:

@@ -147,7 +147,8 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(tmp_path):
         "no layer of one name": {"adapters": [str(plain), str(other)]},
         "needs an adapter": {"adapters": []},
         "no folder": {"wanted": SourceOptions(base_model=str(tmp_path / "nowhere"))},
-        "layers": {"layers": "("},
+        "not a regular expression": {"layers": "("},
+        "got one adapter": {"layers": ".*", "plots": True},
         "holds other files": {"output_dir": plain},
     }
     for match, options in requests.items():

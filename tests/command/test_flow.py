@@ -17,8 +17,6 @@ from tests.tiny import make_bert
 @pytest.mark.slow  # tests/training/test_averaging.py holds it without the command
 def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path, monkeypatch):
     """Law 9, through the command and the overlay that a user would take."""
-    from tests.command.process import REPOSITORY
-
     overlay = REPOSITORY / "configs/strategy/ddp.yaml"
     common = ["--config", tiny.config, "--trainer.max_epochs", "2", "--model.lr_scheduler", "null"]
     common += ["--trainer.precision", "64-true"]  # where another order of a sum is not seen

@@ -9,7 +9,6 @@ import pytest
 
 from lora_lightning import __main__ as entry
 from lora_lightning.cli.exit_codes import CODES, DEBUG, exit_code_and_line
-from lora_lightning.cli.help import front_page
 from lora_lightning.lora.errors import LoRAError
 from tests.command.process import REPOSITORY, command
 
@@ -90,5 +89,3 @@ def test_the_exit_codes_are_documented():
     page = (REPOSITORY / "docs" / "command.md").read_text()
     for code in (*CODES, 141):
         assert f"| {code} |" in page
-    for code in CODES:
-        assert f"  {code} " in front_page()

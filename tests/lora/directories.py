@@ -21,8 +21,8 @@ def of_peft(directory, model, **fields):
     return theirs
 
 
-def edit_config(directory, **fields):
-    path = directory / CONFIG
+def edit_config(directory, file=CONFIG, **fields):
+    path = directory / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
@@ -42,6 +42,10 @@ def rename(directory, change):
         tensors.update(renamed)
 
     edit_tensors(directory, all_keys)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def same_files(*directories):

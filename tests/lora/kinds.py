@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models.beit import Attention as BeitAttention
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -337,13 +338,6 @@ def experts_of(family, product):
     return model
 
 
-def beit():
-    from timm.models.beit import Attention as BeitAttention
-
-    torch.manual_seed(0)
-    return nn.Sequential(BeitAttention(8, 2, qkv_bias=True))
-
-
 # Options, by the names that PEFT's users know.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -481,7 +475,9 @@ PARAMETER = {
     "Parameters of an attention, unfused": Kind(
         partial(Attention, cross=True, kdim=5, vdim=6), run_attention, bare("v_proj_weight", "out_proj.weight")
     ),
-    "Parameter that its parent reads": Kind(beit, run_attended, bare("qkv.weight"), formula=False, meta=False),
+    "Parameter that its parent reads": Kind(
+        partial(alone, BeitAttention, 8, 2, qkv_bias=True), run_attended, bare("qkv.weight"), formula=False, meta=False
+    ),
     "Parameter that an encoder reads whole": Kind(
         deberta, lambda m: m(IDS)[0], bare("rel_embeddings.weight"), formula=False, meta=False
     ),

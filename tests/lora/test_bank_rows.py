@@ -3,12 +3,12 @@
 import peft
 import pytest
 import torch
-import transformers as tf
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lora_lightning import AdapterBank, LoRAError, save_adapter
 from tests.factories import FAMILIES, assert_same, hf, llama, output, snapshot
+from tests.lora import test_families
 from tests.lora.bank_support import ZOO, bank_of, bank_over, run_net, trained
 from tests.lora.kinds import KINDS, T5, Mixture, Tied, at, bare, embedding, inputs, net
 
@@ -203,20 +203,12 @@ def test_experts_are_refused_by_name_and_the_attention_beside_them_is_right():
         pass
 
 
-SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-GEMMA = tf.Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8)
-ROBERTA = tf.RobertaConfig(**SMALL, pad_token_id=1, max_position_embeddings=20)
-OF_THE_HUB = {
-    "a head on one position": (tf.RobertaForSequenceClassification, ROBERTA, "all-linear"),
-    "a scaled embedding": (tf.Gemma3ForCausalLM, GEMMA, ["embed_tokens", "q_proj", "down_proj"]),
-}
-
-
-@pytest.mark.parametrize("name", OF_THE_HUB)
-def test_models_of_the_hub_have_the_rows_of_each_adapter(name):
-    make, config, targets = OF_THE_HUB[name]
-    x, bank = torch.randint(3, 40, (3, 4)), three_on(make(config), targets)
-    assert differs(bank, ["c", "a", None], lambda model: model(x, attention_mask=torch.ones_like(x)).logits) < 1e-12
+@pytest.mark.parametrize("family", ["roberta", "gemma3 with its embedding"])
+def test_a_head_on_one_position_and_a_scaled_embedding_have_the_rows_of_each_adapter(family):
+    make, run, fields = test_families.FAMILIES[family]
+    bank = three_on(make(), fields.get("target_modules", "all-linear"))
+    assert differs(bank, ["c", "a"], run) < 1e-12
+    assert differs(bank, [None, "b"], run) < 1e-12
 
 
 def test_a_compiled_model_takes_up_the_rows():

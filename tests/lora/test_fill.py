@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -24,12 +25,12 @@ from lora_lightning.lora.meta.inject import inject_anywhere
 class Net(nn.Module):
     """Odd sizes, a tie, batch statistics, a buffer that no file holds."""
 
-    def __init__(self):
+    def __init__(self, scale=(1.5,)):
         super().__init__()
         self.embed = nn.Embedding(13, 6)
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 6)) for _ in range(2))
         self.norm = nn.BatchNorm1d(6)
-        self.scale = nn.Parameter(torch.tensor([1.5]))
+        self.scale = nn.Parameter(torch.tensor(scale))
         self.one = nn.Parameter(torch.ones(1, 6))
         self.head = nn.Linear(6, 13, bias=False)
         self.head.weight = self.embed.weight
@@ -42,12 +43,7 @@ class Net(nn.Module):
         return self.head(self.norm(x.flatten(0, 1)) * self.scale)
 
 
-class WithNumber(Net):
-    """`fully_shard` takes no number."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(1.5))
+with_number = partial(Net, 1.5)  # which `fully_shard` does not take
 
 
 def trained_net(make=Net):
@@ -82,8 +78,8 @@ def same(got, wanted):
 @pytest.mark.parametrize("block", [1, 50, 2**25])
 def test_a_module_of_ones_own_is_filled_from_its_file(tmp_path, monkeypatch, block):
     monkeypatch.setattr(checkpoint, "BLOCK", block)
-    wanted = trained_net(WithNumber)
-    got = on_meta(WithNumber, written(wanted, tmp_path / "own.safetensors"))
+    wanted = trained_net(with_number)
+    got = on_meta(with_number, written(wanted, tmp_path / "own.safetensors"))
     assert all(p.is_meta for p in got.parameters())
     assert got.head.weight is got.embed.weight
     assert torch.equal(got.angles, torch.arange(6.0))
@@ -99,14 +95,8 @@ def test_a_module_of_ones_own_is_filled_from_its_file(tmp_path, monkeypatch, blo
     same(half, trained_net().to(torch.bfloat16))  # a cast on the way is torch's own
 
 
-class More(Net):
-    def __init__(self):
-        super().__init__()
-        self.extra = nn.Linear(2, 2)
-
-
 MISFITS = {
-    r"no 'extra.weight'": (More, "net.safetensors"),
+    r"no 'extra.weight'": (lambda: nn.ModuleDict({"extra": nn.Linear(2, 2)}), "small.safetensors"),
     r"which the module has not": (lambda: nn.Linear(3, 3), "net.safetensors"),
     r"'weight' of shape \(2, 3\) instead of \(4, 3\)": (lambda: nn.Linear(3, 4), "small.safetensors"),
     r"safetensors files, got net\.bin": (Net, "net.bin"),

@@ -5,7 +5,6 @@ Families and options are in test_travel.py, accidents by the thousand in test_fu
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -20,10 +19,8 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.formats import tensor_files as storage
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.keys import PREFIX
-from lora_lightning.lora.formats.peft.load import load_tensors
 from lora_lightning.lora.formats.provenance import PROVENANCE
 from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
 from lora_lightning.lora.frozen.tensors import adapter_tensors
@@ -80,27 +77,22 @@ def test_the_same_adapter_is_the_same_bytes(tmp_path, fields):
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG, WEIGHTS]
 
 
-CODE = """
-import torch
-from torch import nn
-from lora_lightning import LoRAConfig, inject, save_adapter
-from tests.factories import Own, move
-torch.manual_seed(1)
-model = Own()
-model.table = nn.Embedding(9, 4)
-fields = {"rank_pattern": {"first": 3, "inner.a": 1}, "alpha_pattern": {"second": 3.0}, "bias": "lora_only"}
-fields |= {"modules_to_save": ["head", "norm"], "target_modules": {"first", "second", "inner.a"}}
-inject(model, LoRAConfig(r=2, trainable_token_indices=[4, 2], **fields))
-save_adapter(move(model), directory)
-"""
+def write_rich(directory):
+    torch.manual_seed(1)
+    model = Own()
+    model.table = nn.Embedding(9, 4)
+    fields = {"rank_pattern": {"first": 3, "inner.a": 1}, "alpha_pattern": {"second": 3.0}, "bias": "lora_only"}
+    fields |= {"modules_to_save": ["head", "norm"], "target_modules": {"first", "second", "inner.a"}}
+    inject(model, LoRAConfig(r=2, trainable_token_indices=[4, 2], **fields))
+    save_adapter(move(model), directory)
 
 
 @pytest.mark.filterwarnings("ignore:PEFT")
 def test_another_process_with_another_hash_seed_writes_the_same_bytes(tmp_path):
     environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": str(REPOSITORY)}
-    code = f"directory = {str(tmp_path / 'theirs')!r}\n{CODE}"
+    code = f"from tests.lora.test_formats import write_rich; write_rich({str(tmp_path / 'theirs')!r})"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=REPOSITORY)
-    exec(CODE, {"directory": tmp_path / "ours"})
+    write_rich(tmp_path / "ours")
     assert same_files(tmp_path / "ours", tmp_path / "theirs")
 
 
@@ -334,25 +326,17 @@ def test_files_that_are_missing_or_torn_are_refused(tmp_path, file):
     refused(tmp_path / "nowhere", "no folder")
 
 
-def test_another_base_is_refused_by_the_names_that_differ_and_so_is_one_that_was_merged_into(tmp_path):
-    model, other = trained(**RICH), BERT.build()
-    save_adapter(model, tmp_path)
-    with torch.no_grad():
-        other.bert.encoder.layer[1].output.dense.bias[0] += 1e-6
-    refused(tmp_path, rf"another base: W0 \w{{12}} there.* 1 of \d+ tensors differ, first {LAYER}.1.output", other)
-    load_adapter(other, tmp_path, allow_other_base=True)
-    assert other.get_parameter(f"{LAYER}.1.attention.self.query.lora_B").any()
-    refused(tmp_path, "adapted already", model)
-    merge(model)
-    refused(tmp_path, "another base", model)
+TORN_RECORDS = ["", "{}", "[1]", '{"base": 3}', '{"base": {"digest": "a", "tensors": 5}}', "null"]
+OLD = ('{"base": {"digest": "a", "tensors": {}}}', "of format 1 and this version reads format 2; PEFT opens")
 
 
-@pytest.mark.parametrize("record", ["", "{}", "[1]", '{"base": 3}', '{"base": {"digest": "a", "tensors": 5}}', "null"])
-def test_a_record_that_cannot_be_read_is_refused(tmp_path, record):
+@pytest.mark.parametrize(("record", "words"), [*((r, "record of its base cannot be read") for r in TORN_RECORDS), OLD])
+def test_a_record_that_cannot_be_read_is_refused(tmp_path, record, words):
     save_adapter(trained(**RICH), tmp_path)
     tensors, metadata = read_tensors(tmp_path / WEIGHTS)
     write_tensors(tmp_path / WEIGHTS, tensors, {**metadata, PROVENANCE: record})
-    refused(tmp_path, "record of its base cannot be read")
+    for allow in (False, True):
+        refused(tmp_path, words, allow_other_base=allow)
 
 
 def test_what_has_no_values_is_neither_loaded_into_nor_saved(tmp_path):
@@ -368,36 +352,11 @@ def test_what_has_no_values_is_neither_loaded_into_nor_saved(tmp_path):
         save_adapter(mine, tmp_path / "new")
     with pytest.raises(AdapterError, match="no adapter"):
         save_adapter(sequential(), tmp_path / "new")
-    model = trained()
-    with torch.no_grad():
-        next(p for n, p in model.named_parameters() if n.endswith("lora_B"))[0, 0] = float("nan")
-    with pytest.raises(AdapterError, match=r"lora_B.* is not finite"):
-        save_adapter(model, tmp_path / "new")
     layer = nn.Linear(4, 4)
     inject(layer, LoRAConfig(r=1))
     with pytest.raises(AdapterError, match="has no name: wrap it"):
         save_adapter(layer, tmp_path / "new")
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("files", [0, 1])
-def test_a_save_that_finds_no_room_leaves_the_old_adapter_whole(tmp_path, monkeypatch, files):
-    save_adapter(trained(alpha=3), tmp_path / "old")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
-    for directory in ("old", "new"):
-        left, sync = iter(range(files)), os.fsync
-
-        def full(number, left=left, sync=sync):
-            if next(left, None) is None:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            sync(number)
-
-        monkeypatch.setattr(storage.os, "fsync", full)
-        with pytest.raises(AdapterError, match=rf"{directory}' cannot be written .*No space left.* is as it was"):
-            save_adapter(trained(alpha=5), tmp_path / directory)
-        monkeypatch.undo()
-    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
@@ -409,17 +368,3 @@ def test_a_save_with_something_in_the_way_is_one_clear_error(tmp_path, name):
             save_adapter(trained(), tmp_path / place)
     assert [path.name for path in (tmp_path / "in").iterdir()] == [name]
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_load_tensors_loads_all_or_nothing():
-    model = trained()
-    before = {k: v.detach().clone() for k, v in adapter_tensors(model).items()}
-    other = {k: v + 1 for k, v in before.items()}
-    first = next(iter(other))
-    less = {k: v for k, v in other.items() if k != first}
-    for wrong in (less, {**other, "surplus": torch.ones(1)}, {**other, first: other[first][:1]}):
-        with pytest.raises(AdapterError, match=r"does not fit this model \(1 keys\)"):
-            load_tensors(model, wrong)
-        assert all(torch.equal(v, before[k]) for k, v in adapter_tensors(model).items())
-    load_tensors(model, other)
-    assert all(torch.equal(v, other[k]) for k, v in adapter_tensors(model).items())

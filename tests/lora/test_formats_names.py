@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
-from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy
 from tests.factories import Own
@@ -67,6 +66,7 @@ OPTIONS = [
     (chain, {"target_modules": ["x"], "rank_pattern": {"^x$": 3}}),
     (chain, {"target_modules": ["x"], "alpha_pattern": {"^x$": 3.0}}),
     (chain, {"target_modules": ["x"], "dropout_pattern": {"^x$": 0.5}, "alpha_pattern": {r"^e\.x": 5.0}}),
+    (chain, {"target_modules": ["x"], "slices": {"^x$": {"of": ["q", "k"], "take": ["k"]}}}),
     (chain, {"target_modules": ["e.x"], "modules_to_save": ["x"]}),
     (chain, {"target_modules": r"x|m\.e\.x"}),
     (Own, {**REGEX, "alpha_pattern": {"inner.a+b (c)": 7}}),
@@ -98,9 +98,3 @@ def test_settings_of_a_name_that_ends_another_stay_its_own(make, options, tmp_pa
     if options["target_modules"] in PEFT_TOO:
         theirs = peft.PeftModel.from_pretrained(build(make), tmp_path)
         assert torch.allclose(theirs(x), model(x), rtol=1e-12)
-
-
-def test_an_end_of_several_names_in_modules_to_save_is_refused():
-    model = nn.ModuleDict({"a": chain(), "b": nn.Linear(2, 2)})
-    with pytest.raises(TargetError, match=r"'x' is the end of several names: write in full 'a\.m\.e\.x', 'a\.e\.x'"):
-        inject(model, LoRAConfig(r=2, target_modules=["b"], modules_to_save=["x"]))

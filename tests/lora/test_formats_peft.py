@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import warnings
 from functools import partial
 
 import peft
@@ -19,6 +18,7 @@ from lora_lightning.lora.formats.peft.config import CHECKS, CONFIG, HARMLESS, WE
 from tests.factories import distance, hf, llama, output
 from tests.lora import directories
 from tests.lora.directories import edit_config, rename
+from tests.lora.kinds import GROUPED
 
 TOKENS = torch.arange(1, 7)[None]
 pytestmark = pytest.mark.filterwarnings(
@@ -152,9 +152,7 @@ def test_an_adapter_of_the_whole_model_says_where_it_belongs(tmp_path):
 
 
 def test_experts_of_transformers_4_go_by_way_of_peft_which_fuses_them(tmp_path):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    sizes |= {"intermediate_size": 24, "num_local_experts": 2, "vocab_size": 40}
-    mixtral = partial(hf, "MixtralForCausalLM", **sizes)
+    mixtral = partial(hf, "MixtralForCausalLM", **{**GROUPED, "intermediate_size": 24}, num_local_experts=2)
     tensors = {}
     for expert, (name, out, width) in itertools.product("01", [("w1", 24, 16), ("w3", 24, 16), ("w2", 16, 24)]):
         key = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}"
@@ -201,14 +199,6 @@ def test_every_field_of_pefts_is_known_and_others_are_announced(tmp_path):
     edit_config(tmp_path, sparkle=0.5, nothing=None)
     with pytest.warns(AdapterWarning, match="settings that are unknown here and not used: sparkle=0.5$"):
         load_adapter(build(), tmp_path)
-
-
-def test_fan_in_fan_out_says_nothing_about_the_tensors(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = of_peft(tmp_path, fan_in_fan_out=True)
-    edit_config(tmp_path, fan_in_fan_out=True)
-    loads_as(theirs, tmp_path)
 
 
 # ---- patterns

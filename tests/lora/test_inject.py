@@ -26,6 +26,18 @@ def test_modes_are_kept_and_follow_the_model_later():
     assert all(m.training for m in model.train().modules())
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), nn.InstanceNorm1d(3, track_running_stats=True)], ids=str)
+def test_a_norms_statistics_are_part_of_w0_in_train_mode_too(norm):
+    model = nn.Sequential(nn.Conv1d(3, 3, 1), norm).train()
+    model(torch.randn(4, 3, 9) + 1)
+    before = norm.running_mean.clone()
+    expected = model.eval()(torch.ones(4, 3, 9))
+    inject(model.train(), LoRAConfig(r=1, target_modules=["0"]))
+    assert torch.equal(model(torch.ones(4, 3, 9)), expected)
+    assert torch.equal(norm.running_mean, before)
+    assert norm.training, "modes are kept"
+
+
 def test_hooks_are_kept_and_run_once():
     model, calls = Own(), []
     for module in (model.first, model.head):

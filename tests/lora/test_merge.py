@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, inject, merge
 from lora_lightning.lora.errors import AdapterWarning, MergeError
-from tests.factories import Own, assert_same, distance, llama, move, sequential, snapshot
+from tests.factories import Own, assert_same, distance, move, sequential, snapshot
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -88,14 +88,6 @@ def test_a_tie_and_buffers_of_a_head_come_along():
     merged_as_adapted(model, torch.randn(3, 8))
     assert head[3].weight is head[0].weight
     assert int(head[1].num_batches_tracked) == 1
-
-
-def test_ties_survive_a_change_of_dtype():
-    model = llama(tie_word_embeddings=True)
-    inject(model, LoRAConfig(r=2, target_modules=["q_proj"]))
-    merge(move(model), dtype=torch.bfloat16)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.lm_head.weight.dtype == torch.bfloat16
 
 
 BEYOND = {

@@ -1,30 +1,23 @@
 """The paper's numbers of trained parameters (arXiv 2106.09685), from configs alone, on the meta device."""
 
+from functools import partial
+
 import pytest
 import torch
-import transformers as tf
 
 from lora_lightning import LoRAConfig, inject
-
-
-def roberta_base():
-    return tf.RobertaModel(tf.RobertaConfig())
-
-
-def roberta_large():
-    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-    return tf.RobertaModel(tf.RobertaConfig(**sizes))
-
-
-def deberta_xxl():
-    sizes = {"hidden_size": 1536, "num_hidden_layers": 48, "num_attention_heads": 24, "intermediate_size": 6144}
-    return tf.DebertaV2Model(tf.DebertaV2Config(**sizes))
+from tests.factories import hf
 
 
 def gpt(width, layers, heads):
-    return lambda: tf.GPT2Model(tf.GPT2Config(n_embd=width, n_layer=layers, n_head=heads))
+    return partial(hf, "GPT2Model", n_embd=width, n_layer=layers, n_head=heads)
 
 
+roberta_base = partial(hf, "RobertaModel")
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+roberta_large = partial(hf, "RobertaModel", **LARGE)
+XXL = {"hidden_size": 1536, "num_hidden_layers": 48, "num_attention_heads": 24, "intermediate_size": 6144}
+deberta_xxl = partial(hf, "DebertaV2Model", **XXL)
 QUERY_VALUE = {"target_modules": ["query", "value"]}
 OF_C_ATTN = {"target_modules": ["c_attn"], "slices": {"c_attn": ["q", "v"]}}
 

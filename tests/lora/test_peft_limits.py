@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
+from functools import partial
 
 import peft
 import pytest
@@ -16,17 +17,7 @@ from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_ada
 from lora_lightning.lora.errors import AdapterWarning
 from lora_lightning.lora.inject import adapted_layers
 from tests.factories import FAMILIES, Own, distance, move, output
-
-
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(8, 8)
-        self.b = self.a
-        self.c = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.c(self.b(self.a(x)))
+from tests.lora.kinds import Mixture, alone, at, bare, conv
 
 
 def deepseek():
@@ -37,40 +28,22 @@ def deepseek():
     return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **ranks, **experts))
 
 
-def conv():
-    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"))
-
-
-class Holder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.own, self.proj = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.proj(x) + x @ self.own.T
-
-
-def holder():
-    return nn.Sequential(Holder())
-
-
 TOKENS, X, IMAGE = torch.arange(1, 7)[None], torch.randn(3, 8), torch.randn(2, 4, 9, 9)
-ENCODER, SEQUENCE, OUT = FAMILIES["encoder"].make, torch.randn(2, 5, 16), {"target_modules": ["out_proj"]}
+ENCODER, SEQUENCE, OUT = FAMILIES["encoder"].make, torch.randn(2, 5, 16), at("out_proj")
+MIXTURE, SIX = partial(alone, Mixture), torch.randn(3, 6)
 HEAD = {"modules_to_save": ["head"], "target_modules": ["first"]}
 DROPOUTS = {"dropout": 0.1, "dropout_pattern": {"first": 0.3}, "exclude_modules": ["second"]}
 CASES = {
     "heads": (Own, X, HEAD, "misses tensors for: 'overhead', 'lm_h"),
-    "two places": (Twice, X, {}, "adapts one place of a module that stands in several: 'a'"),
+    "two places": (Own, X, at("second"), "adapts one place of a module that stands in several: 'second'"),
     "dropouts": (Own, X, DROPOUTS, "'first'"),
     "out_proj": (ENCODER, SEQUENCE, OUT, "0.self_attn.out_p"),
     "out_proj's weight": (
-        ENCODER,
-        SEQUENCE,
-        {"target_modules": [], "target_parameters": ["0.self_attn.out_proj.weight"]},
+        *(ENCODER, SEQUENCE, bare("0.self_attn.out_proj.weight")),
         r"read and not called: '.*self_attn.out_proj.weight'",
     ),
-    "inside": (holder, X, {"target_modules": ["proj"], "target_parameters": ["own"]}, "inside a module.*: '0.proj'"),
-    "padding": (conv, IMAGE, {"target_modules": ["0"]}, "padding_mode: '0'"),
+    "inside": (MIXTURE, SIX, at("proj", target_parameters=["mix"]), "inside a module.*: '0.proj'"),
+    "padding": (partial(conv, "2d reflect"), IMAGE, at("1"), "padding_mode: '1'"),
     "experts": (deepseek, TOKENS, {}, r"fused experts.*: 'model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj'"),
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, weight_norm
+from torchvision.models import resnet18
 
 from lora_lightning import LoRAConfig, LoRAError, inject, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError, MergeError, TargetError
@@ -71,6 +72,9 @@ REFUSED = [
     (net, {"exclude_modules": ["up", "down", "square"]}, "is empty"),
     (lambda: nn.Sequential(nn.LayerNorm(3)), {}, "selects nothing among LayerNorm"),
     (bert, {"target_modules": "query"}, r"no module matches 'query'; .*write \[query\]"),
+    (net, {"target_modules": "all-liner"}, "'all-linear'"),
+    (net, {"target_modules": ["query-valeu"]}, "'query-value'"),
+    (resnet18, {}, r"adaptable by name: conv1, layer1\.0\.conv1"),
     (Mixture, bare("experts.upp"), "target_parameters: no parameter matches 'experts.upp'; did you mean"),
     (in_parts, at("0", slices={"qkv": ["q"]}), "slices: no adapted module matches 'qkv'"),
     (embedding, at(trainable_token_indices={"embed": [1]}), "no module matches 'embed'"),

@@ -17,6 +17,7 @@ from torch import nn
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from tests.factories import FAMILIES, bert, distance, gpt, hf, llama, move, output
+from tests.lora.bank_support import gpt2
 from tests.lora.directories import same_files
 
 TOKENS = torch.arange(1, 7)[None]
@@ -93,9 +94,6 @@ def test_one_rank_and_one_alpha_compute_what_was_trained(tmp_path, name):
     assert distance(output(again, TOKENS), wanted) < 1e-12
     save_adapter(again, tmp_path / "again", serving="vllm")
     assert same_files(tmp_path / "again", tmp_path)
-
-
-gpt2 = partial(hf, "GPT2LMHeadModel", "GPT2Config", n_embd=8, n_layer=1, n_head=2, vocab_size=20)
 
 
 def fcs():

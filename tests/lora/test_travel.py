@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
-from tests.factories import folded
 from tests.lora.directories import same_files
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import FAMILIES, MOE, build
@@ -248,20 +247,3 @@ def test_a_merged_model_opens_without_us_and_runs_the_plain_models_operations(ca
         nn.init.zeros_(next(again.parameters()))
         safetensors.torch.load_model(again, str(tmp_path / "model.safetensors"))
     arrived(case, "merged", run(case, again.eval()), home, run(case, plain), dtype)
-
-
-@pytest.mark.parametrize("family", [family for family, reason in NOT_BY_PEFT.items() if reason == TWICE])
-def test_an_attention_that_peft_counts_twice_is_the_formula(family, tmp_path):
-    case = family, ()
-    plain, model = adapted(case, torch.float64)
-    again = copy.deepcopy(plain)
-    load_adapter(again, save_adapter(model, tmp_path))
-    scales = {name: layer.lora_settings.scale for name, layer in adapted_layers(model)}
-    witness = run(case, folded(plain, model, scales))
-    for other in (model, again):
-        arrived(case, "ours to the formula", run(case, other), witness, run(case, plain), torch.float64)
-
-
-def test_every_option_and_more_than_a_hundred_pairs_travel():
-    assert {option for _, options in PAIRS for option in options} == set(OPTIONS)
-    assert len([case for case in PAIRS if len(case[1]) == 2]) > 100

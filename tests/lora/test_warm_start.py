@@ -1,7 +1,5 @@
 """A run starts at an earlier run's adapter, bit for bit; only a head of another shape keeps its own start."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -10,7 +8,8 @@ from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.init.from_adapter import start_from_directory, start_from_state
-from tests.factories import bert, hf, move, output
+from tests.factories import bert, move, output
+from tests.lora.bank_support import gpt2
 from tests.lora.directories import of_peft, refused
 from tests.lora.kinds import fields_of, inputs, net, shake
 
@@ -54,10 +53,8 @@ def test_outputs_and_w0_are_the_earlier_runs(option, source, tmp_path):
 
 
 def test_parts_of_a_fused_projection_and_token_rows_are_taken_over_and_others_refused(tmp_path):
-    make = partial(hf, "GPT2LMHeadModel", "GPT2Config", n_layer=1, n_head=2, n_embd=16, vocab_size=30, n_positions=16)
-
     def injected(rows=(3, 1), parts=("q", "v")):
-        model = make().eval()
+        model = gpt2().eval()
         fields = {"slices": {"c_attn": [*parts]}, "trainable_token_indices": {"wte": [*rows]}}
         inject(model, LoRAConfig(r=2, target_modules=["c_attn"], **fields))
         return model

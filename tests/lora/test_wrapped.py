@@ -7,15 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lora_lightning import (
-    AdapterBank,
-    LoRAConfig,
-    LoRAError,
-    inject,
-    load_adapter,
-    merge,
-    save_adapter,
-)
+from lora_lightning import AdapterBank, LoRAConfig, LoRAError, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import (
     adapter_tensors,
@@ -26,7 +18,7 @@ from lora_lightning.lora.frozen.tensors import (
     plain_name,
 )
 from lora_lightning.lora.inject import adapted_layers
-from tests.factories import FAMILIES, distance, llama, move, output
+from tests.factories import distance, llama, move, output
 from tests.lora.directories import same_files
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_lightning.lora.errors.AdapterWarning")
@@ -92,21 +84,11 @@ def test_a_wrapped_model_has_the_plain_ones_names_and_files_and_loads_both(wrap,
     assert wrap != "whole" or plain_name(own, "module.0.module.weight") == "0.module.weight"
     assert same_files(tmp_path / "own", tmp_path / "plain")
     for again, directory in ((build(), "own"), (build(wrap), "plain")):
+        assert distance(again(X), plain(X)) > 1e-3  # and a graph that is compiled here takes up what is loaded
         load_adapter(again, tmp_path / directory)
         assert distance(again(X), plain(X)) < 1e-6  # a compiled block, or an init as twice the rank, rounds otherwise
     merge(own)
     assert distance(own(X), plain(X)) < 1e-5
-
-
-def test_a_graph_that_was_compiled_of_the_plain_model_takes_up_what_is_loaded(tmp_path):
-    family = FAMILIES["sequential"]
-    model, other = family.build(), family.build()
-    inject(model, LoRAConfig(r=2))
-    save_adapter(move(model), tmp_path)
-    own = compiled(other)
-    base = family.run(own)
-    load_adapter(own, tmp_path)
-    assert distance(family.run(own), family.run(model)) < 1e-6 < distance(base, family.run(model))
 
 
 def test_save_pretrained_of_an_adapted_model_is_refused_with_the_line_to_call_until_it_is_plain(tmp_path):

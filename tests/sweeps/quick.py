@@ -17,13 +17,6 @@ from lora_lightning.commands.sweep.sweep import Request, Sweep
 STAND_IN = Path(__file__).with_name("stand_in.py")
 
 
-class TakesAll:
-    """A parser that refuses nothing."""
-
-    def parse_args(self, args):
-        return SimpleNamespace(fit=SimpleNamespace(model=SimpleNamespace(lora=Namespace())))
-
-
 def plan(folder, **changes):
     """The file that stands for the config."""
     content = {"validations": 1, "pause": 0.0, "level": {}, "events": str(folder / "events.jsonl"), **changes}
@@ -33,6 +26,8 @@ def plan(folder, **changes):
 
 
 def base(**config):
+    """With a parser that refuses nothing."""
+    parsed = SimpleNamespace(fit=SimpleNamespace(model=SimpleNamespace(lora=Namespace())))
     return Base(
         name="quick",
         config={"model": {"lora": {"alpha": None}}, **config},
@@ -41,7 +36,7 @@ def base(**config):
         metric="val/accuracy",
         goal="max",
         why_unlogged=lambda metric: None,
-        parser=TakesAll(),
+        parser=SimpleNamespace(parse_args=lambda args: parsed),
     )
 
 

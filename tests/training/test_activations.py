@@ -11,7 +11,6 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from benchmarks.measure import kept_bytes
 from lora_lightning import LoRAConfig, LoRAError, inject, merge
@@ -19,6 +18,7 @@ from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.training.activations.checkpointing import Recomputation, without_cache
 from lora_lightning.training.activations.offloading import Offload, Waiting
+from lora_lightning.training.strategies.fsdp2.wrapping import shard
 from tests.distributed import one_process
 from tests.factories import snapshot
 from tests.training.activations import IDS, MODELS, adapted, assert_same_step, step
@@ -69,9 +69,7 @@ def test_sharded_blocks_are_computed_again_with_their_weights_there():
     for context in (without_cache, lambda model: Recomputation(model).on()):
         with one_process() as mesh:
             model, inputs = adapted("llama")
-            for layer in model.model.layers:
-                fully_shard(layer, mesh=mesh)
-            fully_shard(model, mesh=mesh)
+            shard(model, mesh, torch.device("cpu"))
             out, grads, state = step(model, inputs, context(model))
             results.append((out, {name: grad.full_tensor() for name, grad in grads.items()}, state))
     assert_same_step(*results)
