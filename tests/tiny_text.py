@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +28,6 @@ def restaurants(rows: int, seed: int = 0) -> list[dict[str, str]]:
         said = [f"{name} serves {food} food in the {area} .", f"in the {area} {name} is a {food} place ."]
         made.append({"context": f"name : {name} | food : {food} | area : {area}", "completion": rng.choice(said)})
     return made
-
-
-def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
 
 
 def make_tokenizer(folder: Path, *, ends: bool) -> tf.PreTrainedTokenizerFast:

@@ -42,6 +42,10 @@ def ready(cls, path, tokenizer=None, **options):
     return data
 
 
+def sizes(data):
+    return {split: len(table) for split, table in data.tables.items()}
+
+
 def everything(data):
     """Of images, all training rows as one batch."""
     batches = list(data.every("train"))

@@ -15,7 +15,7 @@ from lora_lightning.data.images.decoding import read_rgb
 from lora_lightning.data.images.rows import BadImageError
 from lora_lightning.data.images.transforms import Augmentation, Preprocessing, preprocessing_of
 from lora_lightning.data.io.splits import SplitConfig
-from tests.data.files import ALL, everything, ready, save, write
+from tests.data.files import ALL, everything, ready, save, sizes, write
 from tests.pictures import COLOURS, class_folders
 
 SPLIT = SplitConfig(validation=0.25, test=0.25)
@@ -37,10 +37,6 @@ def data_of(path, **kwargs):
 
 def same(a, b):
     return all(torch.equal(everything(a)[name], everything(b)[name]) for name in ("pixel_values", "labels"))
-
-
-def sizes(data):
-    return {name: len(table) for name, table in data.tables.items()}
 
 
 def test_a_folder_for_each_class_is_split_the_same_each_time(folder):

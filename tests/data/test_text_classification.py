@@ -9,16 +9,12 @@ import torch
 from lora_lightning import LoRAError, TextClassificationData, huggingface
 from lora_lightning.data.classification import MultiLabelTextData, TextRegressionData
 from lora_lightning.data.io.splits import SplitConfig
-from tests.data.files import ALL, ready, save, write
+from tests.data.files import ALL, ready, save, sizes, write
 
 ROWS = [{"text": f"the film number {i} is {'fine' if i % 2 else 'dull'}", "label": f"{i % 2}"} for i in range(30)]
 NUMBERED = [{**row, "label": int(row["label"])} for row in ROWS]
 NAMED = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"]))
 data_of = partial(ready, TextClassificationData)
-
-
-def sizes(data):
-    return {split: len(table) for split, table in data.tables.items()}
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])

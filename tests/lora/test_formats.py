@@ -61,7 +61,14 @@ def refused(directory, match, model=None, **options):
 # ---- round trips
 
 
-@pytest.mark.parametrize("fields", [{}, {**RICH, "use_rslora": True}], ids=["plain", "rich"])
+PISSA = {"init": "pissa", "use_rslora": True, "alpha": 7, "target_modules": ["key", "query"]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {**RICH, "use_rslora": True}, {**PISSA, "r": 4, "rank_pattern": {"key": 6, "1.attention.self.query": 7}}],
+    ids=["plain", "rich", "subtracted"],
+)
 def test_the_same_adapter_is_the_same_bytes(tmp_path, fields):
     """Saved twice, after loading, from a compiled model, and whatever the order of the patterns."""
     model, other = trained(**fields), BERT.build()

@@ -19,8 +19,9 @@ from lora_lightning import SplitConfig
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.commands.new import new
 from tests.command.process import REPOSITORY
+from tests.data.files import write
 from tests.new.projects import configs_of, environment, git, make, offline
-from tests.recipes.recipe import parse, rows_file
+from tests.recipes.recipe import parse
 from tests.tiny import make_reviews
 
 OVERLAYS = ["experiments/wider", "own", "debug", "logger/tensorboard", "logger/wandb"]
@@ -147,7 +148,7 @@ def data_of(projects, tmp_path, monkeypatch):
     def make(task, rows, **options):
         monkeypatch.chdir(projects / f"for_{task}")
         monkeypatch.syspath_prepend(".")
-        path = rows_file(tmp_path / "mine.jsonl", rows)
+        path = write(tmp_path / "mine.jsonl", rows)
         return importlib.import_module(f"for_{task}.data").OwnData(str(path), tokenizer="data/tokenizer", **options)
 
     return make

@@ -4,8 +4,6 @@ A recipe is a stack of files, of which the later win. What it would download is 
 architecture whose config is tiny and whose weights are random, and a file of a few rows with the same columns.
 """
 
-import json
-
 import yaml
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
@@ -49,13 +47,6 @@ def tiny_model(folder, config, words, *, chat_template=None, pair=True):
     text.update({f"{name}_id": vocabulary[SPECIAL[name]] for name in ("bos_token", "pad_token", "eos_token")})
     config.save_pretrained(folder)
     return folder
-
-
-def rows_file(file, rows):
-    """A JSONL file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
 
 
 def run_a_step(files, folder, *, model=None, backbone=None, data=None, args=()):

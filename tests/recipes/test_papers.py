@@ -6,8 +6,9 @@ import random
 import pytest
 from transformers import DebertaV2Config, GPT2Config, GPT2Tokenizer, RobertaConfig
 
+from tests.data.files import write
 from tests.lora.test_paper_counts import OF_C_ATTN
-from tests.recipes.recipe import parse, rows_file, run_a_step, tiny_model
+from tests.recipes.recipe import parse, run_a_step, tiny_model
 from tests.tiny_text import restaurants
 
 TASKS = ("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb")
@@ -89,7 +90,7 @@ def small(task, folder):
     parts = {"train": rows(labels, 16)}
     for name in ("_matched", "_mismatched") if task == "mnli" else ("",):
         parts |= {f"validation{name}": rows(labels, 6), f"test{name}": rows([-1], 4)}
-    path = {split: str(rows_file(folder / f"{split}.jsonl", made)) for split, made in parts.items()}
+    path = {split: str(write(folder / f"{split}.jsonl", made)) for split, made in parts.items()}
     return {"path": path, "name": None, "max_length": 32, "batch_size": 8}
 
 
@@ -182,7 +183,7 @@ def tiny_gpt2(folder):
 @pytest.mark.parametrize(("of", "size"), [("e2e", "medium"), ("webnlg", "large"), ("dart", "medium")])
 def test_a_stack_of_gpt2_runs_a_step(of, size, tmp_path):
     parts = {"train": restaurants(16), "validation": restaurants(6, seed=1), "test": restaurants(6, seed=2)}
-    files = {split: str(rows_file(tmp_path / f"{split}.jsonl", rows)) for split, rows in parts.items()}
+    files = {split: str(write(tmp_path / f"{split}.jsonl", rows)) for split, rows in parts.items()}
     short = "--model.task.init_args.generation.max_new_tokens=4"
     cli = run_a_step(
         stack_of_gpt2(of, size), tmp_path, model=tiny_gpt2(tmp_path / "model"), data={"path": files}, args=[short]

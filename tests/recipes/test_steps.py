@@ -10,9 +10,10 @@ from lora_lightning.cli.main import LoRACLI
 from lora_lightning.lora.frozen.quantization import scheme
 from tests.chats import CHATML, GEMMA, LLAMA3, MISTRAL, assistant, user
 from tests.chats import make_tokenizer as chat_tokenizer
+from tests.data.files import write
 from tests.data.test_segmentation import make as make_masks
 from tests.pictures import class_folders
-from tests.recipes.recipe import files_of, parse, rows_file, run_a_step, tiny_model
+from tests.recipes.recipe import files_of, parse, run_a_step, tiny_model
 from tests.tiny_lm import make_lm, make_texts
 from tests.tiny_pairs import COLOURS, TEMPLATE, WORDS, as_messages, make_tokenizer, preferences
 
@@ -38,7 +39,7 @@ def pairs(folder):
         for i in range(10)
         for c in COLOURS
     ]
-    path = rows_file(folder / "rows.jsonl", rows)
+    path = write(folder / "rows.jsonl", rows)
     return {"model": tiny_model(folder / "model", config, WORDS), "data": {"path": str(path)}}
 
 
@@ -53,7 +54,7 @@ def captions(folder):
         Image.fromarray(np.full((9, 9, 3), 12 * i, dtype=np.uint8)).save(folder / row["image"])
     return {
         "backbone": {"pretrained_model_name_or_path": str(clip), "random_weights": True},
-        "data": {"path": str(rows_file(folder / "rows.jsonl", rows)), "processor": str(clip)},
+        "data": {"path": str(write(folder / "rows.jsonl", rows)), "processor": str(clip)},
     }
 
 
@@ -65,11 +66,11 @@ def answers(kind, whole):
         model = tiny_model(folder / "model", config, WORDS, chat_template=TEMPLATE, pair=False)
         rows = [{**row, "prompt": f"{row['prompt']} {i}"} for i, row in enumerate(preferences(30))]
         if not whole:
-            return {"model": model, "data": {"path": str(rows_file(folder / "rows.jsonl", rows))}}
+            return {"model": model, "data": {"path": str(write(folder / "rows.jsonl", rows))}}
         rows = [
             {c: row["prompt"] + row[c] for c in ("chosen", "rejected")} for row in map(as_messages, preferences(12))
         ]
-        path = {split: str(rows_file(folder / f"{split}.jsonl", rows)) for split in ("train", "validation")}
+        path = {split: str(write(folder / f"{split}.jsonl", rows)) for split in ("train", "validation")}
         half = {"model_kwargs": None, "dtype": "float32"}
         return {"model": model, "backbone": half, "data": {"path": path, "num_proc": None}}
 
@@ -130,7 +131,7 @@ def chats(model, data):
         torch.manual_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
-        rows = str(rows_file(folder / "rows.jsonl", [SETS[data]] * 100))
+        rows = str(write(folder / "rows.jsonl", [SETS[data]] * 100))
         given = parse(chat_files(model, data)).data.init_args.path
         path = dict.fromkeys(given, rows) if isinstance(given, dict) else rows
         return {
@@ -145,7 +146,7 @@ def chats(model, data):
 def texts(folder):
     wide = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "initializer_range": 0.02}  # for its ranks
     model = str(make_lm(folder / "model", "qwen3", num_hidden_layers=1, **wide))
-    rows = rows_file(folder / "rows.jsonl", [{"text": text} for text in make_texts(150)])
+    rows = write(folder / "rows.jsonl", [{"text": text} for text in make_texts(150)])
     data = {"path": str(rows), "tokenizer": model}
     whole = ["--trainer.val_check_interval", "1.0"]
     return {"backbone": {"pretrained_model_name_or_path": model}, "data": data, "args": whole}

@@ -9,7 +9,8 @@ from lora_lightning.data.chat.prompt_completion import PromptCompletionData
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.seq2seq import SequenceToSequenceData
 from lora_lightning.tasks.generation import SequenceToSequence, TextGeneration
-from tests.tiny_text import make_model, restaurants, write_rows
+from tests.data.files import write
+from tests.tiny_text import make_model, restaurants
 
 pytestmark = pytest.mark.slow
 HELD_OUT = ("Zizzi | food : Indian", "Cotto | food : French", "Strada | food : English")
@@ -26,8 +27,8 @@ def test_random_models_learn_to_say_attributes_in_new_combinations(tmp_path, kin
         model.save_pretrained(tmp_path)
     rows = restaurants(800)
     held_out = [row for row in rows if any(pair in row["context"] for pair in HELD_OUT)]
-    train = write_rows(tmp_path / "train.jsonl", [row for row in rows if row not in held_out])
-    files = {"train": train, "val": write_rows(tmp_path / "val.jsonl", held_out)}
+    parts = {"train": [row for row in rows if row not in held_out], "val": held_out}
+    files = {split: str(write(tmp_path / f"{split}.jsonl", part)) for split, part in parts.items()}
     options = {"batch_size": 16, "split": SplitConfig(test=0)}
     lightning.seed_everything(0)
     generation = {"num_beams": 4, "max_new_tokens": 16}

@@ -9,9 +9,9 @@ from lora_lightning import LoRAConfig, inject
 from lora_lightning.data.chat.prompt_completion import PromptCompletionData
 from lora_lightning.data.seq2seq import SequenceToSequenceData
 from lora_lightning.tasks.generation import SequenceToSequence, TextGeneration, generate_texts, generation_config
-from tests.data.files import ALL, ready
+from tests.data.files import ALL, ready, write
 from tests.factories import move
-from tests.tiny_text import make_model, make_tokenizer, restaurants, write_rows
+from tests.tiny_text import make_model, make_tokenizer, restaurants
 
 KINDS = ["t5", "bart", "gpt2"]
 BEAMS = {"num_beams": 3, "max_new_tokens": 6, "length_penalty": 0.8, "no_repeat_ngram_size": 4}
@@ -29,7 +29,7 @@ def data(kind, tmp_path_factory):
     rows = restaurants(12)
     rows[3]["context"] = "name : Zizzi"  # of another length than the others
     rows[7]["completion"] = "a place ."
-    path = write_rows(folder / "rows.jsonl", rows)
+    path = write(folder / "rows.jsonl", rows)
     cls, columns = SequenceToSequenceData, {"source_column": "context", "target_column": "completion"}
     if kind == "gpt2":
         cls, columns = PromptCompletionData, {"prompt": "{context} </s>", "completion": "{completion}"}

@@ -108,7 +108,7 @@ def write_record(
     return Record(
         base=fingerprint(model) if digests else blank,
         adapter=fingerprint_of_tensors(tensors).digest if digests else blank.digest,
-        settings={one.name: (r, float(alpha), one.scale) for one in layouts for r, alpha in [one.loaded_settings]},
+        settings={one.name: one.loaded_settings for one in layouts},
         dropouts=dropouts,
         config=config_digests(config),
         slices={

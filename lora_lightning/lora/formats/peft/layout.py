@@ -53,12 +53,20 @@ class LayerLayout:
         return {name: key.removeprefix(".") for name, key in keys.items() if name in present}
 
     @property
-    def loaded_settings(self) -> tuple[int, float]:
-        """Rank and alpha of the layer that is loaded from the file, where a subtracted init is part of A and B."""
+    def loaded_settings(self) -> tuple[int, float, float]:
+        """Rank and alpha of the layer that is loaded from the file, and the scale that PEFT applies.
+
+        A subtracted init is part of the loaded A and B. The scale is then computed as for the loaded layer, so that
+        what is saved from that one has the same bytes.
+        """
         s = self.layer.lora_settings
         if self.one_alpha is not None:
-            return self.rank, self.one_alpha
-        return (self.rank, self.alpha(rslora=s.scale != s.alpha / s.r)) if self.has_init else (s.r, s.alpha)
+            return self.rank, self.one_alpha, self.scale
+        if not self.has_init:
+            return s.r, float(s.alpha), self.scale
+        rslora = s.scale != s.alpha / s.r
+        alpha = float(self.alpha(rslora=rslora))
+        return self.rank, alpha, alpha / (math.sqrt(self.rank) if rslora else self.rank)
 
     def alpha(self, *, rslora: bool) -> float:
         """The alpha for PEFT's config: the scale is alpha / rank, or alpha / sqrt(rank) with rslora."""
