@@ -74,7 +74,8 @@ def precision_for_backbone(command: Any) -> Iterator[None]:
 def rows_by_flag(command: Any, name: str, words: Sequence[str]) -> str | None:
     """Let a command on a trained run read all rows of `--data.path`, and return a short name of the data.
 
-    Such a file or folder is what to test or predict; as a training set it would be split.
+    Such a file or folder is what to test or predict; as a training set it would be split. The file that the run was
+    trained on is split in a test as it was then, for the figures would be those of rows that it has learnt from.
 
     Args:
         command: the command's config, in which the path becomes that of the split that the command reads.
@@ -90,10 +91,18 @@ def rows_by_flag(command: Any, name: str, words: Sequence[str]) -> str | None:
     path = command.get("data.init_args.path")
     if not by_flag or split is None or path is None:
         return None
-    if isinstance(path, str) and _is_one_set(Path(resolve(path))):
+    trained = (_data_of_run(command).get("init_args") or {}).get("path")
+    is_trained = isinstance(path, str) and isinstance(trained, str) and _place(path) == _place(trained)
+    if is_trained and name != "predict":
+        return None
+    if isinstance(path, str) and _is_one_set(_place(path)):
         command.data.init_args.path = {split: path}
     source = str(path if isinstance(path, str) else path.get(name, path.get(split, "data")))
     return Path(source.rstrip("/").rpartition("/")[2]).name.partition(".")[0] or "data"
+
+
+def _place(path: str) -> Path:
+    return Path(resolve(path)).resolve()
 
 
 def _is_one_set(path: Path) -> bool:
@@ -109,13 +118,20 @@ def labels_of_run(command: Any) -> None:
 
     Rows to predict on have no labels, and other rows could give them other numbers.
     """
-    data, checkpoint = command.get("data"), str(command.get("ckpt_path") or "://")
-    file = run.run_of_checkpoint(Path(checkpoint)) / run.CONFIG
-    if data is None or data.get("init_args.label_names", "") is not None or "://" in checkpoint or not file.is_file():
+    data, trained = command.get("data"), _data_of_run(command)
+    if data is None or data.get("init_args.label_names", "") is not None:
         return
-    trained = ((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("data")) or {}
     if trained.get("class_path") == data.class_path:
         data.init_args.label_names = (trained.get("init_args") or {}).get("label_names")
+
+
+def _data_of_run(command: Any) -> dict[str, Any]:
+    """The data section of the config of the checkpoint's run; empty where there is none on this machine."""
+    checkpoint = str(command.get("ckpt_path") or "://")
+    file = run.run_of_checkpoint(Path(checkpoint)) / run.CONFIG
+    if "://" in checkpoint or not file.is_file():
+        return {}
+    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("data") or {}
 
 
 def with_run_config(args: list[str]) -> list[str]:

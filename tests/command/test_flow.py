@@ -112,8 +112,8 @@ def hold_out(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "names"), [("hold.csv", []), ("{test: hold.csv}", ["--data.label_names", "[fresh,rotten]"])]
 )
-def test_all_rows_of_a_named_file_are_tested_beside_the_run(trained, hold_out, path, names, monkeypatch, capsys):
-    """A trained run knows its labels; no train split is asked for."""
+def test_all_rows_of_a_named_file_are_tested_beside_the_run(tiny, trained, hold_out, path, names, monkeypatch, capsys):
+    """A trained run knows its labels; no train split is asked for. Rows that were trained on are not tested."""
     command(monkeypatch, "test", "--ckpt_path", trained)
     before = (trained / "report.json").read_bytes(), (trained / "test/metrics.csv").read_bytes()
     capsys.readouterr()
@@ -127,6 +127,9 @@ def test_all_rows_of_a_named_file_are_tested_beside_the_run(trained, hold_out, p
     assert report["data"]["rows"] == {"test": 20}
     assert "Data" in (trained / "test_hold/report.html").read_text()
     assert before == ((trained / "report.json").read_bytes(), (trained / "test/metrics.csv").read_bytes())
+    command(monkeypatch, "test", "--ckpt_path", trained, "--data.path", tiny.reviews)
+    assert not (trained / "test_reviews").exists()
+    assert json.loads((trained / "report.json").read_text())["test_rows"] == 40
 
 
 def test_predictions_carry_the_columns_that_are_asked_for(trained, tmp_path, monkeypatch, capsys):
