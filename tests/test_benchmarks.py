@@ -1,6 +1,5 @@
 """What the benchmarks compute and compare is what they say."""
 
-import argparse
 import importlib.metadata
 import json
 import re
@@ -13,7 +12,6 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from benchmarks import memory
 from benchmarks.checkpoint_sizes import QUERY_VALUE, computed, llama_7b, roberta, written
 from benchmarks.silent_failures.__main__ import VERSIONS
 from benchmarks.silent_failures.harness import WAYS, Measured, cell, failures, judge, link
@@ -64,19 +62,6 @@ def test_the_models_are_those_that_they_are_called():
     inject(base, LoRAConfig(r=8, target_modules=QUERY_VALUE["roberta-base"]), run_init=False)
     assert sum(t.numel() for t in adapter_tensors(base).values()) == 294_912  # the paper's 0.3M
     assert sum(p.numel() for p in llama_7b().parameters()) == 6_738_415_616
-
-
-@pytest.mark.slow
-def test_all_ways_of_the_memory_benchmark_do_the_same_work():
-    options = argparse.Namespace(quick=True, rows=1, tokens=64, steps=2)
-    found = {way: memory.one(way, options) for way in memory.WAYS}
-    ours, again, peft = found.values()
-    assert ours["losses"] == again["losses"]
-    assert peft["losses"] == pytest.approx(ours["losses"], abs=2e-3)
-    assert {tuple(row["dtypes"]) for row in found.values()} == {("False: torch.bfloat16", "True: torch.float32")}
-    assert len({(row["parameters"], row["trainable"]) for row in found.values()}) == 1
-    assert again["kept for backward, MB"] < ours["kept for backward, MB"] < peft["kept for backward, MB"]
-    assert memory.table(found).count("\n") == len(found)
 
 
 def test_the_routes_of_a_batch_a_save_and_a_resume_are_as_long_as_the_docs_say():

@@ -98,6 +98,11 @@ def test_the_yaml_of_a_page_is_parsed(page, block, tmp_path, monkeypatch):
     assert parse([tmp_path / "page.yaml"] if whole else [BASE, tmp_path / "page.yaml"]).data.class_path
 
 
+@pytest.mark.parametrize(("page", "block"), everywhere("python"))
+def test_the_python_of_a_page_compiles(page, block):
+    compile(block, page, "exec")
+
+
 # ---- what is run
 
 

@@ -147,7 +147,7 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(tmp_path):
         "no layer of one name": {"adapters": [str(plain), str(other)]},
         "needs an adapter": {"adapters": []},
         "no folder": {"wanted": SourceOptions(base_model=str(tmp_path / "nowhere"))},
-        "not a regular expression": {"layers": "("},
+        "layers: '.' ": {"layers": "("},
         "got one adapter": {"layers": ".*", "plots": True},
         "holds other files": {"output_dir": plain},
     }

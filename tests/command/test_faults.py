@@ -61,6 +61,15 @@ def test_where_no_whole_one_is_left_one_line_says_so_and_nothing_is_written(word
     assert files_in(again.parent) == before
 
 
+@pytest.mark.parametrize(("old", "new"), [("r: 4", "r: 2"), ("- classifier", "- pooler")], ids=["rank", "head"])
+def test_a_config_that_was_edited_by_hand_is_one_line_and_leaves_all_as_it_was(old, new, again, monkeypatch, capsys):
+    file = again / "config.yaml"
+    file.write_text(file.read_text().replace(old, new, 1))
+    before = files_in(again.parent)
+    assert "was trained with lora." in mistake(monkeypatch, capsys, "test", "--ckpt_path", again)
+    assert files_in(again.parent) == before
+
+
 def test_a_damaged_report_is_put_aside_and_a_test_still_tells(again, monkeypatch):
     content = '{"val_accuracy": 0.'
     (again / "report.json").write_text(content)
