@@ -369,8 +369,10 @@ class TableData(LightningDataModule, ABC):
         if not any(shares.values()) or "train" not in tables:
             return tables
         check_columns(tables["train"], [self.split.group_by], self.place("train"))
-        by = self.split.group_by
-        groups = list(values_of(tables["train"], by) if by else range(len(tables["train"])))
+        by, numbers = self.split.group_by, dict[int, int]()
+        groups = list(values_of(tables["train"], by or ROW))
+        if by is None:  # rows of one row of the file, such as a source with several targets, stay together
+            groups = [numbers.setdefault(row, len(numbers)) for row in groups]
         try:
             rows = split_rows(groups, SplitConfig(**shares, group_by=by, seed=self.split.seed))
         except LoRAError as error:

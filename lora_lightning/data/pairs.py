@@ -129,7 +129,7 @@ def groups_of(
 ) -> list[list[int]]:
     """The group numbers of each row's positive and negative: equal for equal texts, or for equal group columns.
 
-    With a group column a negative's group is unknown: -1.
+    With a group column a negative's group is unknown: -1, as is that of a row whose cell is blank.
     """
     numbers: dict[str, int] = {}
 
@@ -137,7 +137,8 @@ def groups_of(
         return numbers.setdefault(str(value), len(numbers))
 
     if named is not None:
-        return [[number(name)] if negatives is None else [number(name), -1] for name in named]
+        groups = [-1 if name is None else number(name) for name in named]
+        return [[group] if negatives is None else [group, -1] for group in groups]
     if negatives is None:
         return [[number(text)] for text in positives]
     return [[number(p), number(n)] for p, n in zip(positives, negatives, strict=True)]

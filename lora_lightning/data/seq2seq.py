@@ -14,6 +14,7 @@ from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.losses.token_loss import IGNORED
 
 
 class TargetData(TextData):
@@ -134,7 +135,14 @@ class SequenceToSequenceData(TargetData):
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return partial(pad_batch, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
+        return partial(collate_pairs, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
+
+
+def collate_pairs(rows: list[dict[str, Any]], **padding: Any) -> dict[str, Any]:
+    """Pad sources on the tokenizer's side, and targets on the right: a decoder starts with the first token."""
+    sources = [{name: values for name, values in row.items() if name != "labels"} for row in rows]
+    targets = [{"labels": row["labels"]} for row in rows if "labels" in row]
+    return pad_batch(sources, **padding) | (pad_batch(targets, pad_token_id=IGNORED) if targets else {})
 
 
 def encode_pairs(

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from lora_lightning import LoRAError
 from lora_lightning.data.dataset import DatasetData, Share, hub_dataset
 from lora_lightning.data.io.tables import read_tables
+from tests.data.files import write
 
 
 class Count(IterableDataset):
@@ -40,7 +41,6 @@ def test_a_dataset_with_a_length_is_shuffled_in_training_alone_and_a_stream_is_n
     stream = DatasetData(train=Count(5), validation=Count(3), batch_size=2)
     assert [batch.tolist() for batch in stream.train_dataloader()] == [[0, 1], [2, 3], [4]]
     assert [batch.tolist() for batch in stream.val_dataloader()] == [[0, 1], [2]]
-    assert DatasetData(train=[1, 2, 3], validation=[1]).data_summary == {"rows": {"train": 3, "validation": 1}}
 
 
 @pytest.fixture
@@ -113,3 +113,12 @@ def test_a_part_of_a_hub_set_stands_for_a_file(tmp_path, monkeypatch):
     assert {split: table["a"][:] for split, table in found.items()} == {"train": [1, 2, 3], "validation": [4]}
     with pytest.raises(LoRAError, match="no part 'tset' of a set"):
         read_tables({"train": f"{tmp_path}@tset"})
+
+
+def test_a_file_is_read_by_its_name_alone_and_two_of_one_split_are_refused(tmp_path):
+    for name in ("data1.csv", "data[1].csv", "train.csv", "dev.csv", "val.csv"):
+        write(tmp_path / name, [{"a": name}])
+    assert read_tables(str(tmp_path / "data[1].csv"))["train"]["a"][:] == ["data[1].csv"]
+    for path in (str(tmp_path), dict.fromkeys(("dev", "val"), str(tmp_path / "dev.csv"))):
+        with pytest.raises(LoRAError, match=r"dev\S* and val\S* are both the validation set"):
+            read_tables(path)

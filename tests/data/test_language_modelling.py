@@ -59,7 +59,6 @@ def test_predictions_are_for_pieces_of_documents_in_the_order_of_the_file(tmp_pa
     batches = list(data.predict_dataloader())
     assert [d for batch in batches for d in batch["document"].tolist()] == [1, 1, 1, 2, 3]
     assert sum(int(batch["attention_mask"].sum()) for batch in batches) == 41 + 1 + 3
-    assert all("position_ids" not in batch for batch in batches)
 
 
 def test_rows_of_a_single_token_are_named_and_left_out(tmp_path, data_of):

@@ -57,6 +57,7 @@ def test_a_group_column_says_what_belongs_together(tmp_path, tokenizers):
     data = pairs_of(tmp_path, tokenizers, negative_column="negative", group_column="film")
     assert rows_of(data)["labels"].tolist() == [[0, -1], [1, -1], [0, -1]]
     assert groups_of(["x", "y"], None, None) == [[0], [1]]
+    assert groups_of(["x", "x", "x"], None, [None, "a", None]) == [[-1], [0], [-1]], "a blank cell is no group"
     assert rows_of(pairs_of(tmp_path, tokenizers, max_length=2))["anchor"]["input_ids"].shape == (3, 2)
 
 

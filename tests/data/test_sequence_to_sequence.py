@@ -3,6 +3,7 @@
 import pytest
 
 from lora_lightning.data.chat.prompt_completion import PromptCompletionData
+from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.seq2seq import SequenceToSequenceData
 from tests.data.files import ALL, ready, rows_of, write
 
@@ -44,6 +45,8 @@ def test_pairs_become_sources_and_targets_that_end(tmp_path, pairs_of):
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert (batch["labels"] != -100).sum(1).tolist() == [6, 7, 6]
     assert batch["input_ids"][0, -1] == data.pad_token_id
+    data.tokenizer.padding_side = "left"
+    assert rows_of(data)["labels"].equal(batch["labels"]), "a decoder starts with the first token"
 
 
 def test_a_source_is_written_for_once_and_held_to_all_of_its_targets(tmp_path, make):
@@ -66,6 +69,9 @@ def test_a_list_of_targets_is_one_row_for_each(tmp_path, make):
     assert list(data.encoded_rows("test")["references"]) == [
         ["Zizzi is a place .", "a place is Zizzi ."], [], ["Cotto is in the riverside ."],
     ]  # fmt: skip
+    many = write(tmp_path / "many.jsonl", [{"context": f"{i}", "completion": ["a", "b", "c"]} for i in range(10)])
+    held_out = make({"train": many}, split=SplitConfig()).encoded_rows("test")
+    assert list(held_out["references"]) == [["a", "b", "c"], [], []], "no source is in two splits"
 
 
 def test_the_loss_is_on_completions_and_prompts_are_padded_on_the_left(tmp_path, prompts_of):

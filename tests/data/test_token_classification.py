@@ -48,7 +48,6 @@ def data_of(path, bert, **kwargs):
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, bert, suffix):
     data = data_of(write(tmp_path / f"train{suffix}", ROWS), bert)
     assert data.label_names == NAMES
-    assert data.num_classes == 4
     row = data.encoded_rows("train")[0]
     tokens = ["[CLS]", "ann", "lee", "saw", "par", "##is", "[SEP]"]
     assert data.tokenizer.convert_ids_to_tokens(row["input_ids"]) == tokens

@@ -15,6 +15,8 @@ from lora_lightning.lora.errors import LoRAError, first_line
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 PIL_FILTERS: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 """Pillow's filters by number, as transformers' processors store them."""
+ROUNDING = 0.02
+"""Mean difference of normalized pixels at most between two ways of resizing, of which one rounds to 8 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,13 +227,23 @@ def _of_transformers(name: str) -> Preprocessing:
     if of("do_center_crop", False) and crop is not None:
         target = (int(dict(crop)["height"]), int(dict(crop)["width"]))
     plain = not of("do_normalize", True)
-    return Preprocessing(
+    how = Preprocessing(
         size=target,
         resize=resize,
         mean=(0.0, 0.0, 0.0) if plain else tuple(of("image_mean", Preprocessing.mean)),
         std=(1.0, 1.0, 1.0) if plain else tuple(of("image_std", Preprocessing.std)),
         interpolation=PIL_FILTERS.get(int(of("resample", 2)), "bilinear"),
     )
+    noise = torch.randint(256, (3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    probe = noise.repeat_interleave(25, 1).repeat_interleave(25, 2)
+    theirs = settings(v2.functional.to_pil_image(probe), return_tensors="pt")["pixel_values"][0]
+    ours = evaluation_transform(how)(probe)
+    if theirs.shape != ours.shape or not (theirs - ours).abs().mean() <= ROUNDING:  # such as blue before red
+        raise LoRAError(
+            f"the {type(settings).__name__} of '{name}' does more than to resize, crop, scale to [0, 1] and normalize:"
+            " leave preprocessing out, and give what you can of image_size, crop_share, mean, std and interpolation"
+        )
+    return how
 
 
 def _interpolation(interpolation: str, name: str) -> Interpolation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +60,7 @@ def read_tables(
     """
     user_readers = readers or {}
     if isinstance(path, dict):
+        _refuse_two({split: known_split(split) for split in path})
         return {
             known_split(split): _read_part(file, name, text_by, user_readers, streaming) for split, file in path.items()
         }
@@ -155,8 +157,17 @@ def _kind(path: Path) -> str:
 def _files_by_split(folder: Path, more: Collection[str] = ()) -> dict[str, Path]:
     """The readable files in a folder that are named like a split, also those with suffixes in `more`."""
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and _kind(file) in (*READERS, *more)]
-    named = {split: file for file in files if (split := split_name(file.name.split(".")[0]))}
-    return dict(sorted(named.items()))
+    names = {file.name: split_name(file.name.split(".")[0]) for file in files}
+    _refuse_two(names)
+    return dict(sorted((split, folder / name) for name, split in names.items() if split))
+
+
+def _refuse_two(names: Mapping[str, str | None]) -> None:
+    """Raise where two names are of one split, such as `dev` and `val`: one of them would not be read."""
+    seen: dict[str, str] = {}
+    for name, split in names.items():
+        if split and seen.setdefault(split, name) != name:
+            raise LoRAError(f"{seen[split]} and {name} are both the {split} set: name one file for each in data.path")
 
 
 def _read_file(file: str, text_by: TextBy, user_readers: Readers, streaming: bool) -> Any:
@@ -166,9 +177,9 @@ def _read_file(file: str, text_by: TextBy, user_readers: Readers, streaming: boo
         return user_readers[suffix](file)
     kind, options = reader_of(file, text_by, user_readers)
     if streaming:
-        return datasets.load_dataset(kind, data_files={"train": file}, streaming=True, **options)["train"]
+        return datasets.load_dataset(kind, data_files={"train": glob.escape(file)}, streaming=True, **options)["train"]
     try:
-        table = datasets.load_dataset(kind, data_files={"train": file}, **options)["train"]
+        table = datasets.load_dataset(kind, data_files={"train": glob.escape(file)}, **options)["train"]
         if kind == "json":
             table.data.table.validate(full=True)  # its reader accepts bytes that are no text, which fail later
     except Exception as error:  # datasets wraps each reader's errors
@@ -271,5 +282,6 @@ def _from_disk(path: str, streaming: bool) -> dict[str, Any]:
 
 
 def _by_split(loaded: Mapping[Any, Any]) -> dict[str, Any]:
-    named = {split_name(str(split)): table for split, table in loaded.items()}
-    return {split: table for split, table in named.items() if split}
+    names = {str(split): split_name(str(split)) for split in loaded}
+    _refuse_two(names)
+    return {split: loaded[name] for name, split in names.items() if split}
