@@ -91,14 +91,36 @@ def rows_by_flag(command: Any, name: str, words: Sequence[str]) -> str | None:
     path = command.get("data.init_args.path")
     if not by_flag or split is None or path is None:
         return None
-    trained = (_data_of_run(command).get("init_args") or {}).get("path")
-    is_trained = isinstance(path, str) and isinstance(trained, str) and _place(path) == _place(trained)
-    if is_trained and name != "predict":
+    if name != "predict" and _splits_of_run(command) is not None:
         return None
     if isinstance(path, str) and _is_one_set(_place(path)):
         command.data.init_args.path = {split: path}
     source = str(path if isinstance(path, str) else path.get(name, path.get(split, "data")))
     return Path(source.rstrip("/").rpartition("/")[2]).name.partition(".")[0] or "data"
+
+
+def refuse_other_split(command: Any) -> None:
+    """Raise where a command splits the file of the checkpoint's run in another way than its fit did.
+
+    Raises:
+        LoRAError: rows that the run has learnt from would be validated or tested on.
+    """
+    then, now = _splits_of_run(command) or {}, command.get("data.init_args.split") or {}
+    for name, value in then.items():
+        if name in now and now[name] != value:
+            raise LoRAError(
+                f"data.split.{name} is {now[name]}, and the checkpoint's run was trained with {value}: rows that it has"
+                " learnt from would be validated and tested on; split as the run did"
+            )
+
+
+def _splits_of_run(command: Any) -> dict[str, Any] | None:
+    """How the checkpoint's run split its file; None where the command reads another one."""
+    path, trained = command.get("data.init_args.path"), _data_of_run(command).get("init_args") or {}
+    of_run = trained.get("path")
+    if not isinstance(path, str) or not isinstance(of_run, str) or _place(path) != _place(of_run):
+        return None
+    return trained.get("split") or {}
 
 
 def _place(path: str) -> Path:
@@ -126,12 +148,21 @@ def labels_of_run(command: Any) -> None:
 
 
 def _data_of_run(command: Any) -> dict[str, Any]:
-    """The data section of the config of the checkpoint's run; empty where there is none on this machine."""
+    """The data section of the config of the checkpoint's run; empty where there is none on this machine.
+
+    A file's path is absolute, of the folder in which the fit was started where that is above the run's.
+    """
     checkpoint = str(command.get("ckpt_path") or "://")
     file = run.run_of_checkpoint(Path(checkpoint)) / run.CONFIG
     if "://" in checkpoint or not file.is_file():
         return {}
-    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("data") or {}
+    config = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    args = (config.get("data") or {}).get("init_args") or {}
+    runs, folder = Path(str(config.get("runs_dir")), str(config.get("name"))), file.resolve().parent.parent
+    if isinstance(args.get("path"), str) and folder.parts[-len(runs.parts) :] == runs.parts != folder.parts:
+        there = folder.parents[len(runs.parts) - 1] / resolve(args["path"])
+        args["path"] = str(there) if there.exists() else args["path"]
+    return config.get("data") or {}
 
 
 def with_run_config(args: list[str]) -> list[str]:

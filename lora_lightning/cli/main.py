@@ -15,7 +15,13 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.cli.config_files import check
-from lora_lightning.cli.config_overrides import labels_of_run, precision_for_backbone, rows_by_flag, with_run_config
+from lora_lightning.cli.config_overrides import (
+    labels_of_run,
+    precision_for_backbone,
+    refuse_other_split,
+    rows_by_flag,
+    with_run_config,
+)
 from lora_lightning.cli.diagnostics import refuse_config
 from lora_lightning.cli.exit_codes import is_raised_by_user
 from lora_lightning.cli.parser import CommandLine, OneLine
@@ -197,6 +203,7 @@ class LoRACLI(LightningCLI):
             raise LoRAError(f"{name} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if words and self.until != "module":
             self._resolve_checkpoint(config)
+            refuse_other_split(config)
             if name != "fit":
                 self._named_data = rows_by_flag(config, name, full)
                 labels_of_run(config)
@@ -263,7 +270,8 @@ class LoRACLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         refuse_other_count(config, self.datamodule)
         refuse_other_size(self.model.backbone, self.model.task, self.datamodule)
-        refuse_unlogged(self.trainer, self.model, config.get("model.lr_scheduler.init_args.monitor"))
+        plateau = config.get("model.lr_scheduler.init_args") or {}
+        refuse_unlogged(self.trainer, self.model, plateau.get("monitor"), plateau.get("mode") or "min")
 
     def after_instantiate_classes(self) -> None:
         """Run nothing where `until` says so."""

@@ -88,6 +88,17 @@ class Task(nn.Module, ABC):
         assert isinstance(metrics, MetricCollection)
         return list(dict.fromkeys([f"{stage}/loss", *map(str, metrics.keys(keep_base=False))]))
 
+    def better(self, metric: str) -> str | None:
+        """`min` or `max`: what is better of one of this task's metrics; None where it is not known."""
+        stage, _, name = metric.partition("/")
+        if name == self.monitor.partition("/")[2]:
+            return self.monitor_mode
+        if name == "loss":
+            return "min"
+        metrics: Any = self.metrics["train_" if stage == "train" else "val_"]
+        higher = getattr(metrics[name], "higher_is_better", None) if name in metrics else None
+        return None if higher is None else "max" if higher else "min"
+
     def wanted_outputs(self) -> int | None:
         """`outputs`, unless the user overrides `step`, which may read labels in another way."""
         return self.outputs if type(self).step.__module__.startswith("lora_lightning.") else None

@@ -138,17 +138,24 @@ OF_A_FURTHER_SET = re.compile(r"val_[^/]+/.+")
 """Metrics of further validation sets, which are known only once the data are read."""
 
 
-def refuse_unlogged(trainer: Trainer, module: LoRAModule, plateau: str | None = None) -> None:
+def refuse_unlogged(
+    trainer: Trainer, module: LoRAModule, plateau: str | None = None, plateau_mode: str = "min"
+) -> None:
     """Compare what callbacks and a schedule monitor with what the task logs.
 
     Args:
-        plateau: the metric of a ReduceLROnPlateau.
+        plateau: the metric of a ReduceLROnPlateau, with `plateau_mode`.
 
     Raises:
-        LoRAError: nothing can log a metric. Where the user's code may log it, it is a warning.
+        LoRAError: nothing can log a metric, or the mode takes the worst for the best. Where the user's code may log
+            it, it is a warning.
     """
-    for who, monitor in _monitored_metrics(trainer, plateau):
+    for who, monitor, mode in _monitored_metrics(trainer, plateau, plateau_mode):
         if (near := why_unlogged(monitor, module)) is None:
+            if (better := module.task.better(monitor)) not in (None, mode):
+                raise LoRAError(
+                    f"{who} monitors '{monitor}' with mode {mode}: the worst and not the best: say mode {better}"
+                )
             continue
         if user_class := _may_log(trainer, module):
             rank_zero_warn(f"{who} monitors '{monitor}', which is not logged, unless {user_class} does{near}")
@@ -164,14 +171,14 @@ def why_unlogged(metric: str, module: LoRAModule) -> str | None:
     return f"{did_you_mean(metric, known)} (logged are {', '.join(known)})"
 
 
-def _monitored_metrics(trainer: Trainer, plateau: str | None) -> Iterator[tuple[str, str]]:
+def _monitored_metrics(trainer: Trainer, plateau: str | None, plateau_mode: str) -> Iterator[tuple[str, str, str]]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         waits = isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0
         waits = waits or (isinstance(callback, EarlyStopping) and callback.strict)
         if waits and callback.monitor not in (None, "auto"):
-            yield type(callback).__name__, callback.monitor
+            yield type(callback).__name__, callback.monitor, callback.mode
     if plateau is not None:
-        yield "ReduceLROnPlateau", plateau
+        yield "ReduceLROnPlateau", plateau, plateau_mode
 
 
 def _may_log(trainer: Trainer, module: LoRAModule) -> str | None:

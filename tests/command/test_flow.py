@@ -46,10 +46,8 @@ def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(traine
     assert not [w for w in recwarn if "best so far" in str(w.message)]  # without a validation set to choose by
     assert not [*trained.glob("*/checkpoints")], "a command that trains nothing has copied one"
     command(monkeypatch, "predict", "--ckpt_path", trained / "checkpoints" / "last.ckpt")
-    lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = [json.loads(line) for line in (trained / "predict/predictions.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rows] == list(range(40))
-    assert {row["label"] for row in rows} == {"fresh", "rotten"}
     assert all(sum(row["probabilities"]) == pytest.approx(1, abs=1e-5) for row in rows)
 
 
@@ -68,9 +66,7 @@ def test_a_run_is_exported_onto_another_base_aloud(tiny, trained, tmp_path, monk
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged")
     assert merged.config.id2label == {0: "fresh", 1: "rotten"}
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "merged")("dull").input_ids
-    shown = capsys.readouterr().out
-    assert "merged weights" in shown
-    assert "float16" in shown
+    assert "float16," in capsys.readouterr().out
 
 
 # ---- a run of many GPUs on a machine that has none
@@ -112,8 +108,8 @@ def hold_out(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("path", "names"), [("hold.csv", []), ("{test: hold.csv}", ["--data.label_names", "[fresh,rotten]"])]
 )
-def test_all_rows_of_a_named_file_are_tested_beside_the_run(tiny, trained, hold_out, path, names, monkeypatch, capsys):
-    """A trained run knows its labels; no train split is asked for. Rows that were trained on are not tested."""
+def test_all_rows_of_a_named_file_are_tested_beside_the_run(trained, hold_out, path, names, monkeypatch, capsys):
+    """A trained run knows its labels; no train split is asked for."""
     command(monkeypatch, "test", "--ckpt_path", trained)
     before = (trained / "report.json").read_bytes(), (trained / "test/metrics.csv").read_bytes()
     capsys.readouterr()
@@ -121,15 +117,20 @@ def test_all_rows_of_a_named_file_are_tested_beside_the_run(tiny, trained, hold_
     shown = capsys.readouterr().out
     assert "20 of hold.csv" in shown
     assert "rows: test 20" in shown
-    assert (trained / "test_hold/metrics.csv").is_file()
-    report = json.loads((trained / "test_hold/report.json").read_text())
-    assert report["test_rows"] == 20
-    assert report["data"]["rows"] == {"test": 20}
     assert "Data" in (trained / "test_hold/report.html").read_text()
     assert before == ((trained / "report.json").read_bytes(), (trained / "test/metrics.csv").read_bytes())
-    command(monkeypatch, "test", "--ckpt_path", trained, "--data.path", tiny.reviews)
-    assert not (trained / "test_reviews").exists()
-    assert json.loads((trained / "report.json").read_text())["test_rows"] == 40
+
+
+def test_a_report_has_no_test_of_an_earlier_best_and_no_test_counts_trained_rows(tiny, tmp_path, monkeypatch):
+    (tmp_path / "reviews.csv").write_bytes(Path(tiny.reviews).read_bytes())
+    run, fit = tmp_path / "runs/tiny/version_0", ("fit", "-c", tiny.config, "--data.path", "reviews.csv")
+    command(monkeypatch, *fit, "--trainer.max_epochs", "1")
+    command(monkeypatch, "test", "--ckpt_path", run)
+    command(monkeypatch, *fit, "--ckpt_path", "last")
+    assert not [name for name in json.loads((run / "report.json").read_text()) if name.startswith("test_")]
+    monkeypatch.chdir("/")  # from where the file that was trained on is known too
+    command(monkeypatch, "test", "--ckpt_path", run, "--data.path", tmp_path / "reviews.csv")
+    assert json.loads((run / "report.json").read_text())["test_rows"] == 40
 
 
 def test_predictions_carry_the_columns_that_are_asked_for(trained, tmp_path, monkeypatch, capsys):

@@ -45,8 +45,8 @@ def test_equal_points_are_ranked_by_what_they_train_and_the_table_says_that_the_
     assert [point.values[RANK] for point in rank_points(trials, "max")] == ["4", "8", "16", "2", "1"]
     seeds = [trial(0, {RANK: "1"}, 0.9, seed=1), trial(1, {RANK: "1"}, None, seed=2, state="failed")]
     seeds += [trial(2, {RANK: "2"}, 0.5, seed=1), trial(3, {RANK: "2"}, 0.7, seed=2)]
-    found = rank_points(seeds, "max")
-    assert [(point.values[RANK], point.state) for point in found] == [("2", "complete"), ("1", "failed")]
+    seeds += [trial(4, {RANK: "4"}, 0.9, seed=1), trial(5, {RANK: "4"}, None, seed=2)]
+    assert [point.values[RANK] for point in rank_points(seeds, "max")] == ["2", "4", "1"]
     rows = table("sweep", rank_points(over_ranks(seeds=(1, 2)), "max"), [MATRICES, RANK], METRIC, "max")
     assert rows.header == ["", "target_modules", "r", METRIC, "sd", "n", "trainable", "minutes", "folder"]
     assert rows.rows[0][:6] == ["1", "query, value", "64", "0.6790", "0.0071", "2"]

@@ -321,6 +321,8 @@ def test_who_is_clearly_behind_is_dropped_and_a_rung_that_cannot_tell_drops_nobo
     found = standings(a=[0.9, 0.8, 0.9, 0.8], b=[0.8, 0.7, 0.8, 0.7], c=[0.2, 0.1, 0.2, 0.1], d=[0.3, 0.2, 0.3, 0.2])
     assert set(choose_dropped(found, 2, "max")) == {"c", "d"}
     assert set(choose_dropped(found, 2, "min")) == {"a", "b"}
+    unknown = found | standings(a=[math.nan] * 4)  # such as the correlation of predictions that are all one
+    assert set(choose_dropped(unknown, 2, "max")) == {"a", "c"}
     assert choose_dropped(standings(a=[0.9, 0.1, 0.8, 0.2], b=[0.1, 0.9, 0.2, 0.79]), 1, "max") == {}
 
 

@@ -134,7 +134,7 @@ def test_what_is_only_slow_is_warned_of(tmp_path, make_module):
 def waits(make_module):
     """Raises where one of these callbacks, or a plateau, waits for what is never logged."""
     module = make_module()
-    return lambda *callbacks, plateau=None: refuse_unlogged(trainer(callbacks=list(callbacks)), module, plateau)
+    return lambda *callbacks, **plateau: refuse_unlogged(trainer(callbacks=list(callbacks)), module, **plateau)
 
 
 @pytest.mark.parametrize("metric", ["val_loss", "val/acc", "eval_loss", "loss", "f1"])
@@ -152,8 +152,10 @@ LOGGED = ["val/f1", "train/loss", "train/loss_step", "grad_norm/all", "lr", "sam
 
 @pytest.mark.parametrize("metric", LOGGED)
 def test_a_metric_that_is_logged_sometime_or_not_needed_is_let_be(metric, waits):
-    waits(EarlyStopping(metric), ModelCheckpoint(monitor=metric), StepFigures(), plateau=metric)
+    mode = {"mode": "max" if metric.endswith("f1") else "min"}
+    waits(EarlyStopping(metric, **mode), ModelCheckpoint(monitor=metric, **mode), StepFigures())
     waits(EarlyStopping("x", strict=False), ModelCheckpoint(monitor="x", save_top_k=0), ModelCheckpoint())
+    waits(plateau=metric, plateau_mode=mode["mode"])
 
 
 def test_texts_that_are_not_written_are_not_waited_for(make_module):

@@ -31,8 +31,9 @@ class Point:
 
     @property
     def mean(self) -> float | None:
-        """The mean over seeds."""
-        return fmean(self.figures) if self.figures else None
+        """The mean over seeds; None where a completed fit has no finite metric, as one that diverged."""
+        lacks = self.state == "complete" and len(self.figures) < len(self.trials)
+        return None if lacks or not self.figures else fmean(self.figures)
 
     @property
     def deviation(self) -> float | None:

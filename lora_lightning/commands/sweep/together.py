@@ -121,7 +121,8 @@ class Together:
                 data = built.data
                 refuse_other_count(built.config, data)
                 refuse_other_size(built.module.backbone, built.module.task, data)
-                refuse_unlogged(built.trainer, built.module, built.config.get("model.lr_scheduler.init_args.monitor"))
+                plateau = built.config.get("model.lr_scheduler.init_args") or {}
+                refuse_unlogged(built.trainer, built.module, plateau.get("monitor"), plateau.get("mode") or "min")
             for callback in built.trainer.callbacks:  # type: ignore[union-attr]
                 if isinstance(callback, SaveRunConfig):
                     callback.config = built.config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,9 @@ from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import is_sharded
 from lora_lightning.training.strategies.collectives import gather
+
+OF_BEST = re.compile("test_|export_|merged_|adapter_(dir|bytes)")
+"""The report's entries on the best checkpoint that commands after the fit have added."""
 
 
 class RunReport(Callback):
@@ -128,7 +132,15 @@ class RunReport(Callback):
         write_bytes(folder / CLASSES.format(stage=stage), (json.dumps(figures) + "\n").encode())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what was measured of an earlier best, before an export of this one is recorded."""
         self._seconds = self._before + time.perf_counter() - self._started
+        folder, best = run.run_dir(trainer), getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if folder is None or not trainer.is_global_zero or not best:
+            return
+        before, now = run.read_report(folder / run.REPORT).get("best_step"), self._of_best(best).get("best_step")
+        if before is not None and now is not None and before != now:
+            run.update_report(folder, {}, forget=lambda key: OF_BEST.match(key) is not None)
+            (folder / CLASSES.format(stage="test")).unlink(missing_ok=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts, fingerprints, time, and the metric that chose the best checkpoint."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -265,7 +265,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _read_report(file: Path) -> dict[str, Any]:
+def read_report(file: Path) -> dict[str, Any]:
     """A report's content; a file that cannot be read is renamed, for an error would end a finished fit."""
     if not file.is_file():
         return {}
@@ -281,13 +281,13 @@ def _read_report(file: Path) -> dict[str, Any]:
     return {}
 
 
-def update_report(run: Path, values: dict[str, Any]) -> dict[str, Any]:
+def update_report(run: Path, values: dict[str, Any], forget: Callable[[str], bool] | None = None) -> dict[str, Any]:
     """Add to the run's `report.json`, and copy it to the folder above, where the newest run's report stands.
 
-    Returns the whole report.
+    Entries whose names `forget` accepts are dropped before. Returns the whole report.
     """
     file = run / REPORT
-    report = _read_report(file) | values
+    report = {key: value for key, value in read_report(file).items() if forget is None or not forget(key)} | values
     text = (json.dumps(report, indent=2) + "\n").encode()
     write_bytes(file, text)
     if run.name.startswith("version_") and _is_newest(run):

@@ -110,13 +110,17 @@ def choose_dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> d
         goal: whether the metric should become `max` or `min`.
     """
     sign = 1 if goal == "max" else -1
-    order = sorted(standings, key=lambda name: (-sign * standings[name].value, standings[name].loss))
+    lost = {name for name, reached in standings.items() if math.isnan(reached.value)}  # NaN has no place in an order
+    order = sorted(standings, key=lambda name: (name in lost, -sign * standings[name].value, standings[name].loss))
     reasons: dict[str, str] = {}
     if keep >= len(order):
         return reasons
     last = standings[order[keep - 1]]
     for name in order[keep:]:
         candidate = standings[name]
+        if name in lost and order[keep - 1] not in lost:
+            reasons[name] = f"behind '{order[keep - 1]}', which has a number"
+            continue
         gap, error = _paired_difference(last.value, candidate.value, last.values, candidate.values)
         if gap and sign * gap > error:
             reasons[name] = f"{abs(gap):.4f} behind '{order[keep - 1]}' (standard error {error:.4f})"
