@@ -88,19 +88,41 @@ def inject(
 def guard_saving(model: nn.Module, *, is_adapted: bool) -> None:
     """Make `save_pretrained` of the transformers models in `model` raise while there is an adapter.
 
-    It is replaced on the instance: transformers looks up settings by a model's class, which must not change.
+    So does `resize_token_embeddings` where the embedding or the output head is adapted or trained in full: it would
+    put a plain layer in its place, or resize W0 without the adapter. Both are replaced on the instance: transformers
+    looks up settings by a model's class, which must not change.
     """
     for module in model.modules():
         if is_a(module, HF_MODEL):
-            module.__dict__.pop("save_pretrained", None)
+            for name in ("save_pretrained", "resize_token_embeddings"):
+                module.__dict__.pop(name, None)
             if is_adapted:
                 module.__dict__["save_pretrained"] = _refuse_save_pretrained
+                if _resizes_adapter(module):
+                    module.__dict__["resize_token_embeddings"] = _refuse_resize
+
+
+def _resizes_adapter(model: Any) -> bool:
+    """Whether a transformers model's embedding or output head is in an adapted layer or in a copy that trains."""
+    try:
+        tables = {model.get_input_embeddings(), model.get_output_embeddings()}
+    except NotImplementedError:  # a model without tokens
+        return False
+    trained = [module for module in model.modules() if isinstance(module, AdaptedLayer | SavedCopy)]
+    return any(tables.intersection(module.modules()) for module in trained)
 
 
 def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
     raise LoRAError(
         "save_pretrained would write W0 with stray lora_ keys that nothing opens: save_adapter(model, directory) writes"
         " the adapter, and merge(model) makes a model that save_pretrained writes"
+    )
+
+
+def _refuse_resize(*args: Any, **kwargs: Any) -> None:
+    raise LoRAError(
+        "resize_token_embeddings would drop what is trained of the embedding or the output head: resize the plain"
+        " model, then inject(model, config)"
     )
 
 

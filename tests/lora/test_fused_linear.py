@@ -192,7 +192,9 @@ def test_under_autocast_the_eager_form_to_rounding(dtype, rows):
     low = dtype if dtype == torch.float64 else torch.bfloat16  # float64 stays so
     whole = model(x)
     with torch.autocast("cpu", torch.bfloat16):
-        compare(model, x, TOLERANCE[low])
+        for own in {dtype, low}:  # as it comes, and as another layer has left it
+            assert fused.can_fuse(x.to(own), model.q.weight)
+            compare(model, x.to(own), TOLERANCE[low])
         assert_alike([everything(model, x)[0]], [whole.to(low)], TOLERANCE[low])
 
 

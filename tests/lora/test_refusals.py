@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, weight_norm
 from torchvision.models import resnet18
+from transformers.integrations.bitnet import AutoBitLinear
 
 from lora_lightning import LoRAConfig, LoRAError, inject, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError, MergeError, TargetError
@@ -83,6 +84,7 @@ REFUSED = [
     (bert, at("0.attention"), r"adaptable inside it: self\.query, self\.key"),
     (one(lambda: nn.ConvTranspose2d(4, 8, 3)), at("0"), "ConvTranspose2d, which has no LoRA form"),
     (one(lambda: ReadsItself(5, 4)), at("0"), "cannot adapt '0': ReadsItself has a forward of its own"),
+    (one(partial(AutoBitLinear, 4, 4, online_quant=True)), at("0"), "'0': AutoBitLinear has a forward of its own"),
     (one(lambda: Standardized(4, 4, 3)), at("0"), "cannot adapt '0': Standardized has a forward of its own"),
     (another_out_proj, at("out_proj"), r"attn\.out_proj.*reads its weight"),
     (Mixture, bare("proj.bias"), "cannot adapt 'proj.bias': it is torch.float32 of shape"),

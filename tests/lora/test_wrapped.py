@@ -91,12 +91,12 @@ def test_a_wrapped_model_has_the_plain_ones_names_and_files_and_loads_both(wrap,
     assert distance(own(X), plain(X)) < 1e-5
 
 
-def test_save_pretrained_of_an_adapted_model_is_refused_with_the_line_to_call_until_it_is_plain(tmp_path):
+def test_save_pretrained_and_a_resize_of_a_trained_head_are_refused_until_the_model_is_plain(tmp_path):
     model, again, tokens = llama().eval(), llama().eval(), torch.arange(1, 7)[None]
-    inject(model, LoRAConfig(r=2, target_modules=["q_proj"]))
-    for part in (model, model.model):  # a part would write the same stray keys
-        with pytest.raises(LoRAError, match=r"stray lora_ keys.*save_adapter\(model, .*merge\(model\)"):
-            part.save_pretrained(tmp_path / "x")
+    inject(model, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    for call in (model.save_pretrained, model.model.save_pretrained, model.resize_token_embeddings):
+        with pytest.raises(LoRAError, match=r"stray .*save_adapter\(model, .*merge\(model\)|resize the plain model"):
+            call(tmp_path / "x")  # a part would write the same stray keys
     assert not (tmp_path / "x").exists()
     adapter, wanted = save_adapter(move(model), tmp_path / "adapter"), output(model, tokens)
     merge(model)

@@ -64,7 +64,7 @@ def can_fuse(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
         and (x.device.type != "cpu" or x.numel() >= FEW_ROWS * x.shape[-1])
         and x.layout is torch.strided
         and not (x.is_nested or x.is_meta)
-        and (x.dtype == weight.dtype or (_product_dtype(x) != x.dtype and weight.dtype != torch.float64))
+        and (x.dtype == weight.dtype or (_is_autocast(x) and weight.dtype != torch.float64))
         and not (x.is_inference() and torch.is_grad_enabled())
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )
@@ -162,11 +162,14 @@ class FusedLinear(torch.autograd.Function):
         return None if dX is None else dX.view(x.shape).to(x.dtype), None, dbias, dA, dB, None, None, None
 
 
+def _is_autocast(x: Tensor) -> bool:
+    """Whether autocast chooses the dtype of a product with x; it leaves float64 as it is."""
+    return torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+
+
 def _product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the product: x's, or autocast's."""
-    device = x.device.type
-    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if is_cast else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if _is_autocast(x) else x.dtype
 
 
 def _pays_to_fold(n: int, weight: Tensor, *others: Tensor) -> bool:
