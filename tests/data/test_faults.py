@@ -353,7 +353,7 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("cls", "tokenizer", "rows", "options", "said"), ARGUMENTS, ids=lambda part: str(part)[-30:])
+@pytest.mark.parametrize(("cls", "tokenizer", "rows", "options", "said"), ARGUMENTS, ids=range(len(ARGUMENTS)))
 def test_an_argument_that_does_not_fit_is_named(cls, tokenizer, rows, options, said, tokenizers, tmp_path):
     path = tmp_path / "nowhere.csv" if rows is None else rows
     if isinstance(rows, list):

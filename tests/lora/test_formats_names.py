@@ -82,7 +82,7 @@ PEFT_TOO = (r"x|m\.e\.x", r"layers\..*down_projection")
 
 
 @pytest.mark.filterwarnings("ignore:PEFT")
-@pytest.mark.parametrize(("make", "options"), OPTIONS, ids=str)
+@pytest.mark.parametrize(("make", "options"), OPTIONS, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_settings_of_a_name_that_ends_another_stay_its_own(make, options, tmp_path):
     model, again, x = build(make), build(make), input_of(make)
     inject(model, LoRAConfig(**{"r": 1 if make is many else 2, "alpha": 7, **options}))
