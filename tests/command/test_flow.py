@@ -134,10 +134,10 @@ def test_a_report_has_no_test_of_an_earlier_best_and_no_test_counts_trained_rows
 
 
 def test_predictions_carry_the_columns_that_are_asked_for(trained, tmp_path, monkeypatch, capsys):
-    (tmp_path / "new.csv").write_text("id,text,film\n7,a lovely story,one\n9,a dull film,two\n")
+    (tmp_path / "new.csv").write_text("id,text,label\n7,a lovely story,rotten\n9,a dull film,fresh\n")
     monkeypatch.chdir(tmp_path)
     given = ["predict", "--ckpt_path", trained, "--data.path", "new.csv"]
-    for columns, own in (([], {"id": [7, 9]}), (["--columns", "film,text"], {"film": ["one", "two"]})):
+    for columns, own in (([], {"id": [7, 9]}), (["--columns", "label,text"], {"data_label": ["rotten", "fresh"]})):
         command(monkeypatch, *given, *columns)
         rows = [json.loads(line) for line in (trained / "predict/predictions.jsonl").read_text().splitlines()]
         assert [row["row"] for row in rows] == [0, 1]

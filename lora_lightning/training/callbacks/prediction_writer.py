@@ -25,8 +25,9 @@ FILE = "predictions.jsonl"
 class PredictionWriter(BasePredictionWriter):
     """Writes `predictions.jsonl` into the run's folder: row, prediction, label name where the data has names.
 
-    The columns that `predict --columns` names are written too, by default `id` where there is one. Further sets are
-    written to separate files, such as `predictions_mismatched.jsonl`.
+    The columns that `predict --columns` names are written too, by default `id` where there is one; one that is called
+    as a prediction's field is, such as `label`, is written as `data_label`. Further sets are written to separate
+    files, such as `predictions_mismatched.jsonl`.
     """
 
     def __init__(self) -> None:
@@ -72,6 +73,8 @@ class PredictionWriter(BasePredictionWriter):
         if folder is None or not trainer.is_global_zero:
             return
         all_rows = sorted((row for part in parts for row in part), key=lambda row: row["row"])
+        keys = {key for row in all_rows for key in row}
+        columns = {f"data_{name}" if name in keys else name: values for name, values in columns.items()}
         all_rows = [
             {"row": row["row"], **{name: _plain(values[row["row"]]) for name, values in columns.items()}, **row}
             for row in all_rows
