@@ -1,4 +1,4 @@
-"""What is published: an sdist, the wheel that is built from it, and that wheel in an environment of its own."""
+"""What is published: the wheel that is built from the sdist, and that wheel in an environment of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -42,12 +41,11 @@ def built(tmp_path_factory):
             (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "tree" / name).write_bytes((ROOT / name).read_bytes())
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", cwd=folder / "tree")
-    (wheel,), (sdist,) = (list((folder / "dist").glob(ending)) for ending in ("*.whl", "*.tar.gz"))
-    return SimpleNamespace(wheel=wheel, sdist=sdist, tracked=set(filter(None, tracked)), folder=folder)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return SimpleNamespace(wheel=wheel, tracked=set(filter(None, tracked)))
 
 
 def test_the_wheel_holds_each_file_of_the_package_and_no_other(built):
-    """By way of the sdist, which it was built from: its bytes are the tree's."""
     of_package = {name for name in built.tracked if name.startswith("lora_lightning/") and (ROOT / name).is_file()}
     with zipfile.ZipFile(built.wheel) as wheel:
         inside = {name for name in wheel.namelist() if ".dist-info/" not in name and not name.endswith("/")}
@@ -58,15 +56,6 @@ def test_the_wheel_holds_each_file_of_the_package_and_no_other(built):
     assert (told["Name"], told["License-Expression"]) == ("lora_lightning", "Apache-2.0")
     assert "torch<3,>=2.13" in told.get_all("Requires-Dist")
     assert {"demo", "lm", "vision", "plots", "dev"} <= set(told.get_all("Provides-Extra") or [])
-
-
-def test_the_sdist_is_the_tree(built):
-    """With the tests, pages and recipes, and nothing that lay beside them; git's and GitHub's own files stay out."""
-    with tarfile.open(built.sdist) as sdist:
-        inside = {member.name.partition("/")[2] for member in sdist.getmembers() if member.isfile()}
-    of_tree = {name for name in built.tracked if (ROOT / name).is_file() and not name.startswith((".git", ".github/"))}
-    made = {name for name in inside if name.startswith("lora_lightning.egg-info/")} | {"PKG-INFO", "setup.cfg"}
-    assert inside - made == of_tree
 
 
 def test_what_is_installed_runs_without_the_tree(built, tmp_path):

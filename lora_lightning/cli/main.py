@@ -270,8 +270,7 @@ class LoRACLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         refuse_other_count(config, self.datamodule)
         refuse_other_size(self.model.backbone, self.model.task, self.datamodule)
-        plateau = config.get("model.lr_scheduler.init_args") or {}
-        refuse_unlogged(self.trainer, self.model, plateau.get("monitor"), plateau.get("mode") or "min")
+        refuse_unlogged(self.trainer, self.model, config.get("model.lr_scheduler.init_args"))
 
     def after_instantiate_classes(self) -> None:
         """Run nothing where `until` says so."""

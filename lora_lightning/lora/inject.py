@@ -88,8 +88,8 @@ def inject(
 def guard_saving(model: nn.Module, *, is_adapted: bool) -> None:
     """Make `save_pretrained` of the transformers models in `model` raise while there is an adapter.
 
-    So does `resize_token_embeddings` where the embedding or the output head is adapted or trained in full: it would
-    put a plain layer in its place, or resize W0 without the adapter. Both are replaced on the instance: transformers
+    So does `resize_token_embeddings` where something of the embedding or the output head is trained: it would put a
+    plain layer in its place, or resize W0 without the adapter. Both are replaced on the instance: transformers
     looks up settings by a model's class, which must not change.
     """
     for module in model.modules():
@@ -103,12 +103,12 @@ def guard_saving(model: nn.Module, *, is_adapted: bool) -> None:
 
 
 def _resizes_adapter(model: Any) -> bool:
-    """Whether a transformers model's embedding or output head is in an adapted layer or in a copy that trains."""
+    """Whether a transformers model's embedding or output head is adapted, or trains in full or in some rows."""
     try:
         tables = {model.get_input_embeddings(), model.get_output_embeddings()}
     except NotImplementedError:  # a model without tokens
         return False
-    trained = [module for module in model.modules() if isinstance(module, AdaptedLayer | SavedCopy)]
+    trained = [module for module in model.modules() if isinstance(module, AdaptedLayer | SavedCopy | TokenRows)]
     return any(tables.intersection(module.modules()) for module in trained)
 
 

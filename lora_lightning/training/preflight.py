@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -138,23 +138,22 @@ OF_A_FURTHER_SET = re.compile(r"val_[^/]+/.+")
 """Metrics of further validation sets, which are known only once the data are read."""
 
 
-def refuse_unlogged(
-    trainer: Trainer, module: LoRAModule, plateau: str | None = None, plateau_mode: str = "min"
-) -> None:
+def refuse_unlogged(trainer: Trainer, module: LoRAModule, schedule: Mapping[str, Any] | None = None) -> None:
     """Compare what callbacks and a schedule monitor with what the task logs.
 
     Args:
-        plateau: the metric of a ReduceLROnPlateau, with `plateau_mode`.
+        schedule: the arguments of the learning rate's schedule; a ReduceLROnPlateau has `monitor` and `mode`.
 
     Raises:
         LoRAError: nothing can log a metric, or the mode takes the worst for the best. Where the user's code may log
             it, it is a warning.
     """
-    for who, monitor, mode in _monitored_metrics(trainer, plateau, plateau_mode):
+    for who, monitor, mode in _monitored_metrics(trainer, schedule or {}):
         if (near := why_unlogged(monitor, module)) is None:
             if (better := module.task.better(monitor)) not in (None, mode):
                 raise LoRAError(
-                    f"{who} monitors '{monitor}' with mode {mode}: the worst and not the best: say mode {better}"
+                    f"{who} monitors '{monitor}' with mode {mode}, which takes the worst for the best: set mode to"
+                    f" {better}"
                 )
             continue
         if user_class := _may_log(trainer, module):
@@ -171,14 +170,15 @@ def why_unlogged(metric: str, module: LoRAModule) -> str | None:
     return f"{did_you_mean(metric, known)} (logged are {', '.join(known)})"
 
 
-def _monitored_metrics(trainer: Trainer, plateau: str | None, plateau_mode: str) -> Iterator[tuple[str, str, str]]:
+def _monitored_metrics(trainer: Trainer, schedule: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Who monitors a metric, which, and with which mode."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         waits = isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0
         waits = waits or (isinstance(callback, EarlyStopping) and callback.strict)
         if waits and callback.monitor not in (None, "auto"):
             yield type(callback).__name__, callback.monitor, callback.mode
-    if plateau is not None:
-        yield "ReduceLROnPlateau", plateau, plateau_mode
+    if schedule.get("monitor") is not None:
+        yield "ReduceLROnPlateau", schedule["monitor"], schedule.get("mode") or "min"
 
 
 def _may_log(trainer: Trainer, module: LoRAModule) -> str | None:

@@ -15,6 +15,7 @@ from transformers.integrations.bitnet import AutoBitLinear
 
 from lora_lightning import LoRAConfig, LoRAError, inject, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError, MergeError, TargetError
+from lora_lightning.lora.layers.own_forward import is_plain_linear
 from tests.factories import Own, assert_same, bert, llama, snapshot
 from tests.lora.kinds import (
     Attended,
@@ -41,6 +42,11 @@ class ReadsItself(nn.Embedding):
 class Standardized(nn.Conv2d):
     def forward(self, x):
         return F.conv2d(x, self.weight - self.weight.mean())
+
+
+class Dropping(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.dropout(x, 0.5, self.training), self.weight, self.bias)
 
 
 def one(layer):
@@ -239,3 +245,9 @@ def test_all_linear_leaves_out_what_is_narrower_than_r_and_says_so():
     assert all(name in str(report) for name in ("shared_expert_gate", "left out"))
     with pytest.raises(TargetError, match=r"selects nothing .*left out: '0' \(r=8 is larger .*, 4\)"):
         inject(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), LoRAConfig(r=8))
+
+
+def test_a_linears_own_forward_is_tried_without_its_dropout_and_draws_nothing():
+    layer, state = Dropping(64, 8), torch.get_rng_state()
+    assert is_plain_linear(layer)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -134,8 +134,9 @@ def test_an_adapter_that_a_later_change_of_the_model_lost_stops_the_fit(tmp_path
     rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
     module = LoRAModule(make_model("llama"), CausalLM(), LoRAConfig(r=2, **LOST[lost]))
     fit(tmp_path, module, data=torch.utils.data.DataLoader(rows, batch_size=2), max_steps=1)
-    resize = type(module.backbone).resize_token_embeddings  # the model's own is refused where a head would be lost
-    resize(module.backbone, module.backbone.config.vocab_size + 8)
+    with pytest.raises(LoRAError, match="resize the plain model"):
+        module.backbone.resize_token_embeddings(64)
+    type(module.backbone).resize_token_embeddings(module.backbone, module.backbone.config.vocab_size + 8)
     with pytest.raises(LoRAError, match=f"'{lost}' is gone"):
         fit(tmp_path, module, data=torch.utils.data.DataLoader(rows, batch_size=2), max_steps=1)
 

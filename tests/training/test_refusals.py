@@ -134,7 +134,7 @@ def test_what_is_only_slow_is_warned_of(tmp_path, make_module):
 def waits(make_module):
     """Raises where one of these callbacks, or a plateau, waits for what is never logged."""
     module = make_module()
-    return lambda *callbacks, **plateau: refuse_unlogged(trainer(callbacks=list(callbacks)), module, **plateau)
+    return lambda *callbacks, **schedule: refuse_unlogged(trainer(callbacks=list(callbacks)), module, schedule)
 
 
 @pytest.mark.parametrize("metric", ["val_loss", "val/acc", "eval_loss", "loss", "f1"])
@@ -144,7 +144,9 @@ def test_a_metric_that_is_not_logged_is_refused_whoever_waits_for_it(metric, wai
         with pytest.raises(LoRAError, match=said):
             waits(callback)
     with pytest.raises(LoRAError, match="ReduceLROnPlateau monitors"):
-        waits(plateau=metric)
+        waits(monitor=metric)
+    with pytest.raises(LoRAError, match=r"ReduceLROnPlateau .*set mode to max"):
+        waits(monitor="val/f1")
 
 
 LOGGED = ["val/f1", "train/loss", "train/loss_step", "grad_norm/all", "lr", "samples/s", "step", "val_other/f1"]
@@ -155,7 +157,7 @@ def test_a_metric_that_is_logged_sometime_or_not_needed_is_let_be(metric, waits)
     mode = {"mode": "max" if metric.endswith("f1") else "min"}
     waits(EarlyStopping(metric, **mode), ModelCheckpoint(monitor=metric, **mode), StepFigures())
     waits(EarlyStopping("x", strict=False), ModelCheckpoint(monitor="x", save_top_k=0), ModelCheckpoint())
-    waits(plateau=metric, plateau_mode=mode["mode"])
+    waits(monitor=metric, **mode)
 
 
 def test_texts_that_are_not_written_are_not_waited_for(make_module):

@@ -121,8 +121,7 @@ class Together:
                 data = built.data
                 refuse_other_count(built.config, data)
                 refuse_other_size(built.module.backbone, built.module.task, data)
-                plateau = built.config.get("model.lr_scheduler.init_args") or {}
-                refuse_unlogged(built.trainer, built.module, plateau.get("monitor"), plateau.get("mode") or "min")
+                refuse_unlogged(built.trainer, built.module, built.config.get("model.lr_scheduler.init_args"))
             for callback in built.trainer.callbacks:  # type: ignore[union-attr]
                 if isinstance(callback, SaveRunConfig):
                     callback.config = built.config

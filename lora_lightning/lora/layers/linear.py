@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_lightning.lora.config import LayerSettings
-from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
-from lora_lightning.lora.layers.class_swap import is_shard, own_class, own_forward_calls_super
+from lora_lightning.lora.layers.class_swap import own_class
 from lora_lightning.lora.layers.functional import block_rows, lora_delta, lora_update, subtracted_factors, unblock_rows
 from lora_lightning.lora.layers.fused_linear import can_fuse, drops_by_bytes, fused_linear
+from lora_lightning.lora.layers.own_forward import is_plain_linear
 from lora_lightning.lora.layers.trained.bias import TrainedBias
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
@@ -153,11 +152,11 @@ class LoRALinear(_Projection, nn.Linear):  # type: ignore[misc]  # a wider forwa
 
     @classmethod
     def refusal(cls, module: nn.Module, settings: LayerSettings) -> str | None:
-        if _uses_weight_otherwise(module):
+        assert isinstance(module, nn.Linear)
+        if not is_plain_linear(module):
             return (
-                f"{type(module).__name__} has a forward of its own that computes something else than x W^T + b with its"
-                f" weight, so that no merge could equal the adapted layer: exclude it, or name its weight in"
-                f" target_parameters"
+                f"{type(module).__name__} has a forward of its own that is not x W^T + b, so that no merge could equal"
+                f" the adapted layer: exclude it, or name its weight in target_parameters"
             )
         return super().refusal(module, settings)
 
@@ -173,28 +172,3 @@ class LoRAConv1D(_Projection):
     def _shape(cls, module: nn.Module) -> tuple[int, int]:
         in_features, out_features = module.get_parameter("weight").shape
         return out_features, in_features
-
-
-@torch.no_grad()
-def _uses_weight_otherwise(module: nn.Module) -> bool:
-    """Whether a forward that replaces `nn.Linear`'s gives another output for two rows, as one that normalizes W0 does.
-
-    Quantized weights, which a merge dequantizes or refuses, and weights without values are not tried.
-    """
-    weight, bias = module._parameters["weight"], module._parameters.get("bias")
-    assert weight is not None
-    if own_forward_calls_super(own_class(type(module)), nn.Linear) or scheme(module) is not None:
-        return False
-    if weight.is_meta or is_shard(weight) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        return False
-    row = torch.linspace(-1.0, 2.0, weight.shape[1]).to(weight)  # not drawn: the seed stays
-    x = torch.stack([row, -row])
-    expected = F.linear(x, weight, bias)
-    for rows in (x, x[None]):
-        try:
-            out = module.forward(rows)
-        except Exception:  # it wants inputs of other dimensions, or more of them
-            continue
-        is_alike = isinstance(out, Tensor) and out.numel() == expected.numel()
-        return not is_alike or bool((out.reshape(expected.shape) - expected).norm() > 0.02 * expected.norm())
-    return True
