@@ -226,8 +226,7 @@ def test_whatever_moved_of_the_base_is_named(move, named):
 def test_a_bank_ends_with_a_merge(bank, tmp_path):
     bank.activate("a")
     merge(bank.model)
-    calls = [lambda: bank.activate("b"), lambda: bank.load("c", tmp_path / "b"), lambda: bank.combine("c", {"b": 1})]
-    for call in calls:
+    for call in (lambda: bank.activate("b"), lambda: bank.load("c", tmp_path / "b")):
         with pytest.raises(AdapterError, match="a merge is the end"):
             call()
 
@@ -263,6 +262,7 @@ WRONG_NAMES = [
     (lambda bank, d: bank.load("poet", d), "the bank holds 'poet' already"),
     (lambda bank, d: bank.load("", d), "an adapter's name must be a text, got ''"),
     (lambda bank, d: bank.add("new"), "the model's adapter is held already, as 'poet'"),
+    (lambda bank, d: bank.combine("mix", {"b": 1}), "has no combine any more: PEFT's add_weighted_adapter"),
 ]
 
 

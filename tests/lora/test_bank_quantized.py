@@ -33,5 +33,3 @@ def test_adapters_on_a_quantized_base(scheme):
     for i, name in enumerate(names):
         # int8's forward also rounds the inputs to 8 bits, where a last bit more or less may turn a number.
         assert (got[i] - outs[name][i]).abs().max() < (2e-2 if scheme == "int8" else 1e-5) * outs[name].abs().max()
-    bank.combine("mix", {"a": 1.0}, "svd", rank=1)
-    assert fingerprint(model).digest == wanted

@@ -9,20 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import nn
 
-from lora_lightning.lora.bank.combine import (
-    Combination,
-    check_request,
-    combine_layers,
-    config_of,
-    fill,
-    report,
-    saved_tensors,
-)
 from lora_lightning.lora.bank.detached import (
     DetachedAdapter,
     find_adapter,
@@ -33,12 +24,12 @@ from lora_lightning.lora.bank.detached import (
     to_modules,
 )
 from lora_lightning.lora.bank.mixed_batch import Batch, mixed_batch
-from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
+from lora_lightning.lora.errors import REMOVED, AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.load import load_adapter
 from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.quantization import hold_packing
 from lora_lightning.lora.frozen.version_check import base_versions, refuse_moved
-from lora_lightning.lora.inject import disabled, inject
+from lora_lightning.lora.inject import disabled
 from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.report import InjectionReport
 
@@ -211,39 +202,10 @@ class AdapterBank:
             self._switch(None)
         del self._held[name]
 
-    def combine(
-        self,
-        name: str,
-        weights: Mapping[str, float],
-        method: str = "concat",
-        *,
-        rank: int | None = None,
-        **removed: Any,
-    ) -> Combination:
-        """Add a new adapter made of others: the weighted sum `sum_i w_i s_i B_i A_i` of their updates.
-
-        A module that only some of them adapt gets the sum of those. A head that trained in full is copied where all
-        adapters that have it agree.
-
-        Args:
-            method: `concat` is exact, and its rank is the sum of the ranks; `svd` is the best approximation of `rank`.
-            removed: options of methods in earlier versions, each refused.
-
-        Raises:
-            LoRAError: there is no such adapter, or these cannot be combined so. The bank is then unchanged.
-        """
-        self._refuse_taken(name)
-        check_request(weights, self.names, method, rank, removed)
-        with self._sources("combine", weights) as sources:
-            combined = combine_layers(sources, weights, rank)
-            saved = saved_tensors(sources, combined)
-            inject(self.model, config_of(combined, list(saved)), run_init=False, any_rank=True)
-            try:
-                fill(self.model, combined, saved)
-            finally:
-                held = take_out(self.model, self.device)
-            self._held[name] = held
-        return report(combined, method)
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in REMOVED:
+            raise LoRAError(f"AdapterBank has no {name} any more: {REMOVED[name]}")
+        raise AttributeError(f"AdapterBank has no attribute '{name}'")
 
     def __contains__(self, name: object) -> bool:
         return name in self._held
