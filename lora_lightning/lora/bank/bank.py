@@ -1,4 +1,4 @@
-"""Several adapters over one frozen base: one of them is in the model at a time, or each row of a batch has one.
+"""Several adapters over one frozen base, of which one is in the model at a time.
 
 The layers do not depend on the bank. An inactive adapter is stored outside the model with its classes, settings and
 tensors (`detached.py`), so that two adapters may differ in everything: rank, targets, options, heads.
@@ -6,7 +6,7 @@ tensors (`detached.py`), so that two adapters may differ in everything: rank, ta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -14,16 +14,7 @@ from typing import Literal, NoReturn
 import torch
 from torch import nn
 
-from lora_lightning.lora.bank.detached import (
-    DetachedAdapter,
-    find_adapter,
-    put_in,
-    refuse_replaced,
-    take_out,
-    to_device,
-    to_modules,
-)
-from lora_lightning.lora.bank.mixed_batch import Batch, mixed_batch
+from lora_lightning.lora.bank.detached import Share, find_adapter, move, put_in, refuse_replaced, take_out
 from lora_lightning.lora.errors import REMOVED, AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.load import load_adapter
 from lora_lightning.lora.formats.peft.save import save_adapter
@@ -50,13 +41,12 @@ class AdapterBank:
         model = model._modules.get("_orig_mod") or model  # torch.compile(model) is a wrapper
         self.model = model
         self.device = None if device is None else torch.device(device)
-        self._held: dict[str, DetachedAdapter] = {}
+        self._held: dict[str, list[Share]] = {}
         self._active: str | None = None
-        self._within: str | None = None
-        self._batch_first: set[str] = set()
+        self._is_disabled = False
         hold_packing(model)  # which would round the base, also while it is plain
         self._base = base_versions(model)
-        if find_adapter(model).shares:
+        if find_adapter(model):
             self.add(first)
 
     @property
@@ -124,10 +114,10 @@ class AdapterBank:
             LoRAError: the model has no adapter, or the bank has it already.
         """
         self._refuse_taken(name)
-        self._refuse_within("add")
+        self._refuse_disabled("add")
         refuse_moved(self.model, self._base)
         held = find_adapter(self.model)
-        if not held.shares:
+        if not held:
             raise LoRAError("the model has no adapter to add: inject(model, config) first, or load a directory")
         if self._active is not None and self._in_place(self._active):
             raise LoRAError(f"the model's adapter is held already, as '{self._active}'")
@@ -143,7 +133,7 @@ class AdapterBank:
         Raises:
             LoRAError: no such adapter; the base moved; the model has an adapter that the bank does not hold.
         """
-        self._refuse_within("activate")
+        self._refuse_disabled("activate")
         if name is not None:
             self._find(name)
         self._switch(name)
@@ -151,52 +141,18 @@ class AdapterBank:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model computes as the plain base."""
-        self._refuse_within("disabled")
+        self._refuse_disabled("disabled")
         self._check_model()
-        self._within = "disabled"
+        self._is_disabled = True
         try:
             with disabled(self.model):
                 yield
         finally:
-            self._within = None
-
-    @contextmanager
-    def rows(self, names: Sequence[str | None], *, repeats: int = 1) -> Iterator[None]:
-        """Within the block row i of each batch is computed with the adapter `names[i]`, or with the base for None.
-
-        For eval mode and without gradients. Rows must be the first dimension of every adapted layer's input; a layer
-        with another input, such as rows and positions flattened into one dimension, is refused by name when it runs.
-
-        Args:
-            names: one for each row of the batch.
-            repeats: how often each row is repeated consecutively, as beams and returned sequences are in `generate`.
-
-        Raises:
-            LoRAError: no such adapter; train mode; an adapter or a model that cannot be computed row by row. In a
-                forward: a layer whose first dimension is not that of the rows.
-        """
-        if isinstance(names, str) or not list(names):
-            raise LoRAError(f"rows must name an adapter or None for every row of the batch, got {names!r}")
-        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-            raise LoRAError(f"repeats must be a whole number of at least 1, got {repeats!r}")
-        self._refuse_within("rows")
-        for name in names:
-            if name is not None:
-                self._find(name)
-        batch = Batch(list(names), repeats, self._batch_first)
-        several = len(set(names)) > 1  # else the one adapter is activated for all rows
-        with self._sources("rows", [name for name in names if several and name is not None]) as sources:
-            self._switch(None if several else names[0])
-            self._within = "rows"
-            try:
-                with mixed_batch(self.model, sources, batch):
-                    yield
-            finally:
-                self._within = None
+            self._is_disabled = False
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the bank; if it was active, the model is the plain base."""
-        self._refuse_within("remove")
+        self._refuse_disabled("remove")
         self._find(name)
         if self.active == name:
             self._switch(None)
@@ -214,34 +170,20 @@ class AdapterBank:
         return len(self._held)
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{name} ({held.nbytes() / 2**20:.1f} MiB)" for name, held in self._held.items())
-        return f"AdapterBank({sizes or 'empty'}; active: {self._active})"
+        return f"AdapterBank({', '.join(self._held) or 'empty'}; active: {self._active})"
 
     # Adapters in and out of the model.
 
     @contextmanager
     def _plain_model(self, what: str) -> Iterator[None]:
         """Within the block the model is plain; afterwards the active adapter is back. `what` names the caller."""
-        self._refuse_within(what)
+        self._refuse_disabled(what)
         before = self.active
         self._switch(None)
         try:
             yield
         finally:
             self._switch(before)
-
-    @contextmanager
-    def _sources(self, what: str, names: Iterable[str]) -> Iterator[dict[str, DetachedAdapter]]:
-        """Within the block the model is plain, and these adapters are on its device."""
-        with self._plain_model(what):
-            sources = {name: self._held[name] for name in names}
-            for held in sources.values():
-                to_modules(held)
-            try:
-                yield sources
-            finally:
-                for held in sources.values():
-                    to_device(held, self.device)
 
     def _switch(self, name: str | None) -> None:
         self._check_model()
@@ -260,7 +202,7 @@ class AdapterBank:
         try:
             put_in(self.model, self._held[name])
         except BaseException:
-            to_device(self._held[name], self.device)
+            move(self._held[name], self.device)
             if before is not None:
                 put_in(self.model, self._held[before])
                 self._active = before
@@ -273,15 +215,15 @@ class AdapterBank:
         if not any(isinstance(module, Grafted) for module in self.model.modules()):
             self._active = None  # remove(model) took it out; the bank still has it
             hold_packing(self.model)
-        elif not self._within and not (self._active and self._in_place(self._active)):
+        elif not (self._active and self._in_place(self._active)):
             raise AdapterError("the model has an adapter that the bank does not hold: bank.add(name), or remove(model)")
 
     def _in_place(self, name: str) -> bool:
-        return all(share.holds_same() for share in self._held[name].shares)
+        return all(share.holds_same() for share in self._held[name])
 
-    def _refuse_within(self, what: str) -> None:
-        if self._within:
-            raise LoRAError(f"{what}: not within `with bank.{self._within}(...)`: leave the block first")
+    def _refuse_disabled(self, what: str) -> None:
+        if self._is_disabled:
+            raise LoRAError(f"{what}: not within `with bank.disabled()`: leave the block first")
 
     def _refuse_taken(self, name: str) -> None:
         if not isinstance(name, str) or not name:
@@ -289,7 +231,7 @@ class AdapterBank:
         if name in self._held:
             raise AdapterError(f"the bank holds '{name}' already: remove it first, or take another name")
 
-    def _find(self, name: str) -> DetachedAdapter:
+    def _find(self, name: str) -> list[Share]:
         if name not in self._held:
             known = ", ".join(self._held) or "none"
             raise AdapterError(f"the bank holds no '{name}', it has {known}{did_you_mean(str(name), self._held)}")
