@@ -7,8 +7,8 @@
   float64, row-major in half precision.
 - Dropout uses one random byte per element, so p is rounded to a multiple of 1/256 and the scale is corrected for it.
   Only a seed is saved: backward generates the mask again, some rows at a time.
-- With many rows, `W' = W0 + s B A` is folded first, in float32 or float64, and one product with it replaces three. In
-  backward, [W', B] is one matrix, whose product with dh is [dX, dz].
+- With many rows, `W' = W0 + s B A` is folded first, in float32 or float64, and one product with it replaces three; so
+  also in backward for dX.
 
 With B = 0 the output equals the backbone's, bit for bit. Second derivatives are computed in eager form, as is
 everything for which `can_fuse` is false.
@@ -119,8 +119,7 @@ class FusedLinear(torch.autograd.Function):
         rows, z = cast.reshape(-1, x.shape[-1]), None
         ctx.folds = not dropped and _pays_to_fold(len(rows), weight, x, A, B)
         if ctx.folds:
-            left, right = (A.t(), B.t()) if transposed else (B, A)
-            out = _base_output(cast, torch.addmm(W0, left, right, alpha=scale), b, transposed)
+            out = _base_output(cast, _folded(W0, A, B, scale, transposed), b, transposed)
         else:
             out, a = _base_output(cast, W0, b, transposed), A.to(dtype) * ctx.scale
             z = _dropped_product(rows, a, dropped, ctx.seed) if dropped else _thin_product(rows, a)
@@ -142,15 +141,12 @@ class FusedLinear(torch.autograd.Function):
                 dX, dA, dB = _differentiable_gradients(ctx, x, weight, A, B, grads[0])
                 return dX, None, dbias, dA, dB, None, None, None
             rows, a, b = x.to(ctx.dtype).reshape(-1, x.shape[-1]), A.to(ctx.dtype) * ctx.scale, B.to(ctx.dtype)
-            if ctx.folds and needs_x:
-                products = torch.mm(g, _folded_beside(weight, A, b, ctx.scale, ctx.transposed))
-                dX, dz = products[:, : x.shape[-1]], products[:, x.shape[-1] :]
-            else:
-                dz = _thin_product(g, b.t())
-                if needs_x:
-                    W0 = weight.to(ctx.dtype)
-                    dX = torch.mm(g, W0.t() if ctx.transposed else W0)
-                    dX = dX if ctx.dropped else dX.addmm_(dz, a)
+            dz = _thin_product(g, b.t())
+            if needs_x:
+                W = _folded(weight, A, B, ctx.scale, ctx.transposed) if ctx.folds else weight.to(ctx.dtype)
+                dX = torch.mm(g, W.t() if ctx.transposed else W)
+                if not (ctx.folds or ctx.dropped):
+                    dX.addmm_(dz, a)
             if ctx.dropped:
                 dA = _add_dropped_(dX, rows, dz, a, ctx.dropped, ctx.seed)
             elif needs_A:
@@ -179,13 +175,10 @@ def _pays_to_fold(n: int, weight: Tensor, *others: Tensor) -> bool:
     return wide and n * (m + k) >= 3 * m * k and weight.is_contiguous() and _product_dtype(others[0]) == weight.dtype
 
 
-def _folded_beside(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tensor:
-    """`[W0 + s B A, B]` (m, k + r), in W0's memory order."""
-    (m, r), k = B.shape, A.shape[1]
-    joined = B.new_empty(k + r, m).t() if transposed else B.new_empty(m, k + r)
-    torch.addmm(weight.t() if transposed else weight, B, A, alpha=scale, out=joined[:, :k])
-    joined[:, k:] = B
-    return joined
+def _folded(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tensor:
+    """`W0 + s B A`, in W0's orientation."""
+    left, right = (A.t(), B.t()) if transposed else (B, A)
+    return torch.addmm(weight, left, right, alpha=scale)
 
 
 def _base_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
