@@ -1,9 +1,10 @@
-"""Swapping adapters, beside PEFT, in one run.
+"""Swapping adapters and batches of several, beside PEFT, in one run.
 
-    python -m benchmarks.bank [--repeats 15]
+    python -m benchmarks.bank [--repeats 15] [--width 512] [--rows 8] [--tokens 64]
 
-Milliseconds to make another adapter, of another rank, the active one of 224 linear layers. Ours and PEFT's are
-interleaved in random order; a figure is the median. Written to benchmarks/results/bank.json.
+Swaps: milliseconds to make another adapter, of another rank, the active one of 224 linear layers. Rows: a forward in
+eval of a batch whose rows alternate between adapters, over the plain base's forward. Ours and PEFT's are interleaved in
+random order; a figure is the median. Written to benchmarks/results/bank.json.
 """
 
 from __future__ import annotations
@@ -25,12 +26,30 @@ from benchmarks.measure import RESULTS
 from lora_lightning import AdapterBank, LoRAConfig, inject, save_adapter
 
 
+class Block(nn.Module):
+    """The linear layers of a transformer block, without attention."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down, self.norm = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.output(torch.tanh(self.query(x)) * self.key(x) + self.value(x))
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def model_of(width: int, blocks: int) -> nn.Module:
+    return nn.Sequential(*(Block(width) for _ in range(blocks))).requires_grad_(False)
+
+
 def timed(call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
+LINEARS = ["query", "key", "value", "output", "up", "down"]
 NAMES = [f"p{i}" for i in range(7)]
 
 
@@ -89,17 +108,47 @@ def measure_swaps(repeats: int, folder: Path) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+@torch.no_grad()
+def measure_rows(options: argparse.Namespace, adapters: int, folder: Path) -> dict[str, float]:
+    base = model_of(options.width, options.blocks).eval()
+    found = directories(base, LINEARS, folder, [8] * adapters)
+    bank, other = bank_of(base, found), peft_of(base, found)
+    x = torch.randn(options.rows, options.tokens, options.width)
+    names = [f"a{i % adapters}" for i in range(options.rows)]
+    with bank.rows(names):
+        difference = float((bank.model(x) - other(x, adapter_names=names)).abs().max())
+        assert difference < 1e-3, difference
+        calls = {
+            "plain": lambda: base(x),
+            "ours": lambda: bank.model(x),
+            "peft": lambda: other(x, adapter_names=names),
+        }
+        times = interleaved(calls, options.repeats)
+    return {
+        name: statistics.median(t / plain for t, plain in zip(times[name], times["plain"], strict=True))
+        for name in ("ours", "peft")
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15, help="interleaved rounds")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=8, help="rows of the batch")
+    parser.add_argument("--tokens", type=int, default=64, help="positions of each row")
     options = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        swaps = measure_swaps(options.repeats, Path(folder))
+        swaps = measure_swaps(options.repeats, Path(folder) / "swaps")
+        rows = {n: measure_rows(options, n, Path(folder) / f"rows{n}") for n in (1, 2, 4, 8) if n <= options.rows}
     print(f"swap on 224 linears: ours {swaps['ours']:.1f} ms, PEFT's set_adapter {swaps['peft']:.1f} ms")
+    print(f"{'adapters in one batch':24}{'ours over plain':>16}{'PEFT over plain':>17}")
+    for n, ratios in rows.items():
+        print(f"{n:<24}{ratios['ours']:16.2f}{ratios['peft']:17.2f}")
     where = {"machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     RESULTS.mkdir(exist_ok=True)
-    report = where | vars(options) | {"swap, ms": swaps}
+    report = where | vars(options) | {"swap, ms": swaps, "rows over plain, by adapters": rows}
     (RESULTS / "bank.json").write_text(json.dumps(report, indent=2) + "\n")
 
 

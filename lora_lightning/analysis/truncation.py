@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lora_lightning.analysis.adapters import OUT, Adapter, Factors
 from lora_lightning.analysis.measures import common_rank
+from lora_lightning.lora.bank.combine import pad_pair, truncate_pair
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import Content, write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.keys import PREFIX
 from lora_lightning.lora.formats.peft.save import ranks_and_alphas
 from lora_lightning.lora.formats.tensor_files import file_content
-from lora_lightning.lora.frozen.spectrum import Pair, spectrum
+from lora_lightning.lora.frozen.spectrum import Pair
 from lora_lightning.lora.init.from_weight import is_from_weight
 
 MARK = "truncation.json"
@@ -120,11 +120,9 @@ def _truncate_pair(layer: Factors, rank: int) -> tuple[Pair, tuple[float, float]
     missing = wanted = 0.0
     pairs = []
     for A, B in layer.parts:
-        svd, r = spectrum(A, B), rank // layer.groups
-        root, squares = svd.S[:r].sqrt(), svd.S.square()
-        cut_A, cut_B = _keep_zeros(((svd.V[:, :r] * root).mT, svd.U[:, :r] * root), A, B)
-        pairs.append((F.pad(cut_A, (0, 0, 0, r - len(root))), F.pad(cut_B, (0, r - len(root)))))
-        missing, wanted = missing + float(squares[r:].sum()), wanted + float(squares.sum())
+        pair, (lost, whole) = truncate_pair(A.double(), B.double(), rank // layer.groups)
+        pairs.append(pad_pair(_keep_zeros(pair, A, B), rank // layer.groups))
+        missing, wanted = missing + lost, wanted + whole
     rows, columns = torch.cat([A for A, _ in pairs]), [B for _, B in pairs]
     if layer.kind == "Parameter" and len(pairs) > 1:
         return (rows, torch.stack(columns, dim=2).flatten(1)), (missing, wanted)

@@ -51,8 +51,6 @@ REMOVED = {
         ("tensor_parallel_size", "tensor_parallel_plan", "data_parallel_size"),
         "leave it out, weights and batches are sharded over all devices",
     ),
-    "rows": "run the rows of each adapter apart, let PEFT mix them (adapter_names=), or serve them with vLLM",
-    "combine": "PEFT's add_weighted_adapter combines saved adapters (cat, svd, ties), and bank.load opens the result",
     "save_distributed_checkpoint": "leave it out, a checkpoint is one file, and holds what trains alone",
 }
 """Removed functions, arguments and config keys, and what to take in their place."""

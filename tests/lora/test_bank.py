@@ -90,13 +90,10 @@ def nbytes(model, *held):
 def test_activate_draws_allocates_and_copies_nothing(tmp_path):
     bank, w0 = bank_of("bert", tmp_path), nbytes(base("bert"))
     state, places = torch.get_rng_state(), {}
-    own = {
-        letter: nbytes(nn.Module(), *(t for share in held for t in share.tensors()))
-        for letter, held in bank._held.items()
-    }
+    own = {letter: held.nbytes() for letter, held in bank._held.items()}
     for letter in (None, "a", "b", "a", "b"):
         bank.activate(letter)
-        held = [tensor for held in bank._held.values() for share in held for tensor in share.tensors()]
+        held = [tensor for held in bank._held.values() for share in held.shares for tensor in share.tensors()]
         assert nbytes(bank.model, *held) == w0 + sum(own.values())
         assert nbytes(bank.model) == w0 + own.get(letter, 0)
         ids = {n: (id(p), p.data_ptr()) for n, p in bank.model.named_parameters()}
@@ -229,7 +226,8 @@ def test_whatever_moved_of_the_base_is_named(move, named):
 def test_a_bank_ends_with_a_merge(bank, tmp_path):
     bank.activate("a")
     merge(bank.model)
-    for call in (lambda: bank.activate("b"), lambda: bank.load("c", tmp_path / "b")):
+    calls = [lambda: bank.activate("b"), lambda: bank.load("c", tmp_path / "b"), lambda: bank.combine("c", {"b": 1})]
+    for call in calls:
         with pytest.raises(AdapterError, match="a merge is the end"):
             call()
 
@@ -243,7 +241,8 @@ def test_save_and_load_take_what_the_functions_take(bank, tmp_path):
     for ours, theirs in ((AdapterBank.save, save_adapter), (AdapterBank.load, load_adapter)):
         taken, given = (set(inspect.signature(f).parameters) for f in (theirs, ours))
         assert taken - {"model"} == given - {"self", "name"}
-    with bank.disabled(), pytest.raises(LoRAError, match=r"save: not within `with bank.disabled"):
+    bank.model.eval()
+    with bank.rows(["a"]), pytest.raises(LoRAError, match=r"save: not within `with bank.rows"):
         bank.save("a", tmp_path / "within")
 
 
@@ -256,7 +255,7 @@ def test_remove_forgets(bank):
     with pytest.raises(LoRAError, match="the bank holds no 'a'"):
         bank.remove("a")
     bank.activate("b")
-    assert repr(bank) == "AdapterBank(b; active: b)"
+    assert repr(bank).startswith("AdapterBank(b (")
 
 
 WRONG_NAMES = [
@@ -264,8 +263,6 @@ WRONG_NAMES = [
     (lambda bank, d: bank.load("poet", d), "the bank holds 'poet' already"),
     (lambda bank, d: bank.load("", d), "an adapter's name must be a text, got ''"),
     (lambda bank, d: bank.add("new"), "the model's adapter is held already, as 'poet'"),
-    (lambda bank, d: bank.rows(["b", None]), "has no rows any more: run the rows of each adapter apart"),
-    (lambda bank, d: bank.combine("mix", {"b": 1}), "has no combine any more: PEFT's add_weighted_adapter"),
 ]
 
 
@@ -295,7 +292,7 @@ def test_adapters_wait_where_they_are_asked_to():
     active = bank.model.up.lora_A
     assert not active.is_meta
     bank.activate(None)
-    waiting = [tensor for share in bank._held["default"] for tensor in share.tensors()]
+    waiting = [tensor for share in bank._held["default"].shares for tensor in share.tensors()]
     assert all(tensor.is_meta for tensor in waiting)
     assert {tensor.shape for tensor in waiting} >= {active.shape, bank.model.head.weight.shape}
     assert not any(tensor.is_meta for tensor in bank.model.state_dict().values())

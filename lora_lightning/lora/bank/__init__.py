@@ -1,4 +1,4 @@
-"""Several adapters over one W0: stored and switched, or at another strength.
+"""Several adapters over one W0: stored, switched, combined, mixed within a batch, or at another strength.
 
 Imports `lora.inject`, `lora.layers` and `lora.formats`.
 """

@@ -1,4 +1,4 @@
-"""Several adapters over one frozen base, of which one is in the model at a time.
+"""Several adapters over one frozen base: one of them is in the model at a time, or each row of a batch has one.
 
 The layers do not depend on the bank. An inactive adapter is stored outside the model with its classes, settings and
 tensors (`detached.py`), so that two adapters may differ in everything: rank, targets, options, heads.
@@ -6,21 +6,39 @@ tensors (`detached.py`), so that two adapters may differ in everything: rank, ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lora_lightning.lora.bank.detached import Share, find_adapter, move, put_in, refuse_replaced, take_out
-from lora_lightning.lora.errors import REMOVED, AdapterError, LoRAError, did_you_mean
+from lora_lightning.lora.bank.combine import (
+    Combination,
+    check_request,
+    combine_layers,
+    config_of,
+    fill,
+    report,
+    saved_tensors,
+)
+from lora_lightning.lora.bank.detached import (
+    DetachedAdapter,
+    find_adapter,
+    put_in,
+    refuse_replaced,
+    take_out,
+    to_device,
+    to_modules,
+)
+from lora_lightning.lora.bank.mixed_batch import Batch, mixed_batch
+from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.load import load_adapter
 from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.quantization import hold_packing
 from lora_lightning.lora.frozen.version_check import base_versions, refuse_moved
-from lora_lightning.lora.inject import disabled
+from lora_lightning.lora.inject import disabled, inject
 from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.report import InjectionReport
 
@@ -41,12 +59,13 @@ class AdapterBank:
         model = model._modules.get("_orig_mod") or model  # torch.compile(model) is a wrapper
         self.model = model
         self.device = None if device is None else torch.device(device)
-        self._held: dict[str, list[Share]] = {}
+        self._held: dict[str, DetachedAdapter] = {}
         self._active: str | None = None
-        self._is_disabled = False
+        self._within: str | None = None
+        self._batch_first: set[str] = set()
         hold_packing(model)  # which would round the base, also while it is plain
         self._base = base_versions(model)
-        if find_adapter(model):
+        if find_adapter(model).shares:
             self.add(first)
 
     @property
@@ -114,10 +133,10 @@ class AdapterBank:
             LoRAError: the model has no adapter, or the bank has it already.
         """
         self._refuse_taken(name)
-        self._refuse_disabled("add")
+        self._refuse_within("add")
         refuse_moved(self.model, self._base)
         held = find_adapter(self.model)
-        if not held:
+        if not held.shares:
             raise LoRAError("the model has no adapter to add: inject(model, config) first, or load a directory")
         if self._active is not None and self._in_place(self._active):
             raise LoRAError(f"the model's adapter is held already, as '{self._active}'")
@@ -133,7 +152,7 @@ class AdapterBank:
         Raises:
             LoRAError: no such adapter; the base moved; the model has an adapter that the bank does not hold.
         """
-        self._refuse_disabled("activate")
+        self._refuse_within("activate")
         if name is not None:
             self._find(name)
         self._switch(name)
@@ -141,27 +160,90 @@ class AdapterBank:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model computes as the plain base."""
-        self._refuse_disabled("disabled")
+        self._refuse_within("disabled")
         self._check_model()
-        self._is_disabled = True
+        self._within = "disabled"
         try:
             with disabled(self.model):
                 yield
         finally:
-            self._is_disabled = False
+            self._within = None
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None], *, repeats: int = 1) -> Iterator[None]:
+        """Within the block row i of each batch is computed with the adapter `names[i]`, or with the base for None.
+
+        For eval mode and without gradients. Rows must be the first dimension of every adapted layer's input; a layer
+        with another input, such as rows and positions flattened into one dimension, is refused by name when it runs.
+
+        Args:
+            names: one for each row of the batch.
+            repeats: how often each row is repeated consecutively, as beams and returned sequences are in `generate`.
+
+        Raises:
+            LoRAError: no such adapter; train mode; an adapter or a model that cannot be computed row by row. In a
+                forward: a layer whose first dimension is not that of the rows.
+        """
+        if isinstance(names, str) or not list(names):
+            raise LoRAError(f"rows must name an adapter or None for every row of the batch, got {names!r}")
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise LoRAError(f"repeats must be a whole number of at least 1, got {repeats!r}")
+        self._refuse_within("rows")
+        for name in names:
+            if name is not None:
+                self._find(name)
+        batch = Batch(list(names), repeats, self._batch_first)
+        several = len(set(names)) > 1  # else the one adapter is activated for all rows
+        with self._sources("rows", [name for name in names if several and name is not None]) as sources:
+            self._switch(None if several else names[0])
+            self._within = "rows"
+            try:
+                with mixed_batch(self.model, sources, batch):
+                    yield
+            finally:
+                self._within = None
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the bank; if it was active, the model is the plain base."""
-        self._refuse_disabled("remove")
+        self._refuse_within("remove")
         self._find(name)
         if self.active == name:
             self._switch(None)
         del self._held[name]
 
-    def __getattr__(self, name: str) -> NoReturn:
-        if name in REMOVED:
-            raise LoRAError(f"AdapterBank has no {name} any more: {REMOVED[name]}")
-        raise AttributeError(f"AdapterBank has no attribute '{name}'")
+    def combine(
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        method: str = "concat",
+        *,
+        rank: int | None = None,
+        **removed: Any,
+    ) -> Combination:
+        """Add a new adapter made of others: the weighted sum `sum_i w_i s_i B_i A_i` of their updates.
+
+        A module that only some of them adapt gets the sum of those. A head that trained in full is copied where all
+        adapters that have it agree.
+
+        Args:
+            method: `concat` is exact, and its rank is the sum of the ranks; `svd` is the best approximation of `rank`.
+            removed: options of methods in earlier versions, each refused.
+
+        Raises:
+            LoRAError: there is no such adapter, or these cannot be combined so. The bank is then unchanged.
+        """
+        self._refuse_taken(name)
+        check_request(weights, self.names, method, rank, removed)
+        with self._sources("combine", weights) as sources:
+            combined = combine_layers(sources, weights, rank)
+            saved = saved_tensors(sources, combined)
+            inject(self.model, config_of(combined, list(saved)), run_init=False, any_rank=True)
+            try:
+                fill(self.model, combined, saved)
+            finally:
+                held = take_out(self.model, self.device)
+            self._held[name] = held
+        return report(combined, method)
 
     def __contains__(self, name: object) -> bool:
         return name in self._held
@@ -170,20 +252,34 @@ class AdapterBank:
         return len(self._held)
 
     def __repr__(self) -> str:
-        return f"AdapterBank({', '.join(self._held) or 'empty'}; active: {self._active})"
+        sizes = ", ".join(f"{name} ({held.nbytes() / 2**20:.1f} MiB)" for name, held in self._held.items())
+        return f"AdapterBank({sizes or 'empty'}; active: {self._active})"
 
     # Adapters in and out of the model.
 
     @contextmanager
     def _plain_model(self, what: str) -> Iterator[None]:
         """Within the block the model is plain; afterwards the active adapter is back. `what` names the caller."""
-        self._refuse_disabled(what)
+        self._refuse_within(what)
         before = self.active
         self._switch(None)
         try:
             yield
         finally:
             self._switch(before)
+
+    @contextmanager
+    def _sources(self, what: str, names: Iterable[str]) -> Iterator[dict[str, DetachedAdapter]]:
+        """Within the block the model is plain, and these adapters are on its device."""
+        with self._plain_model(what):
+            sources = {name: self._held[name] for name in names}
+            for held in sources.values():
+                to_modules(held)
+            try:
+                yield sources
+            finally:
+                for held in sources.values():
+                    to_device(held, self.device)
 
     def _switch(self, name: str | None) -> None:
         self._check_model()
@@ -202,7 +298,7 @@ class AdapterBank:
         try:
             put_in(self.model, self._held[name])
         except BaseException:
-            move(self._held[name], self.device)
+            to_device(self._held[name], self.device)
             if before is not None:
                 put_in(self.model, self._held[before])
                 self._active = before
@@ -215,15 +311,15 @@ class AdapterBank:
         if not any(isinstance(module, Grafted) for module in self.model.modules()):
             self._active = None  # remove(model) took it out; the bank still has it
             hold_packing(self.model)
-        elif not (self._active and self._in_place(self._active)):
+        elif not self._within and not (self._active and self._in_place(self._active)):
             raise AdapterError("the model has an adapter that the bank does not hold: bank.add(name), or remove(model)")
 
     def _in_place(self, name: str) -> bool:
-        return all(share.holds_same() for share in self._held[name])
+        return all(share.holds_same() for share in self._held[name].shares)
 
-    def _refuse_disabled(self, what: str) -> None:
-        if self._is_disabled:
-            raise LoRAError(f"{what}: not within `with bank.disabled()`: leave the block first")
+    def _refuse_within(self, what: str) -> None:
+        if self._within:
+            raise LoRAError(f"{what}: not within `with bank.{self._within}(...)`: leave the block first")
 
     def _refuse_taken(self, name: str) -> None:
         if not isinstance(name, str) or not name:
@@ -231,7 +327,7 @@ class AdapterBank:
         if name in self._held:
             raise AdapterError(f"the bank holds '{name}' already: remove it first, or take another name")
 
-    def _find(self, name: str) -> list[Share]:
+    def _find(self, name: str) -> DetachedAdapter:
         if name not in self._held:
             known = ", ".join(self._held) or "none"
             raise AdapterError(f"the bank holds no '{name}', it has {known}{did_you_mean(str(name), self._held)}")
