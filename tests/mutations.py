@@ -67,7 +67,7 @@ by lora/targets::test_a_pattern_that_matches_nothing_names_near_misses
 +    if False:
 by lora/inject::test_a_second_injection_is_refused
 == law 5: two layers on one weight, in lora.inject.inject
--    _refuse_tied_targets(selection)
+-    refuse_shared_weights(selection)
 by lora/inject::test_two_layers_with_one_weight_are_refused_by_name
 == law 7: missing keys, in training.checkpoints.adapter_state.refuse_misfits
 -if k not in state and k not in frozen]

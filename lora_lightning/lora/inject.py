@@ -9,14 +9,15 @@ from typing import Any, TypeVar, overload
 from torch import nn
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import LoRAError, TargetError
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.quantization import allow_packing, hold_packing
-from lora_lightning.lora.frozen.tensors import full_name, get_module, named_modules
+from lora_lightning.lora.frozen.tensors import named_modules
 from lora_lightning.lora.init.from_data import Loss, init_from_data, refuse_data
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, graft, take_out
 from lora_lightning.lora.layers.attention import hold_kernels_off
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
 from lora_lightning.lora.report import AdaptedModule, InjectionReport, warn_of_stacks
+from lora_lightning.lora.targets.conflicts import refuse_one_place, refuse_shared_weights
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.lora.targets.select import Selection, Target, select
 
@@ -62,8 +63,8 @@ def inject(
     if run_init:
         refuse_data(config.init, data)
     selection = select(model, config, any_rank=any_rank)
-    _refuse_tied_targets(selection)
-    _refuse_one_place(model, selection)
+    refuse_shared_weights(selection)
+    refuse_one_place(model, selection)
     if not any_rank:
         warn_of_stacks(model, selection.skipped)
     trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
@@ -195,42 +196,3 @@ def _adapt(target: Target, *, run_init: bool) -> AdaptedModule:
         parameters=sum(t.numel() for t in layer.lora_tensors().values() if t.requires_grad),
         why=target.why,
     )
-
-
-def _refuse_tied_targets(selection: Selection) -> None:
-    """A weight that two adapted layers share would be merged into twice."""
-    names: dict[int, list[str]] = {}
-    for target in selection.targets:
-        for parameter in target.kind.adapted_parameters(target.module, target.settings).values():
-            names.setdefault(id(parameter), []).append(target.name)
-    for token in selection.tokens:
-        names.setdefault(id(token.module.weight), []).append(token.name)
-    for twins in names.values():
-        if len(set(twins)) < len(twins):
-            raise TargetError(f"'{twins[0]}' is selected twice: name it in one field of the config only")
-        if len(twins) > 1:
-            raise TargetError(f"'{twins[0]}' and '{twins[1]}' share one weight: adapt one of them, exclude the other")
-
-
-def _refuse_one_place(model: nn.Module, selection: Selection) -> None:
-    """Refuse a module of `target_modules` that has a bare parameter in `target_parameters`.
-
-    PEFT refuses this, and its file would hold both pairs of factors under one key. PEFT takes an attention and its
-    `out_proj` for one module.
-    """
-    adapted: dict[str, str] = {}
-    for target in sorted(selection.targets, key=lambda t: t.parameter != ""):  # modules first
-        owner = target.name.rpartition(".")[0] if target.parameter else target.name
-        parent, _, last = owner.rpartition(".")
-        if last == "out_proj" and isinstance(get_module(model, parent), nn.MultiheadAttention):
-            owner = parent
-        if not target.parameter:
-            adapted[owner] = target.name
-        elif owner in adapted:
-            is_attention = isinstance(get_module(model, owner), nn.MultiheadAttention)
-            out_proj = full_name(owner, "out_proj")
-            alternative = f", or '{owner}' and '{out_proj}' in target_modules" if is_attention else ""
-            raise TargetError(
-                f"an adapter's file has one place for '{adapted[owner]}' of target_modules and '{target.name}' of"
-                f" target_parameters: name the weights of both in target_parameters{alternative}"
-            )
