@@ -44,12 +44,12 @@ from lora_lightning.tasks.base import logits_of as logits_of
 from lora_lightning.tasks.classification import ImageClassification as ImageClassification
 from lora_lightning.tasks.classification import MultiLabelClassification as MultiLabelClassification
 from lora_lightning.tasks.classification import SequenceClassification as SequenceClassification
+from lora_lightning.tasks.classification import SequenceRegression as SequenceRegression
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding as ContrastiveEmbedding
 from lora_lightning.tasks.generation import SequenceToSequence as SequenceToSequence
 from lora_lightning.tasks.generation import TextGeneration as TextGeneration
 from lora_lightning.tasks.language_model import CausalLM as CausalLM
 from lora_lightning.tasks.preference import PreferenceTuning as PreferenceTuning
-from lora_lightning.tasks.regression import SequenceRegression as SequenceRegression
 from lora_lightning.tasks.segmentation import ImageSegmentation as ImageSegmentation
 from lora_lightning.tasks.supervised import Supervised as Supervised
 from lora_lightning.tasks.token_classification import TokenClassification as TokenClassification

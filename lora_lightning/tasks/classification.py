@@ -1,17 +1,25 @@
-"""One label, or any number of labels, for each text, pair of texts or image."""
+"""One label, any number of labels, or a number for each text, pair of texts or image."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MultilabelExactMatch, MultilabelF1Score
+from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import (
+    BinaryF1Score,
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+    MultilabelExactMatch,
+    MultilabelF1Score,
+)
 
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.tasks.base import (
     StepOutput,
     Task,
@@ -19,12 +27,41 @@ from lora_lightning.tasks.base import (
     inputs_and_labels,
     inputs_of,
     logits_each,
+    logits_of,
     refuse_no_count,
 )
-from lora_lightning.tasks.metrics.classification import metrics_of
 
 TOP5_FROM = 10
 """From this number of classes on, top-5 accuracy is logged."""
+
+
+class PositiveF1(BinaryF1Score):
+    """F1 of class 1 from the logits (n, 2) of both classes."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        super().update(preds.argmax(-1), target)
+
+
+METRICS: dict[str, Callable[[int], Metric]] = {
+    "accuracy": lambda n: MulticlassAccuracy(n, average="micro"),
+    "f1": lambda n: MulticlassF1Score(n, average="macro"),
+    "binary_f1": lambda n: PositiveF1(),
+    "matthews": MulticlassMatthewsCorrCoef,
+}
+"""Makers of metrics over logits (n, num_classes) and labels (n,), by name."""
+
+
+def metrics_of(names: Sequence[str], num_classes: int) -> MetricCollection:
+    """The named metrics under their names; no name, an unknown one and one for two classes of more are refused."""
+    if not names:
+        raise LoRAError(f"metrics: name at least one of {', '.join(METRICS)}: the first chooses the best checkpoint")
+    for name in names:
+        if name not in METRICS:
+            raise LoRAError(f"metrics: '{name}' is none of {', '.join(METRICS)}{did_you_mean(name, METRICS)}")
+    if "binary_f1" in names and num_classes != 2:
+        raise LoRAError(f"metrics: binary_f1 is the F1 of class 1 of 2, and there are {num_classes} classes: take f1")
+    # Without groups: torchmetrics merges metrics whose states are equal after one batch, which may be by chance.
+    return MetricCollection({name: METRICS[name](num_classes) for name in names}, compute_groups=False)
 
 
 class Classification(Task):
@@ -163,6 +200,54 @@ class MultiLabelClassification(Classification):
         probabilities = self.logits(backbone, batch).sigmoid()
         numbers = [row.nonzero().flatten() for row in probabilities > self.threshold]
         return {"prediction": numbers, "probabilities": probabilities}
+
+
+class SequenceRegression(Task):
+    """The mean of `(y - target)^2` over examples, y the head's one output; Pearson's and Spearman's correlation.
+
+    Both correlations are GLUE's for STS-B; Pearson's chooses the best checkpoint. Targets are not scaled; scaled ones
+    may train faster where their mean is far from 0.
+    """
+
+    monitor = "val/pearson"
+    monitor_mode = "max"
+    peft_task_type = "SEQ_CLS"
+    problem_type = "regression"
+    outputs = 1
+    output_is = "number"
+
+    def __init__(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # ranks need all numbers in memory: eight bytes for each example
+            spearman = SpearmanCorrCoef()
+        super().__init__(MetricCollection({"pearson": PearsonCorrCoef(), "spearman": spearman}))
+
+    def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
+        """`batch` has the backbone's keyword arguments and `labels` (n,), numbers."""
+        inputs, labels = inputs_and_labels(batch)
+        predicted, target = _numbers(backbone, inputs), labels.float()
+        if predicted.shape != target.shape:
+            raise LoRAError(
+                f"labels must be one number for each example, {tuple(predicted.shape)}, got {tuple(target.shape)}"
+            )
+        loss = F.mse_loss(predicted, target)
+        return StepOutput(loss=loss, weight=len(labels), predictions=predicted, targets=target)
+
+    def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A number for each example, (n,)."""
+        return {"prediction": _numbers(backbone, inputs_of(batch, "labels"))}
+
+
+def _numbers(backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """Predicted numbers (n,) in float32."""
+    logits = logits_of(backbone(**inputs)).float()
+    if logits.dim() == 2 and logits.shape[1] == 1:
+        logits = logits.squeeze(1)
+    if logits.dim() != 1:
+        raise LoRAError(
+            f"the backbone must return (n, 1), a number each, got {tuple(logits.shape)}: give its head 1 output"
+        )
+    return logits
 
 
 @torch.no_grad()

@@ -13,8 +13,7 @@ from torchmetrics import Metric, MetricCollection
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_of
-from lora_lightning.tasks.metrics.gather import gather_rows
-from lora_lightning.tasks.metrics.retrieval import Figure, Retrieval, info_nce, number_singles
+from lora_lightning.tasks.metrics.retrieval import Figure, Retrieval, gather_rows, info_nce, number_singles
 
 Pooling = Literal["mean", "cls", "last"]
 PARTS = ("anchor", "positive", "negative")

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -19,11 +18,11 @@ from transformers import (
 )
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
-from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_and_labels, inputs_of
+from lora_lightning.tasks.base import Stage, StepOutput, inputs_and_labels, inputs_of
+from lora_lightning.tasks.language_model import TokensOutput, TokenTask
 from lora_lightning.tasks.losses.lm_head import aligned_loss, shifted_loss
 from lora_lightning.tasks.losses.token_loss import IGNORED, LinearCrossEntropy
 from lora_lightning.tasks.metrics.generation import LESS_IS_BETTER, generation_metrics
-from lora_lightning.tasks.metrics.tokens import TokenAccuracy
 
 MAX_NEW_TOKENS = 64
 """Used where neither the task nor the model's generation config limits the length."""
@@ -34,11 +33,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "top_h")
 
 
 def check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Check options of `generate`, which are named as in transformers' `GenerationConfig`.
-
-    Raises:
-        LoRAError: an option is unknown, or would change the form of the result.
-    """
+    """Options of `generate` by `GenerationConfig`'s names; one unknown, or of another form of result, is refused."""
     plain = vars(GenerationConfig())  # type: ignore[no-untyped-call]
     known = sorted(name for name in plain if not name.startswith("_") and name not in OURS)
     for name in options or {}:
@@ -62,9 +57,6 @@ def generate_texts(
         options: settings of `GenerationConfig`, which override the model's. Without `do_sample: true` decoding does not
             sample, whatever the model's config says. `no_repeat_ngram_size` applies to the text alone, which may repeat
             the prompt; transformers would forbid that to a decoder-only model.
-
-    Raises:
-        LoRAError: the backbone cannot generate.
     """
     if not callable(getattr(backbone, "generate", None)) or not hasattr(backbone, "generation_config"):
         raise LoRAError(
@@ -84,7 +76,7 @@ def generate_texts(
 
 
 class NoRepeatInText(NoRepeatNGramLogitsProcessor):
-    """Forbids a repeated n-gram in the generated text, as fairseq and the LoRA paper's GPT-2 runs do.
+    """Forbids a repeated n-gram in the text behind a prompt, as fairseq and the LoRA paper's GPT-2 runs do.
 
     Args:
         size: n.
@@ -124,17 +116,15 @@ METRICS = ("bleu", "rouge1", "rouge2", "rougeL", "exact_match")
 
 
 @dataclass
-class WrittenOutput(StepOutput):
-    """A batch's loss over target tokens, and in evaluation its generated texts."""
+class WrittenOutput(TokensOutput):
+    """A batch's loss over target tokens, and its generated texts."""
 
-    correct: Tensor | None = None
-    """Number of the `weight` target tokens that have the largest logit."""
     texts: list[str] = field(default_factory=list)
     references: list[list[str]] = field(default_factory=list)
     """The references of each text."""
 
 
-class GeneratingTask(Task):
+class GeneratingTask(TokenTask):
     """Teacher-forced cross-entropy; in validation and test also generated texts, compared with their references.
 
     Args:
@@ -156,13 +146,8 @@ class GeneratingTask(Task):
         label_smoothing: float = 0.0,
         generate_in_validation: bool = True,
     ) -> None:
-        if not 0 <= label_smoothing < 1:
-            raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-        # Each is updated separately, so torchmetrics must not merge equal states.
-        written = generation_metrics(metrics)
-        super().__init__(MetricCollection({"token_accuracy": TokenAccuracy(), **written}, compute_groups=False))
-        self.written = tuple(written)
-        self.tokenizer, self.label_smoothing = tokenizer, label_smoothing
+        super().__init__(label_smoothing, generation_metrics(metrics))
+        self.written, self.tokenizer = tuple(metrics), tokenizer
         self.generation = check_options(generation)
         self.generate_in_validation = generate_in_validation
         self._stage: Stage = "test"
@@ -171,15 +156,8 @@ class GeneratingTask(Task):
             self.monitor_mode = "min" if metrics[0] in LESS_IS_BETTER else "max"
 
     @abstractmethod
-    def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
-        """The sum of the loss over target tokens, their number, and how many are predicted right."""
-
-    @abstractmethod
     def sources(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The inputs of `generate`, a row for each of the batch's."""
-
-    def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> WrittenOutput:
-        return self._output_of(self.token_loss(backbone, batch, self.label_smoothing))
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> WrittenOutput:
         """The loss over all targets without smoothing, and a generated text for each row with references.
@@ -187,7 +165,7 @@ class GeneratingTask(Task):
         `references` has a list of texts for each row. Where a source has several targets, one of its rows has all of
         them and the others none, so that a text is generated once. Without the entry each row has its target.
         """
-        out = self._output_of(self.token_loss(backbone, batch, 0.0))
+        out = WrittenOutput(**vars(super().evaluate(backbone, batch)))
         if not self.writes(self._stage):
             return out
         references = batch.get("references") or [[text] for text in self._targets(batch["labels"])]
@@ -214,13 +192,9 @@ class GeneratingTask(Task):
         self._stage = stage
 
     def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
-        assert isinstance(out, WrittenOutput)
-        metrics = self.metrics[f"{stage}_"]
-        assert isinstance(metrics, MetricCollection)
-        if out.correct is not None:
-            metrics["token_accuracy"].update(out.correct, out.weight)
-        for name in self.written if out.texts else ():
-            metrics[name].update(out.texts, out.references)
+        if isinstance(out, WrittenOutput) and out.texts:
+            for name in self.written:
+                self.metrics[f"{stage}_"][name].update(out.texts, out.references)  # type: ignore[index, operator, union-attr]
         shown = self.logged(stage)
         return {name: metric for name, metric in super().update(stage, out).items() if name in shown}
 
@@ -228,9 +202,6 @@ class GeneratingTask(Task):
         """Names of a stage's metrics, without those of texts where it does not generate."""
         silent = set() if self.writes(stage) else {f"{stage}/{name}" for name in self.written}
         return [name for name in super().logged(stage) if name not in silent]
-
-    def _output_of(self, out: LinearCrossEntropy) -> WrittenOutput:
-        return WrittenOutput(loss=out.loss / max(out.count, 1), weight=out.count, correct=out.correct)
 
     def _targets(self, labels: Tensor) -> list[str]:
         ids = [[token for token in row if token != IGNORED] for row in labels.tolist()]
@@ -250,20 +221,12 @@ class TextGeneration(GeneratingTask):
         return inputs_of(batch, "labels", "references", *(key for key in batch if key.startswith(PROMPT)))
 
     def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
-        """`batch` has the backbone's keyword arguments and `labels` (b, t), -100 on the prompt and on padding.
-
-        Raises:
-            LoRAError: there are no labels, or nothing is trained on.
-        """
+        """`batch` has the backbone's keyword arguments and `labels` (b, t), -100 on the prompt and on padding."""
         _, labels = inputs_and_labels(batch)
         return shifted_loss(backbone, self.inputs(backbone, batch), labels, label_smoothing=label_smoothing)
 
     def sources(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The prompts, `prompt_input_ids` and `prompt_attention_mask`, padded on the left.
-
-        Raises:
-            LoRAError: the batch has none.
-        """
+        """The prompts, `prompt_input_ids` and `prompt_attention_mask`, padded on the left."""
         prompts = {key.removeprefix(PROMPT): value for key, value in batch.items() if key.startswith(PROMPT)}
         if "input_ids" not in prompts:
             raise LoRAError(
@@ -284,11 +247,7 @@ class SequenceToSequence(GeneratingTask):
     peft_task_type = "SEQ_2_SEQ_LM"
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The encoder's inputs, and the decoder's: the labels shifted by the model, unless the batch has them.
-
-        Raises:
-            LoRAError: the model does not shift labels.
-        """
+        """The encoder's inputs, and the decoder's: the labels shifted by the model, unless the batch has them."""
         inputs = inputs_of(batch, *NOT_INPUTS)
         if "decoder_input_ids" not in inputs:
             shift = getattr(backbone, "prepare_decoder_input_ids_from_labels", None)
@@ -302,11 +261,7 @@ class SequenceToSequence(GeneratingTask):
         return inputs
 
     def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
-        """`batch` has the encoder's inputs and `labels` (b, t), -100 where nothing is trained on.
-
-        Raises:
-            LoRAError: there are no labels; the model does not shift them; or nothing is trained on.
-        """
+        """`batch` has the encoder's inputs and `labels` (b, t), -100 where nothing is trained on."""
         _, labels = inputs_and_labels(batch)
         return aligned_loss(backbone, self.inputs(backbone, batch), labels, label_smoothing=label_smoothing)
 

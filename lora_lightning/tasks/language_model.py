@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_of
+from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_and_labels, inputs_of
 from lora_lightning.tasks.losses.lm_head import shifted_loss, shifted_losses
-from lora_lightning.tasks.metrics.tokens import Perplexity, TokenAccuracy
+from lora_lightning.tasks.losses.token_loss import LinearCrossEntropy
+from lora_lightning.tasks.metrics.generation import Perplexity, TokenAccuracy
 from lora_lightning.tasks.positions import as_packed, is_packed, unpack
 
 
@@ -25,7 +27,38 @@ class TokensOutput(StepOutput):
     """Number of these that have the largest logit."""
 
 
-class CausalLM(Task):
+class TokenTask(Task):
+    """Cross-entropy of tokens, the mean over all of a stage, and the share of them predicted right."""
+
+    def __init__(self, label_smoothing: float, metrics: Mapping[str, Metric]) -> None:
+        if not 0 <= label_smoothing < 1:
+            raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+        # Each is updated separately, so torchmetrics must not merge equal states.
+        super().__init__(MetricCollection({"token_accuracy": TokenAccuracy(), **metrics}, compute_groups=False))
+        self.label_smoothing = label_smoothing
+
+    @abstractmethod
+    def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
+        """The sum of the loss over target tokens, their number, and how many are predicted right."""
+
+    def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> TokensOutput:
+        return self._mean_loss(backbone, batch, self.label_smoothing)
+
+    def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> TokensOutput:
+        """The step without smoothing."""
+        return self._mean_loss(backbone, batch, 0.0)
+
+    def _mean_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> TokensOutput:
+        out = self.token_loss(backbone, batch, label_smoothing)
+        return TokensOutput(loss=out.loss / max(out.count, 1), weight=out.count, correct=out.correct)
+
+    def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
+        if out.weight and isinstance(out, TokensOutput):
+            self.metrics[f"{stage}_"]["token_accuracy"].update(out.correct, out.weight)  # type: ignore[index, operator, union-attr]
+        return super().update(stage, out)
+
+
+class CausalLM(TokenTask):
     """Cross-entropy of each token given those before it; perplexity and the share of tokens predicted right.
 
     Perplexity is `exp(sum of -log p / number of trained tokens)`, over all tokens of a stage and of all processes.
@@ -34,51 +67,31 @@ class CausalLM(Task):
         label_smoothing: share of the target spread over the vocabulary, in training alone.
     """
 
-    monitor = "val/loss"
-    monitor_mode = "min"
     peft_task_type = "CAUSAL_LM"
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
-        if not 0 <= label_smoothing < 1:
-            raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-        # Each is updated separately, so torchmetrics must not merge equal states.
-        metrics = {"perplexity": Perplexity(), "token_accuracy": TokenAccuracy()}
-        super().__init__(MetricCollection(dict(metrics), compute_groups=False))
-        self.label_smoothing = label_smoothing
+        super().__init__(label_smoothing, {"perplexity": Perplexity()})
         if label_smoothing:  # the exp of a smoothed loss is no perplexity
             del self.metrics["train_"]["perplexity"]  # type: ignore[operator]
-
-    def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> TokensOutput:
-        """`batch` has the backbone's keyword arguments and `labels` (b, t), -100 where nothing is trained on.
-
-        With `position_ids` and no `attention_mask` its rows are packed: documents that restart at position 0.
-
-        Raises:
-            LoRAError: nothing is trained on; or the rows are packed and the backbone mixes documents.
-        """
-        return self._step(backbone, batch, self.label_smoothing)
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The backbone's arguments; a packed batch is unpacked into rows of one document."""
         inputs = inputs_of(batch, "labels", "document")
         return unpack(inputs) if is_packed(inputs) else inputs
 
-    def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> TokensOutput:
-        """The step without smoothing."""
-        return self._step(backbone, batch, 0.0)
+    def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
+        """`batch` has the backbone's keyword arguments and `labels` (b, t), -100 where nothing is trained on.
 
-    def _step(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> TokensOutput:
-        inputs, labels = inputs_and_labels(backbone, batch)
-        out = shifted_loss(backbone, inputs, labels, label_smoothing=label_smoothing)
-        return TokensOutput(loss=out.loss / max(out.count, 1), weight=out.count, correct=out.correct)
+        With `position_ids` and no `attention_mask` its rows are packed: documents that restart at position 0. A
+        backbone that mixes them is refused.
+        """
+        return shifted_loss(backbone, *_packed_or_not(backbone, batch), label_smoothing=label_smoothing)
 
     def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
         metrics = self.metrics[f"{stage}_"]
         assert isinstance(metrics, MetricCollection)
-        if out.weight and isinstance(out, TokensOutput):
-            if "perplexity" in metrics.keys(keep_base=True):
-                metrics["perplexity"].update(out.loss.detach(), out.weight)
-            metrics["token_accuracy"].update(out.correct, out.weight)
+        if out.weight and "perplexity" in metrics.keys(keep_base=True):
+            metrics["perplexity"].update(out.loss.detach(), out.weight)
         return super().update(stage, out)
 
     @torch.no_grad()
@@ -87,7 +100,7 @@ class CausalLM(Task):
 
         A row without such tokens has NaN for both. `document` is included where the batch has it.
         """
-        inputs, labels = inputs_and_labels(backbone, batch)
+        inputs, labels = _packed_or_not(backbone, batch)
         parts = shifted_losses(backbone, inputs, labels)
         tokens = torch.tensor([part.count for part in parts], device=labels.device)
         loss = torch.stack([part.loss for part in parts]).to(labels.device) / tokens
@@ -95,16 +108,8 @@ class CausalLM(Task):
         return {**document, "loss": loss, "tokens": tokens, "perplexity": loss.exp()}
 
 
-def inputs_and_labels(backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """The backbone's arguments, and the labels (b, t).
-
-    Raises:
-        LoRAError: there are no labels, or the rows are packed and the backbone mixes documents.
-    """
-    inputs = inputs_of(batch, "labels", "document")
-    if not isinstance(batch.get("labels"), Tensor):
-        raise LoRAError(
-            f"the batch has no 'labels', only {', '.join(inputs)}: for a language model they are the input_ids"
-            " themselves, -100 where nothing is trained on"
-        )
-    return (as_packed(backbone, inputs) if is_packed(inputs) else inputs), batch["labels"]
+def _packed_or_not(backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """The backbone's arguments, and the labels (b, t)."""
+    inputs, labels = inputs_and_labels(batch)
+    inputs.pop("document", None)
+    return (as_packed(backbone, inputs) if is_packed(inputs) else inputs), labels

@@ -12,16 +12,18 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import disabled
-from lora_lightning.tasks.base import StepOutput, Task, inputs_of
-from lora_lightning.tasks.losses.log_probs import LogProbs, sequence_log_probs
+from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels
 from lora_lightning.tasks.losses.preference_losses import (
     REFERENCE_FREE,
+    LogProbs,
     Pairs,
     PreferenceLoss,
     PreferenceTerms,
     check_terms,
     preference_losses,
+    sequence_log_probs,
 )
+from lora_lightning.tasks.positions import in_evaluation
 
 
 class PreferenceTuning(Task):
@@ -56,7 +58,7 @@ class PreferenceTuning(Task):
     ) -> None:
         terms = check_terms(PreferenceTerms(loss, beta, label_smoothing, gamma, rpo_alpha))
         metrics = {
-            "accuracy": MeanOf(_is_above),
+            "accuracy": MeanOf(torch.gt),
             "margin": MeanOf(torch.sub),
             "chosen_reward": MeanOf(_first),
             "rejected_reward": MeanOf(_second),
@@ -92,7 +94,8 @@ class PreferenceTuning(Task):
         }
 
     def _pairs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Pairs:
-        inputs, labels = inputs_of(batch, "labels"), _labels(batch)
+        inputs, labels = inputs_and_labels(batch)
+        _check_labels(labels)
         policy = sequence_log_probs(backbone, inputs, labels)
         reference: LogProbs | None = None
         if self.terms.loss not in REFERENCE_FREE:
@@ -104,15 +107,8 @@ class PreferenceTuning(Task):
 @contextmanager
 def without_gradients(backbone: nn.Module) -> Iterator[None]:
     """Within the block the model is the frozen reference: adapter off, in eval mode, without gradients."""
-    training = [module for module in backbone.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad(), disabled(backbone):
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with in_evaluation(backbone), torch.no_grad(), disabled(backbone):
+        yield
 
 
 class MeanOf(MeanMetric):
@@ -127,10 +123,6 @@ class MeanOf(MeanMetric):
         super().update(self.function(chosen, rejected))
 
 
-def _is_above(chosen: Tensor, rejected: Tensor) -> Tensor:
-    return (chosen > rejected).to(chosen.dtype)
-
-
 def _first(chosen: Tensor, rejected: Tensor) -> Tensor:
     return chosen
 
@@ -139,10 +131,8 @@ def _second(chosen: Tensor, rejected: Tensor) -> Tensor:
     return rejected
 
 
-def _labels(batch: Mapping[str, Any]) -> Tensor:
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor):
-        raise LoRAError(f"the batch has no 'labels', only {', '.join(batch)}")
+def _check_labels(labels: Tensor) -> None:
+    """Raise unless there is an even number of texts, each with a token that counts."""
     if labels.dim() != 2 or len(labels) % 2 or not len(labels):
         raise LoRAError(
             f"labels must be (2n, t), the chosen answers first and the rejected after them, got {tuple(labels.shape)}"
@@ -152,4 +142,3 @@ def _labels(batch: Mapping[str, Any]) -> Tensor:
         half = len(labels) // 2
         which = "chosen" if empty[0] < half else "rejected"
         raise LoRAError(f"the {which} answer of pair {empty[0] % half + 1} in this batch has no token that counts")
-    return labels

@@ -16,10 +16,13 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from lora_lightning import SequenceClassification
-from lora_lightning.tasks.classification import ImageClassification, MultiLabelClassification
-from lora_lightning.tasks.metrics.classification import METRICS
+from lora_lightning.tasks.classification import (
+    METRICS,
+    ImageClassification,
+    MultiLabelClassification,
+    SequenceRegression,
+)
 from lora_lightning.tasks.metrics.entities import EntityF1
-from lora_lightning.tasks.regression import SequenceRegression
 from lora_lightning.tasks.segmentation import ImageSegmentation
 from lora_lightning.tasks.supervised import Supervised
 from lora_lightning.tasks.token_classification import TokenClassification

@@ -6,8 +6,12 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, huggingface, inject
 from lora_lightning.tasks.base import StepOutput
-from lora_lightning.tasks.losses.log_probs import LogProbs, sequence_log_probs
-from lora_lightning.tasks.losses.preference_losses import PreferenceTerms, preference_losses
+from lora_lightning.tasks.losses.preference_losses import (
+    LogProbs,
+    PreferenceTerms,
+    preference_losses,
+    sequence_log_probs,
+)
 from lora_lightning.tasks.preference import PreferenceTuning, without_gradients
 from tests.factories import move
 from tests.tiny_pairs import make_llama

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lora_lightning import LoRAConfig, StepFigures, Throughput
-from lora_lightning.tasks.metrics.counting import examples_in, tokens_in
+from lora_lightning.tasks.base import examples_in, tokens_in
 from lora_lightning.training.callbacks import throughput
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from tests.command.process import run

@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import PIXELS, Task
-from lora_lightning.tasks.classification import ImageClassification, MultiLabelClassification, SequenceClassification
+from lora_lightning.tasks.classification import (
+    ImageClassification,
+    MultiLabelClassification,
+    SequenceClassification,
+    SequenceRegression,
+)
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding
 from lora_lightning.tasks.generation import SequenceToSequence, TextGeneration
 from lora_lightning.tasks.language_model import CausalLM
 from lora_lightning.tasks.losses.token_loss import IGNORED
 from lora_lightning.tasks.preference import PreferenceTuning
-from lora_lightning.tasks.regression import SequenceRegression
 from lora_lightning.tasks.segmentation import ImageSegmentation
 from lora_lightning.tasks.token_classification import TokenClassification
 

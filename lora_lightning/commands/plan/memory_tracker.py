@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lora_lightning.tasks.metrics.counting import tensors_in
+from lora_lightning.tasks.base import tensors_in
 
 __all__ = ["FakeTensor", "FakeTensorMode", "MemoryTracker", "bytes_of", "fake_mode", "put_stand_ins"]
 

@@ -181,10 +181,7 @@ def in_chunks(
         hidden: (n, d).
         labels: (n,), all valid.
         vocabulary: V, for the size of the chunks.
-        of_logits: a function of (m, V) and (m,) that returns one tensor or several.
-
-    Returns:
-        The function's result for each chunk.
+        of_logits: a function of (m, V) and (m,); its result for each chunk is returned.
     """
 
     def of(h: Tensor, y: Tensor) -> Any:

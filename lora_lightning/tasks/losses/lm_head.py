@@ -4,15 +4,18 @@ The model runs as usual, hooks included, except that its head gets only the last
 positions, the head's input, then go through `linear_cross_entropy`; or, where the head is adapted, trains as a copy or
 is quantized, through the head itself in chunks, whose logits backward recomputes.
 
-The first batch verifies that this gives the model's logits (`head_probe.py`). A model that transforms its logits in
-another way, one that is compiled as a whole, and any `nn.Module` outside of transformers compute all logits; for a
-transformers model there is a warning.
+Models may transform the head's logits (Gemma 2 bounds them, Cohere and Granite scale them). The first batch verifies
+the config's values: the head gets one position, enlarged so that bounds and scales show, and the model's logits are
+compared with those that the config implies. A model that transforms its logits in another way, one that is compiled as
+a whole, and any `nn.Module` outside of transformers compute all logits; for a transformers model there is a warning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -26,9 +29,14 @@ from lora_lightning.lora.layers.tracing import is_traced
 from lora_lightning.lora.layers.trained.module_copy import hooks_of
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import logits_of
-from lora_lightning.tasks.losses.head_probe import one_position, terms_of, terms_of_config
 from lora_lightning.tasks.losses.linear_cross_entropy import in_chunks, linear_cross_entropy
-from lora_lightning.tasks.losses.token_loss import IGNORED, LinearCrossEntropy, Terms, cross_entropy_of_logits
+from lora_lightning.tasks.losses.token_loss import (
+    IGNORED,
+    LinearCrossEntropy,
+    Terms,
+    cross_entropy_of_logits,
+    with_terms,
+)
 
 _FOUND: WeakKeyDictionary[nn.Module, Terms | None] = WeakKeyDictionary()
 """The result of `terms_of` for each model."""
@@ -48,9 +56,6 @@ def shifted_loss(
         inputs: its keyword arguments, without labels.
         labels: (b, t), -100 where nothing is trained on; those of position 0 never are.
         label_smoothing: share of the target spread over the vocabulary.
-
-    Raises:
-        LoRAError: labels do not fit.
     """
     return aligned_loss(backbone, inputs, shift_labels(labels), label_smoothing=label_smoothing)
 
@@ -62,11 +67,7 @@ def shifted_losses(backbone: nn.Module, inputs: Mapping[str, Any], labels: Tenso
 
 
 def shift_labels(labels: Tensor) -> Tensor:
-    """Shift labels (b, t) to the outputs' positions: position t gets the label of t + 1, and the last none.
-
-    Raises:
-        LoRAError: they are not one for each token.
-    """
+    """Shift labels (b, t) to the outputs' positions: position t gets the label of t + 1, and the last none."""
     if labels.dim() != 2:
         raise LoRAError(
             f"a language model's labels are one for each token, (rows, tokens), got {tuple(labels.shape)}: the data are"
@@ -166,9 +167,9 @@ def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.
     """The head, where the model's logits follow from the head's by known terms; else None."""
     why = why_all_logits(backbone)
     if why is None:
-        head = _head(backbone)
+        head: Any = backbone.get_output_embeddings()  # type: ignore[operator]
         if backbone not in _FOUND:
-            _FOUND[backbone] = terms_of_config(backbone) if is_traced() else terms_of(backbone, head, inputs)
+            _FOUND[backbone] = _candidates(backbone)[0] if is_traced() else terms_of(backbone, head, inputs)
         terms = _FOUND[backbone]
         if terms is not None:
             return head, terms
@@ -187,7 +188,7 @@ def why_all_logits(backbone: Any) -> str | None:
         return "it is no transformers model"
     if backbone._compiled_call_impl is not None:
         return "it is compiled as a whole, head and all; compile its layers or its body instead"
-    head = _head(backbone)
+    head = backbone.get_output_embeddings()
     if head is None:
         return "it names no head (get_output_embeddings)"
     if any(hooks_of(head)):
@@ -195,10 +196,6 @@ def why_all_logits(backbone: Any) -> str | None:
     if any(isinstance(p, DTensor) for p in head.parameters()):
         return "its head's weights are sharded"
     return None
-
-
-def _head(backbone: Any) -> Any:
-    return backbone.get_output_embeddings()
 
 
 def _is_one_product(head: nn.Module, hidden: Tensor) -> bool:
@@ -209,3 +206,89 @@ def _is_one_product(head: nn.Module, hidden: Tensor) -> bool:
     whole = weight.shape == (head.out_features, head.in_features) and not weight.is_meta
     mixed = torch.is_autocast_enabled(hidden.device.type)
     return whole and weight.device == hidden.device and (weight.dtype == hidden.dtype or mixed)
+
+
+LOUD = 100.0
+"""The largest of the head's logits in the comparison: well above any bound in use (Gemma 2's is 30)."""
+LARGEST = 1e4
+"""The largest hidden value in the comparison: float16 ends at 65,504."""
+
+
+class HeadCall(NamedTuple):
+    """One call of the head within `one_position`."""
+
+    hidden: Tensor
+    """The head's full input, (b, t, d)."""
+    logits: Tensor
+    """Its output for the last position, (b, 1, V)."""
+
+
+@contextmanager
+def one_position(head: nn.Module, *, loud: bool = False) -> Iterator[list[HeadCall]]:
+    """Within the block the head gets only the last position, enlarged if `loud`. Yields its calls.
+
+    A call with anything but one tensor (b, t, d) is not changed, and is not among them.
+    """
+    handed: list[Tensor | None] = []
+    calls: list[HeadCall] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(args) != 1 or args[0].dim() != 3:
+            handed.append(None)
+            return args
+        handed.append(args[0])
+        last = args[0][:, -1:].contiguous()
+        return (last * _loudness(module, last) if loud else last,)
+
+    def after(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        hidden = handed.pop()
+        if hidden is not None:
+            calls.append(HeadCall(hidden, out.detach().clone() if loud else out.detach()))  # some models change it
+
+    handles = head.register_forward_pre_hook(before), head.register_forward_hook(after)
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def terms_of(backbone: Any, head: nn.Module, inputs: Mapping[str, Any]) -> Terms | None:
+    """The bound and scale between the head's logits and the model's; None where the config's do not match.
+
+    This runs the model and restores the random state, so that a resumed run does not differ.
+    """
+    device = next(head.parameters()).device
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        one_position(head, loud=True) as calls,
+    ):
+        logits = logits_of(backbone(**inputs))
+    if len(calls) != 1 or logits.shape != calls[0].logits.shape:
+        return None
+    raw = calls[0].logits
+    if not bool(torch.isfinite(raw).all() and torch.isfinite(logits).all()):
+        return None
+    # Dividing, bounding and multiplying round three times; Mamba returns float32 for any weights.
+    tolerance = 4 * max(torch.finfo(dtype).eps for dtype in (raw.dtype, logits.dtype))
+    for terms in _candidates(backbone):
+        ours = with_terms(raw.double(), terms)
+        if float((ours - logits.double()).abs().max()) <= tolerance * float(ours.abs().max()):
+            return terms
+    return None
+
+
+def _loudness(head: nn.Module, last: Tensor) -> float:
+    """The factor on hidden states with which the head's largest logit is `LOUD`."""
+    logit, value = float(head.forward(last).abs().max()), float(last.abs().max())
+    return min(LOUD / logit, LARGEST / value) if logit > 0 and value > 0 else 1.0
+
+
+def _candidates(backbone: Any) -> list[Terms]:
+    """Combinations of bounds and scales in transformers' configs, and neither."""
+    config = backbone.config.get_text_config().to_dict()
+    divisor = config.get("logits_scaling")  # Granite divides by it, others multiply
+    scales = [config.get("logit_scale"), config.get("lm_head_multiplier"), divisor, 1 / divisor if divisor else None]
+    caps = [config.get("final_logit_softcapping"), None]
+    return [Terms(0.0, cap, scale) for cap, scale in product(caps, (*(float(s) for s in scales if s), 1.0))]

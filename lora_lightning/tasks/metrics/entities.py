@@ -67,7 +67,8 @@ class Tagging:
         """The entities of one sentence, in order, from its words' label numbers."""
         tags = [self.tags[label] for label in labels]
         starts = [i for i, tag in enumerate(tags) if tag.prefix != OUTSIDE and (i == 0 or _parts(tags[i - 1], tag))]
-        stops = [i + 1 for i, tag in enumerate(tags) if tag.prefix != OUTSIDE and _parts_after(tags, i)]
+        follow = [*tags[1:], Tag(OUTSIDE, "")]
+        stops = [i + 1 for i, tag in enumerate(tags) if tag.prefix != OUTSIDE and _parts(tag, follow[i])]
         spans = [Span(tags[start].kind, start, stop) for start, stop in zip(starts, stops, strict=True)]
         return [span for span in spans if self._well_formed(tags[span.start : span.end])] if self.strict else spans
 
@@ -88,26 +89,10 @@ def _parts(before: Tag, tag: Tag) -> bool:
     return before.prefix in "ESO" or tag.prefix in "BSO" or before.kind != tag.kind
 
 
-def _parts_after(tags: Sequence[Tag], i: int) -> bool:
-    return i + 1 == len(tags) or _parts(tags[i], tags[i + 1])
-
-
-def count_entities(predictions: Tensor, targets: Tensor, tagging: Tagging) -> tuple[int, int, int]:
-    """The number of (right, predicted, true) entities over sentences (n, t) of label numbers.
-
-    An entity is right where kind, first and last word are. Words whose target is -100 are left out.
-    """
-    correct = predicted = actual = 0
-    for guessed, true in zip(predictions.tolist(), targets.tolist(), strict=True):
-        words = [i for i, label in enumerate(true) if label != IGNORED]
-        guesses, truths = (set(tagging.spans([labels[i] for i in words])) for labels in (guessed, true))
-        correct += len(guesses & truths)
-        predicted, actual = predicted + len(guesses), actual + len(truths)
-    return correct, predicted, actual
-
-
 class EntityMetric(Metric):
     """Counts of entities, summed over all batches: the micro average of seqeval and `conlleval`.
+
+    An entity is right where kind, first and last word are.
 
     Args:
         names: the labels, in the order of their numbers.
@@ -130,32 +115,30 @@ class EntityMetric(Metric):
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Add sentences (n, t) of label numbers; targets of -100 are left out."""
-        correct, predicted, actual = count_entities(predictions, targets, self.tagging)
-        self.found += correct
-        self.predicted += predicted
-        self.actual += actual
+        for guessed, true in zip(predictions.tolist(), targets.tolist(), strict=True):
+            words = [i for i, label in enumerate(true) if label != IGNORED]
+            guesses, truths = (set(self.tagging.spans([labels[i] for i in words])) for labels in (guessed, true))
+            self.found += len(guesses & truths)
+            self.predicted += len(guesses)
+            self.actual += len(truths)
 
 
 class EntityPrecision(EntityMetric):
     """The share of predicted entities that are right; 0 where none is predicted."""
 
     def compute(self) -> Tensor:
-        return _share(self.found, self.predicted)
+        return self.found / self.predicted.clamp(min=1)
 
 
 class EntityRecall(EntityMetric):
     """The share of true entities that are predicted; 0 where there is none."""
 
     def compute(self) -> Tensor:
-        return _share(self.found, self.actual)
+        return self.found / self.actual.clamp(min=1)
 
 
 class EntityF1(EntityMetric):
     """The harmonic mean of precision and recall, `2 right / (predicted + true)`; 0 without entities."""
 
     def compute(self) -> Tensor:
-        return _share(2 * self.found, self.predicted + self.actual)
-
-
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    return part / whole.clamp(min=1)
+        return 2 * self.found / (self.predicted + self.actual).clamp(min=1)

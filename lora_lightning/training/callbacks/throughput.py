@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lora_lightning.tasks.metrics.counting import examples_in, tokens_in
+from lora_lightning.tasks.base import examples_in, tokens_in
 from lora_lightning.training.checkpoints.loop_state import is_between_steps, is_logged, logged_steps
 from lora_lightning.training.loss_weighting import is_padding
 
