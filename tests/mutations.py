@@ -115,7 +115,7 @@ by training/resume::test_best_resumes_from_an_epochs_end_with_the_plateau_that_w
 -trainer.lr_scheduler_configs[number].scheduler.step(value)
 +del value
 by training/resume::test_best_resumes_from_an_epochs_end_with_the_plateau_that_was_due
-== law 8: another order of rows in an epoch's middle, in data.loading.loader.ResumableLoader._skip_to_place
+== law 8: another order of rows in an epoch's middle, in data.loading.sampler.ResumableLoader._skip_to_place
 -if other := [name for name in was if was[name] != now.get(name)]:
 +if other := []:
 by training/resume::test_another_order_is_refused_in_an_epochs_middle

@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader
 from lora_lightning.data.io.rows import ROW, lengths_of, values_of, with_row_numbers
 from lora_lightning.data.io.splits import SplitConfig, rename_first_sets, split_rows
 from lora_lightning.data.io.summary import summarize
-from lora_lightning.data.io.tables import Readers, check_columns, doubled_columns, read_tables, source_of
-from lora_lightning.data.loading.loader import ResumableLoader, seeded_generator
-from lora_lightning.data.loading.sampler import EpochSampler
+from lora_lightning.data.io.tables import Readers, check_names, doubled_columns, read_tables, source_of
+from lora_lightning.data.loading.sampler import EpochSampler, ResumableLoader, seeded_generator
 from lora_lightning.lora.errors import LoRAError
 
 MOST_SHOWN = 80
@@ -146,7 +145,7 @@ class TableData(LightningDataModule, ABC):
             self.doubled_columns = doubled_columns(self.path)
             for split, table in tables.items():
                 with self._kind_of_set(split) as kind:
-                    check_columns(table, self.columns(kind), self.place(kind), vars(self))
+                    check_names(table.column_names, self.columns(kind), self.place(kind), vars(self))
                     self._check_header(split, kind)
                     self.check(table, kind)
                     if kind != "predict":
@@ -232,7 +231,7 @@ class TableData(LightningDataModule, ABC):
             wanted = columns
         if table is None or not wanted:
             return {}
-        check_columns(table, list(wanted), self.place(names[index]))
+        check_names(table.column_names, list(wanted), self.place(names[index]))
         if not self.predicts_rows or len(self._encoded.get(names[index], table)) != len(table):
             raise LoRAError(
                 f"{self.place(names[index])}: rows are cut or left out, so that columns cannot stand beside predictions"
@@ -297,7 +296,7 @@ class TableData(LightningDataModule, ABC):
     def place(self, split: str) -> str:
         """Return a split's name with its file, for errors."""
         split = self._original_names.get(split, split)
-        return f"{source_of(self.path, split, self.readers or ())}, the {split} set"
+        return f"{source_of(self.path, split, self.readers)}, the {split} set"
 
     def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
         """Return the error for a value of a row, counted from 1 as in its file. `hint` follows the value."""
@@ -306,24 +305,24 @@ class TableData(LightningDataModule, ABC):
         return LoRAError(f"{self.place(split)}, row {row}, column '{column}': expected {expected}, got {shown}{hint}")
 
     def check_texts(
-        self, table: datasets.Dataset, split: str, columns: Sequence[str | None], skip: Sequence[bool] = ()
+        self,
+        table: datasets.Dataset,
+        split: str,
+        columns: Sequence[str | None],
+        skip: Sequence[bool] = (),
+        *,
+        blank: bool = True,
     ) -> None:
-        """Raise where a value of these columns is no text.
-
-        Args:
-            skip: rows that are dropped anyway.
-        """
+        """Raise where a value of these columns is no text or, unless `blank`, has no words; not in rows to `skip`."""
+        expected = "text" if blank else "a text with words in it"
         for column in filter(None, columns):
             for i, value in enumerate(values_of(table, column)):
-                if not isinstance(value, str) and not (skip and skip[i]):
-                    raise self.bad_cell(split, table[ROW][i], column, "text", value)
+                right = isinstance(value, str) and (blank or value.strip())
+                if not right and not (skip and skip[i]):
+                    raise self.bad_cell(split, table[ROW][i], column, expected, value)
 
     def encoded_rows(self, split: str) -> datasets.Dataset:
-        """Return a split's encoded rows.
-
-        Raises:
-            LoRAError: the set has no such split.
-        """
+        """Return a split's encoded rows; a set without the split is refused."""
         if split not in self._encoded:
             raise LoRAError(f"the set has no {split} split: name its file in data.path, or give data.split a share")
         return self._encoded[split]
@@ -368,7 +367,7 @@ class TableData(LightningDataModule, ABC):
         }
         if not any(shares.values()) or "train" not in tables:
             return tables
-        check_columns(tables["train"], [self.split.group_by], self.place("train"))
+        check_names(tables["train"].column_names, [self.split.group_by], self.place("train"))
         by, numbers = self.split.group_by, dict[int, int]()
         groups = list(values_of(tables["train"], by or ROW))
         if by is None:  # rows of one row of the file, such as a source with several targets, stay together

@@ -131,11 +131,7 @@ class OneLabel(LabelNames):
                 raise self.bad_cell(split, row, self.label_column, f"{kind}, as in the rows before", label)
 
     def label_numbers(self, table: datasets.Dataset, split: str) -> list[int]:
-        """The number of each row's label.
-
-        Raises:
-            LoRAError: a label is unknown, with its row.
-        """
+        """The number of each row's label; an unknown one is refused with its row."""
         feature, values = table.features[self.label_column], list(values_of(table, self.label_column))
         check_order(self.label_names, feature)
         numbers = numbers_of(self.label_names, values, feature)
@@ -146,10 +142,8 @@ class OneLabel(LabelNames):
 
     def majority_share(self, split: str) -> float:
         """Accuracy on `split` of always predicting the most common label of train."""
-        train = list(values_of(self.encoded_rows("train"), "labels"))
-        most_common = max(set(train), key=train.count)
-        labels = list(values_of(self.encoded_rows(split), "labels"))
-        return labels.count(most_common) / len(labels)
+        train, counts = self.label_counts("train"), self.label_counts(split)
+        return counts[max(train, key=train.__getitem__)] / sum(counts.values())
 
 
 def numbers_of(names: Sequence[str], values: Sequence[Any], feature: Any = None) -> dict[str, int]:
@@ -179,16 +173,12 @@ def check_order(names: list[str], feature: Any) -> None:
         raise LoRAError(f"label_names must be in the set's own order, {feature.names}, got {names}")
 
 
-def _are_hidden(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, int | float) and value == -1 for value in values)
-
-
 def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
     """Return the splits with labels; one whose labels are all -1 becomes `predict`, unless there is one."""
     used: dict[str, datasets.Dataset] = {}
     for split, table in tables.items():
-        hidden = split != "train" and label_column in table.column_names and _are_hidden(values_of(table, label_column))
-        if not hidden:
+        labels = values_of(table, label_column) if split != "train" and label_column in table.column_names else [0]
+        if not all(isinstance(label, int | float) and label == -1 for label in labels):
             used[split] = table
         elif "predict" not in tables:
             _, _, name = split.partition("_")
@@ -320,11 +310,7 @@ class MultiLabelTextData(LabelNames, TextPairData):
                     raise self.bad_cell(split, row, column, expected, value)
 
     def targets(self, table: datasets.Dataset, split: str) -> list[list[float]]:
-        """0 or 1 for each label.
-
-        Raises:
-            LoRAError: a label is unknown, with its row.
-        """
+        """0 or 1 for each label; an unknown one is refused with its row."""
         if self.label_columns:
             return [[float(flag) for flag in row] for row in cells_of(table, *self.label_columns)]
         rows = self._rows(table)

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.io.streams import StreamLoader
-from lora_lightning.data.loading.loader import ResumableLoader, seeded_generator
-from lora_lightning.data.loading.sampler import EpochSampler
+from lora_lightning.data.loading.sampler import EpochSampler, ResumableLoader, seeded_generator
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 
 

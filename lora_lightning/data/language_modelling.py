@@ -24,10 +24,9 @@ from lora_lightning.data.io.streams import (
     share_of,
 )
 from lora_lightning.data.io.tables import TextBy, check_names, read_tables
-from lora_lightning.data.loading.collate import pad_batch
-from lora_lightning.data.loading.loader import seeded_generator
 from lora_lightning.data.loading.packing import cut, cut_to_train, pack_rows, pack_table
-from lora_lightning.data.text import TextData
+from lora_lightning.data.loading.sampler import seeded_generator
+from lora_lightning.data.text import TextData, pad_batch
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
 

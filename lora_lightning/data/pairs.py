@@ -10,9 +10,8 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
-from lora_lightning.data.loading.collate import pad_batch
-from lora_lightning.data.text import TextData
+from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.text import TextData, pad_batch, tokenize_cut
 
 GROUP = "__group__"
 PARTS = ("anchor", "positive", "negative")
@@ -60,11 +59,7 @@ class PairData(TextData):
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise for a value that is no text or is empty, or for a negative that equals the positive."""
-        texts = [column for column in list(self.columns(split))[:3] if column is not None]
-        for column in texts:
-            for row, text in cells_of(table, ROW, column):
-                if not isinstance(text, str) or not text.strip():
-                    raise self.bad_cell(split, row, column, "a text with words in it", text)
+        self.check_texts(table, split, self.columns(split)[:3], blank=False)
         if self.negative_column is not None and split != "predict":
             pairs = cells_of(table, ROW, self.positive_column, self.negative_column)
             for row, positive, negative in pairs:
@@ -72,7 +67,7 @@ class PairData(TextData):
                     raise self.bad_cell(split, row, self.negative_column, "another text than the positive", negative)
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        texts = list(self.columns(split))[:3]
+        texts = self.columns(split)[:3]
         if split != "predict":
             named = list(values_of(table, self.group_column)) if self.group_column else None
             negatives = list(values_of(table, self.negative_column)) if self.negative_column else None

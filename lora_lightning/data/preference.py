@@ -11,8 +11,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
-from lora_lightning.data.loading.collate import pad_batch
-from lora_lightning.data.text import TextData
+from lora_lightning.data.text import TextData, pad_batch
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+import torch
+from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.data.base import TableData
-from lora_lightning.data.io.rows import encode_rows
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.generation import PROMPT
+from lora_lightning.tasks.losses.token_loss import IGNORED
 
 
 class TextData(TableData):
@@ -87,3 +89,62 @@ class TextPairData(TextData):
         options = {"tokenizer": self.tokenizer, "columns": columns, "max_length": self.max_length}
         tokens = self.without_cuts(self.encode_by(encode_rows, table, split, **options), split)
         return tokens if split == "predict" else tokens.add_column("labels", self.targets(table, split))
+
+
+def encode_rows(
+    rows: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, str | None], max_length: int
+) -> dict[str, Any]:
+    """Token ids of a batch of texts, or of pairs of texts, and which of them were cut."""
+    text, pair = columns
+    tokens, cut = tokenize_cut(tokenizer, max_length, text=rows[text], text_pair=rows[pair] if pair else None)
+    return {**tokens, "text_cut": cut}
+
+
+def tokenize_cut(
+    tokenizer: PreTrainedTokenizerBase, max_length: int | None, **texts: Any
+) -> tuple[BatchEncoding, list[bool]]:
+    """Tokenize texts, cut at `max_length` (None: the tokenizer's limit), and return which of them were cut."""
+    tokens = tokenizer(**texts, truncation=True, max_length=max_length)
+    if tokens.encodings is not None:
+        return tokens, [bool(encoding.overflowing) for encoding in tokens.encodings]
+    whole, limit = tokenizer(**texts, verbose=False), max_length or tokenizer.model_max_length
+    return tokens, [len(ids) > limit for ids in whole["input_ids"]]
+
+
+FILL = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED, "word_ids": -1}
+"""Padding values by name; `input_ids` get the padding token."""
+
+
+def pad_batch(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, side: str = "right") -> dict[str, Any]:
+    """Rows to a batch by name: lists of token ids become (n, t), single numbers (n,); lists of texts stay.
+
+    `input_ids` get an `attention_mask`, except in packed rows, which have `position_ids`: there the padding is one more
+    document, without labels. Entries whose names begin with `prompt_` are padded on the left, for generation.
+    """
+    batch: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        prompt, kind = name.startswith(PROMPT), name.removeprefix(PROMPT)
+        where = "left" if prompt else side
+        mask = f"{PROMPT if prompt else ''}attention_mask"
+        if isinstance(values[0], int | float):
+            batch[name] = torch.tensor(values)
+        elif kind == "input_ids":
+            batch[name] = _pad(values, pad_token_id, where)
+            if mask not in rows[0] and "position_ids" not in rows[0]:
+                batch[mask] = _pad([[1] * len(ids) for ids in values], FILL["attention_mask"], where)
+        elif kind in FILL:
+            batch[name] = _pad(values, FILL[kind], where)
+        elif kind == "position_ids":
+            longest = max(map(len, values))
+            batch[name] = torch.tensor([[*ids, *range(longest - len(ids))] for ids in values])
+        else:
+            batch[name] = values
+    return batch
+
+
+def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
+    longest = max(map(len, rows))
+    filling = [[value] * (longest - len(row)) for row in rows]
+    pairs = zip(rows, filling, strict=True)
+    return torch.tensor([[*row, *more] if side == "right" else [*more, *row] for row, more in pairs])

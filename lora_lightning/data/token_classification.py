@@ -1,9 +1,12 @@
-"""Sentences as lists of words, with one tag for each word."""
+"""Sentences as lists of words, with one tag for each word; and CoNLL files of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,14 +15,21 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.data.classification import LabelNames, check_order, numbers_of
-from lora_lightning.data.io import conll
-from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
+from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
-from lora_lightning.data.loading.collate import pad_batch
-from lora_lightning.data.text import TextData
+from lora_lightning.data.text import TextData, pad_batch, tokenize_cut
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
 from lora_lightning.tasks.metrics.entities import OUTSIDE
+
+SUFFIXES = (".conll", ".iob", ".iob2", ".bio", ".txt")
+DOCUMENT = "-DOCSTART-"
+"""The first field of a line that begins a document and has no word."""
+REMARK = re.compile(r"#\s*(id|sent_id|text|newdoc|newpar|global)\b|#\s+\S+\s+=\s")
+"""Comment lines of CoNLL-U and MultiCoNER about the sentence below."""
+
+Line = tuple[int, list[str]]
+"""A line's number, from 1, and its fields."""
 
 
 class TokenClassificationData(LabelNames, TextData):
@@ -54,8 +64,8 @@ class TokenClassificationData(LabelNames, TextData):
         super().__init__(*texts, **table)
         self.words_column, self.tags_column = words_column, tags_column
         self.given_label_names, self.label_all_pieces = label_names, label_all_pieces
-        reader = partial(conll.read_conll, words=words_column, tags=tags_column, tag_field=tag_field)
-        self.readers = dict.fromkeys(conll.SUFFIXES, reader)
+        reader = partial(read_conll, words=words_column, tags=tags_column, tag_field=tag_field)
+        self.readers = dict.fromkeys(SUFFIXES, reader)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -124,11 +134,7 @@ class TokenClassificationData(LabelNames, TextData):
         return entry if isinstance(entry, datasets.ClassLabel) else None
 
     def _numbers(self, table: datasets.Dataset, split: str) -> dict[str, int]:
-        """The number of each tag in the table, by its text.
-
-        Raises:
-            LoRAError: a tag of this split is unknown, with its row.
-        """
+        """The number of each tag in the table, by its text; an unknown one is refused with its row."""
         feature = self._tag_feature(table)
         check_order(self.label_names, feature)
         seen = {tag for tags in values_of(table, self.tags_column) for tag in tags}
@@ -186,3 +192,53 @@ def encode_words(
         for word_ids, tags in zip(word_numbers, rows[tags_column], strict=True)
     ]
     return encoded
+
+
+def read_conll(file: str, words: str = "tokens", tags: str = "ner_tags", tag_field: int = -1) -> datasets.Dataset:
+    """Read a row for each sentence, with a list of words and a list of tags: a line for each word, then a blank one.
+
+    Fields are separated by tabs, or by blanks where the file has no tab. The word is the first. A file with one field
+    per line has no tags.
+
+    Args:
+        words, tags: the columns' names.
+        tag_field: the tag's field, from 0; -1 is the last.
+
+    Raises:
+        LoRAError: the file is no text in UTF-8, has no words, or a line has more or fewer fields than the others.
+    """
+    sentences = list(_sentences(file))
+    if not sentences:
+        raise LoRAError(f"{file} holds no words")
+    width = Counter(len(fields) for sentence in sentences for _, fields in sentence).most_common(1)[0][0]
+    for number, fields in (line for sentence in sentences for line in sentence):
+        if len(fields) != width:
+            raise LoRAError(
+                f"{file}, line {number}: expected {width} fields as on the other lines, got {len(fields)}:"
+                f" {' '.join(fields)[:80]!r}"
+            )
+    rows = {words: [[fields[0] for _, fields in sentence] for sentence in sentences]}
+    if width > 1:
+        if not -width < tag_field < width or tag_field == 0:
+            raise LoRAError(f"{file} has {width} fields a line: the tag cannot be field {tag_field}, counted from 0")
+        rows[tags] = [[fields[tag_field] for _, fields in sentence] for sentence in sentences]
+    return datasets.Dataset.from_dict(rows)
+
+
+def _sentences(file: str) -> Iterator[list[Line]]:
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise LoRAError(f"{file} is no text in UTF-8: {error}") from error
+    separator = "\t" if "\t" in text else None
+    sentence: list[Line] = []
+    # By "\n" alone: splitlines would also split at characters such as U+2028, which a word may contain.
+    for number, line in enumerate([*text.split("\n"), ""], start=1):
+        line = line.rstrip("\r")  # noqa: PLW2901
+        fields = [field.strip() for field in line.split(separator)]
+        if not line.strip() or fields[0] == DOCUMENT:
+            if sentence:
+                yield sentence
+            sentence = []
+        elif sentence or not REMARK.match(line):
+            sentence.append((number, fields))

@@ -11,8 +11,7 @@ from PIL import Image
 
 from lora_lightning import LoRAError
 from lora_lightning.data.images.data import ImageData
-from lora_lightning.data.images.decoding import read_rgb
-from lora_lightning.data.images.rows import BadImageError
+from lora_lightning.data.images.rows import BadImageError, read_rgb
 from lora_lightning.data.images.transforms import Augmentation, Preprocessing, preprocessing_of
 from lora_lightning.data.io.splits import SplitConfig
 from tests.data.files import ALL, everything, ready, save, sizes, write

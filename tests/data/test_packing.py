@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lightning import LoRAConfig, LoRAError, inject
-from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.loading.packing import cut, pack, pack_rows
+from lora_lightning.data.text import pad_batch
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.language_model import CausalLM
 from tests.factories import move

@@ -20,8 +20,8 @@ from lora_lightning import (
     TokenClassificationData,
 )
 from lora_lightning.data.base import Encoding
-from lora_lightning.data.io.rows import encode_rows
 from lora_lightning.data.io.splits import SplitConfig
+from lora_lightning.data.text import encode_rows
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.reports.console import show_data
 from tests.data.files import ALL, ready, write

@@ -33,8 +33,7 @@ from lora_lightning import (
     StopOnNonFinite,
 )
 from lora_lightning.data.language_modelling import LanguageModellingData
-from lora_lightning.data.loading.loader import ResumableLoader
-from lora_lightning.data.loading.sampler import EpochSampler
+from lora_lightning.data.loading.sampler import EpochSampler, ResumableLoader
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding
 from lora_lightning.training import trainer as lightning_trainer
 from lora_lightning.training.callbacks.rank_telemetry import RankTelemetry

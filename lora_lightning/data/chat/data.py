@@ -33,11 +33,10 @@ from lora_lightning.data.chat.conversations import (
 from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, held_out_split, rows_from_all_over
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
-from lora_lightning.data.io.tables import check_columns
-from lora_lightning.data.loading.collate import pad_batch
+from lora_lightning.data.io.tables import check_names
 from lora_lightning.data.loading.packing import pack_table
 from lora_lightning.data.seq2seq import REFERENCES
-from lora_lightning.data.text import TextData
+from lora_lightning.data.text import TextData, pad_batch
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
 
@@ -129,7 +128,7 @@ class ChatData(TextData, GivesPrompts):
         """Raise for a row that is no conversation."""
         answers = not self._only_prompts(split)
         layout = layout_of(table.column_names, self.given_columns, answers=answers)
-        check_columns(table, list(layout.values()), self.place(split))
+        check_names(table.column_names, list(layout.values()), self.place(split))
         for row in table:
             try:
                 messages = conversation_of(row, layout)

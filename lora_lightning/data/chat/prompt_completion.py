@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
-from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.seq2seq import REFERENCES, TargetData, one_target_each, references_of
+from lora_lightning.data.text import pad_batch
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.token_loss import IGNORED

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,7 @@ from lora_lightning.data.images.files import (
 )
 from lora_lightning.data.images.rows import Rows
 from lora_lightning.data.images.table import ImageTable
-from lora_lightning.data.images.transforms import (
-    evaluation_transform,
-    training_transform,
-)
-from lora_lightning.data.io.rows import values_of
-from lora_lightning.data.io.splits import SPLITS
-from lora_lightning.data.io.tables import NAMES, READERS, read_tables
+from lora_lightning.data.io.tables import files_read, is_saved, known_split
 from lora_lightning.lora.errors import LoRAError
 
 
@@ -71,21 +64,14 @@ class ImageData(OneLabel, ImageTable):
     def read_images(self) -> dict[str, datasets.Dataset]:
         if self.reader is not None:
             return self._from_reader(self.reader)
-        by_split = self.path if isinstance(self.path, dict) else None
-        folders = (
-            {split: Path(resolve(path)) for split, path in by_split.items()}
-            if by_split is not None
-            else _image_folders(Path(resolve(str(self.path))))
-        )
+        root = None if isinstance(self.path, dict) else Path(resolve(self.path))
+        folders = files_read(self.path) if root is None else _image_folders(root)
         if folders and all(not folder.suffix or folder.is_dir() for folder in folders.values()):
             columns = (self.image_column, self.label_column)
-            named = {NAMES.get(split, split): folder for split, folder in folders.items()}
-            tables = {split: read_class_folders(folder, split, columns) for split, folder in named.items()}
-            self.files = {split: list(values_of(table, self.image_column)) for split, table in tables.items()}
-            return tables
-        if by_split is None and (root := Path(resolve(str(self.path)))).is_dir() and is_imagefolder(root):
-            return {NAMES.get(str(split), str(split)): table for split, table in read_imagefolder(root).items()}
-        return read_tables(self.path, self.name)
+            return self.of_files({split: read_class_folders(f, split, columns) for split, f in folders.items()})
+        if root is not None and root.is_dir() and is_imagefolder(root):
+            return {known_split(str(split)): table for split, table in read_imagefolder(root).items()}
+        return super().read_images()
 
     def _from_reader(self, reader: Callable[[str], Any]) -> dict[str, datasets.Dataset]:
         path = self.path if isinstance(self.path, dict) else resolve(self.path)
@@ -98,7 +84,7 @@ class ImageData(OneLabel, ImageTable):
             self._arrays += list(pair[0])
             numbers = list(range(first, len(self._arrays)))
             labels = np.asarray(pair[1]).tolist()
-            tables[NAMES.get(split, split)] = datasets.Dataset.from_dict(
+            tables[known_split(split)] = datasets.Dataset.from_dict(
                 {self.image_column: numbers, self.label_column: labels}
             )
         return tables
@@ -116,49 +102,23 @@ class ImageData(OneLabel, ImageTable):
             return table
         cells, seen, rows = self.cells(table, split, self.image_column), set(), []
         for i in range(len(table)):
-            digest = _digest(cells.source(i))
+            digest = cells.digest(i)
             if digest not in seen:
                 rows.append(i)
             seen.add(digest)
         return table if len(rows) == len(table) else table.select(rows)
 
-    def majority_share(self, split: str) -> float:
-        """Accuracy on `split` of always predicting the most common label of train."""
-        train, labels = (list(self.encoded_rows(s).labels) for s in ("train", split))  # type: ignore[attr-defined]
-        return labels.count(max(set(train), key=train.count)) / len(labels)
-
     def encode(self, table: datasets.Dataset, split: str) -> Any:
         """Return rows that are decoded when batches are made."""
-        return Rows(
-            self.cells(table, split, self.image_column),
-            evaluation=evaluation_transform(self.preprocessing),
-            training=training_transform(self.preprocessing, self.augment),
-            seed=self.seed,
-            labels=None if split == "predict" else self.label_numbers(table, split),
-        )
+        labels = None if split == "predict" else self.label_numbers(table, split)
+        return Rows(self.cells(table, split, self.image_column), labels=labels, **self.transforms)
 
 
 def _image_folders(root: Path) -> dict[str, Path]:
     """The folders of a directory by split; empty where it has tables, a saved set or an imagefolder's metadata."""
-    if not root.is_dir() or (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
-        return {}
-    names = [f.name.split(".")[0] for f in root.iterdir() if f.is_file() and set(f.suffixes) & set(READERS)]
-    if is_imagefolder(root) or any(NAMES.get(name, name) in (*SPLITS, "predict") for name in names):
+    if not root.is_dir() or is_saved(root) or is_imagefolder(root) or files_read(str(root)):
         return {}
     return folders_by_split(root)
-
-
-def _digest(source: Any) -> bytes:
-    """The digest of an image's stored content."""
-    if isinstance(source, np.ndarray):
-        data = repr((source.shape, source.dtype.str)).encode() + source.tobytes()
-    elif isinstance(source, Mapping) and source.get("bytes") is not None:
-        data = source["bytes"]
-    elif isinstance(source, str) and Path(source).is_file():
-        data = Path(source).read_bytes()
-    else:
-        data = repr(source).encode()
-    return hashlib.sha256(data).digest()
 
 
 def _describe(value: Any) -> str:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import datasets
 
-from lora_lightning.data.images.decoding import SUFFIXES
-from lora_lightning.data.io.splits import SPLITS
-from lora_lightning.data.io.tables import NAMES
+from lora_lightning.data.images.rows import SUFFIXES
+from lora_lightning.data.io.splits import SPLITS, split_name
 from lora_lightning.lora.errors import LoRAError, first_few, first_line
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -35,7 +34,7 @@ def visible_folders(folder: Path) -> list[Path]:
 
 def folders_by_split(root: Path) -> dict[str, Path]:
     """The folders of splits (`train`, `val`, `test`, `predict`) in a folder; without `train` the folder itself."""
-    named = {NAMES.get(f.name.lower(), f.name.lower()): f for f in visible_folders(root)}
+    named = {split_name(folder.name.lower()): folder for folder in visible_folders(root)}
     splits = {split: folder for split, folder in named.items() if split in (*SPLITS, "predict")}
     return splits if "train" in splits else {"train": root}
 
@@ -125,7 +124,6 @@ def read_imagefolder(root: Path) -> datasets.DatasetDict:
     try:
         loaded = datasets.load_dataset("imagefolder", data_dir=str(root))
     except Exception as error:  # datasets wraps errors in many types
-        cause = error.__cause__ or error
-        raise LoRAError(f"{root} cannot be read as an imagefolder: {first_line(cause)}") from error
+        raise LoRAError(f"{root} cannot be read as an imagefolder: {first_line(error.__cause__ or error)}") from error
     assert isinstance(loaded, datasets.DatasetDict)
     return loaded

@@ -1,29 +1,101 @@
-"""Rows of images as examples, decoded on access and augmented by (seed, epoch, row)."""
+"""Rows of images as examples, decoded on access to RGB and augmented by (seed, epoch, row)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import tv_tensors
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 
-from lora_lightning.data.images.decoding import open_image, read_rgb
 from lora_lightning.data.loading.sampler import EpochSampler
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, MissingPackageError
+
+try:  # other modules of images import this one first
+    from PIL import Image, ImageOps
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+    from torchvision.transforms.v2 import functional as TF
+except ImportError as error:
+    raise MissingPackageError("images need torchvision and pillow: pip install 'lora_lightning[vision]'") from error
 
 PIXELS = "pixel_values"
 
 Key = int | tuple[int, int]
 """A row's index in its split; with the epoch in front where it is augmented."""
+
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Suffixes of image files, as in torchvision's ImageFolder. Other files are skipped."""
+
+
+def open_image(source: Any) -> Image.Image:
+    """Open an image and read only its header; OSError and ValueError where it is none.
+
+    Args:
+        source: a path; `{"bytes": ..., "path": ...}` as `datasets` stores images; an array (h, w), (h, w, 1), (h, w, 3)
+            or (h, w, 4) of uint8, or (h, w) of uint16.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Mapping):
+        data, path = source.get("bytes"), source.get("path")
+        if data is not None:
+            return Image.open(io.BytesIO(data))
+        if path is not None and "://" in path:  # inside an archive or on a server: datasets can read it
+            image: Image.Image = datasets.Image().decode_example({"path": path, "bytes": None})
+            return image
+        source = path
+    if not isinstance(source, str):
+        raise ValueError(f"expected a path, got {type(source).__name__}")
+    file = Path(source)
+    if not file.is_file():
+        raise FileNotFoundError("there is no such file")
+    if not file.stat().st_size:
+        raise OSError("the file is empty")
+    return Image.open(file)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to three channels of 8 bits, rotated as EXIF says. Transparency is dropped, 16 bits are scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise ValueError(f"32-bit values from {values.min()} to {values.max()}: save it with 8 or 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("32-bit floats, whose range is not known: save it with 8 or 16 bits")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def read_rgb(source: Any) -> Image.Image:
+    """Open an image and convert it to RGB."""
+    with open_image(source) as image:
+        return to_rgb(image)
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    has_colors = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
+    if not has_colors and not (array.ndim == 2 and array.dtype in (np.uint8, np.uint16)):
+        raise ValueError(
+            f"expected an array (h, w), (h, w, 3) or (h, w, 4) of uint8, or (h, w) of uint16, got {array.shape} of"
+            f" {array.dtype}"
+        )
+    if not array.size:
+        raise ValueError(f"the array is empty: {array.shape}")
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 class BadImageError(LoRAError):
@@ -81,33 +153,37 @@ class Cells:
         return BadImageError(f"{where}: expected {expected}, got '{self.name(i)}': {got}")
 
     def rgb(self, i: int) -> Image.Image:
-        """Decode one image.
-
-        Raises:
-            BadImageError: it cannot be decoded.
-        """
-        try:
-            return read_rgb(self.source(i))
-        except Exception as error:  # each decoder has its errors
-            raise self.fault(i, "an image that opens", reason_of(error)) from error
+        """Decode one image, or raise a BadImageError."""
+        return self._opened(i, read_rgb)
 
     def verify(self, i: int, *, decode: bool) -> None:
         """Open an image, or decode it, and discard it."""
-        if decode:
-            self.rgb(i)
-            return
+        self._opened(i, read_rgb if decode else open_image).close()
+
+    def _opened(self, i: int, read: Callable[[Any], Image.Image]) -> Image.Image:
         try:
-            open_image(self.source(i)).close()
-        except Exception as error:
+            return read(self.source(i))
+        except Exception as error:  # each decoder has its errors
             raise self.fault(i, "an image that opens", reason_of(error)) from error
+
+    def digest(self, i: int) -> bytes:
+        """A hash of one image's stored content."""
+        source = self.source(i)
+        if isinstance(source, np.ndarray):
+            data = repr((source.shape, source.dtype.str)).encode() + source.tobytes()
+        elif isinstance(source, Mapping) and source.get("bytes") is not None:
+            data = source["bytes"]
+        elif isinstance(source, str) and Path(source).is_file():
+            data = Path(source).read_bytes()
+        else:
+            data = repr(source).encode()
+        return hashlib.sha256(data).digest()
 
 
 def reason_of(error: Exception) -> str:
     """Return an error's message without the address of a buffer."""
-    text = " ".join(str(error).split())
-    return (
-        "it is no image, or of a kind that is not known" if "cannot identify" in text else text or type(error).__name__
-    )
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "it is no image, or of a kind that is not known" if "cannot identify" in text else text
 
 
 class Rows(Dataset[dict[str, Any]]):
@@ -139,7 +215,7 @@ class Rows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         i = key if isinstance(key, int) else key[1]
-        example = self.transform(key, self.read(i))
+        example = {name: value.as_subclass(Tensor) for name, value in self.transform(key, self.read(i)).items()}
         return example if self.labels is None else {**example, "labels": self.labels[i]}
 
     def read(self, i: int) -> dict[str, Any]:
@@ -160,16 +236,3 @@ class Rows(Dataset[dict[str, Any]]):
 def as_tensor(image: Image.Image) -> tv_tensors.Image:
     """Return an image as (3, h, w) uint8."""
     return tv_tensors.Image(TF.pil_to_tensor(image))
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Stack examples into a batch by name."""
-    batch: dict[str, Tensor] = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        batch[name] = (
-            torch.stack([v.as_subclass(Tensor) for v in values])
-            if isinstance(values[0], Tensor)
-            else torch.tensor(values)
-        )
-    return batch

@@ -10,8 +10,14 @@ import datasets
 import numpy as np
 import torch
 
-from lora_lightning.data.images.decoding import open_image  # first: its error says what to install
-from lora_lightning.data.io.rows import values_of
+from lora_lightning.data.images.rows import (  # says what to install
+    PIXELS,
+    Cells,
+    Rows,
+    as_tensor,
+    open_image,
+    reason_of,
+)
 
 # isort: split
 from torchvision import tv_tensors
@@ -19,13 +25,8 @@ from torchvision import tv_tensors
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.classification import LabelNames
 from lora_lightning.data.images.files import folders_by_split, read_mask_folders
-from lora_lightning.data.images.rows import PIXELS, Cells, Rows, as_tensor, reason_of
 from lora_lightning.data.images.table import ImageTable
-from lora_lightning.data.images.transforms import (
-    evaluation_transform,
-    training_transform,
-)
-from lora_lightning.data.io.tables import NAMES
+from lora_lightning.data.io.tables import files_read
 from lora_lightning.lora.errors import LoRAError, first_few
 
 ONE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
@@ -93,16 +94,16 @@ class SegmentationData(LabelNames, ImageTable):
 
     def read_images(self) -> dict[str, datasets.Dataset]:
         if isinstance(self.path, dict):
-            folders = {NAMES.get(split, split): Path(resolve(path)) for split, path in self.path.items()}
+            folders = files_read(self.path)
         else:
             root = Path(resolve(self.path))
             folders = folders_by_split(root) if root.is_dir() else {}
         if not folders or not all((f / self.folders[0]).is_dir() or s == "predict" for s, f in folders.items()):
             return super().read_images()
         columns = (self.image_column, self.mask_column)
-        tables = {split: read_mask_folders(f, split, columns, self.folders) for split, f in folders.items()}
-        self.files = {split: list(values_of(table, self.image_column)) for split, table in tables.items()}
-        return tables
+        return self.of_files(
+            {split: read_mask_folders(f, split, columns, self.folders) for split, f in folders.items()}
+        )
 
     def names_in_train(self) -> list[str]:
         raise AssertionError("names or their number are given")
@@ -113,15 +114,11 @@ class SegmentationData(LabelNames, ImageTable):
     def encode(self, table: datasets.Dataset, split: str) -> Any:
         """Return rows that are decoded when batches are made."""
         images = self.cells(table, split, self.image_column)
-        transforms = {
-            "evaluation": evaluation_transform(self.preprocessing),
-            "training": training_transform(self.preprocessing, self.augment),
-        }
         if split == "predict":
-            return Rows(images, seed=self.seed, **transforms)
+            return Rows(images, **self.transforms)
         masks = self.cells(table, split, self.mask_column)
         allowed = (self.num_classes, self.ignore_index, self.reduce_labels)
-        return MaskRows(images, masks, allowed, seed=self.seed, **transforms)
+        return MaskRows(images, masks, allowed, **self.transforms)
 
     def verify_rows(self, table: datasets.Dataset, split: str) -> None:
         if self.verify != "decode" or split == "predict":
@@ -159,11 +156,7 @@ class MaskRows(Rows):
         return {PIXELS: as_tensor(image), "labels": tv_tensors.Mask(torch.from_numpy(self._labels(i, mask)))}
 
     def _labels(self, i: int, mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The mask's values as labels.
-
-        Raises:
-            BadImageError: a value is no label.
-        """
+        """The mask's values as labels; a value that is none raises a BadImageError."""
         ignored = mask == self.ignore_index
         if self.reduce_labels:
             ignored |= mask == 0
@@ -177,11 +170,7 @@ class MaskRows(Rows):
 
 
 def read_mask(source: Any) -> np.ndarray[Any, Any]:
-    """The values of an image of one channel, (h, w) int64.
-
-    Raises:
-        OSError, ValueError: it is no image, or has several channels.
-    """
+    """The values of an image of one channel, (h, w) int64; OSError and ValueError where it is none."""
     with open_image(source) as image:
         if image.mode not in ONE_CHANNEL:
             raise ValueError(f"an image of mode {image.mode}: a mask has one channel, whose values are labels' numbers")

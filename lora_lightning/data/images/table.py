@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-from torch.utils.data import DataLoader
+from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.base import TableData
-from lora_lightning.data.images.rows import AugmentedOrder, Cells, collate
-from lora_lightning.data.images.transforms import Augmentation, Interpolation, Preprocessing, preprocessing_of
+from lora_lightning.data.images.rows import AugmentedOrder, Cells
+from lora_lightning.data.images.transforms import (
+    Augmentation,
+    Interpolation,
+    Preprocessing,
+    evaluation_transform,
+    preprocessing_of,
+    training_transform,
+)
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
-from lora_lightning.data.io.splits import split_name
+from lora_lightning.data.io.tables import files_read
 from lora_lightning.lora.errors import LoRAError
 
 Verify = Literal["open", "decode", "none"]
@@ -57,6 +64,11 @@ class ImageCells(TableData):
     def read_images(self) -> dict[str, datasets.Dataset]:
         """Tables by split, with images in any form."""
         return super().read()
+
+    def of_files(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+        """Remember that each row is a file of a folder, which errors then name."""
+        self.files = {split: list(values_of(table, self.image_columns[0])) for split, table in tables.items()}
+        return tables
 
     def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
         """Return the error for a value; where each row is a file, it names the file in place of the row."""
@@ -128,8 +140,8 @@ class ImageCells(TableData):
         if self.image_root:
             return Path(resolve(self.image_root))
         if isinstance(self.path, dict):
-            named = {split_name(name) or name: file for name, file in self.path.items()}
-            file = Path(resolve(named.get(split, named.get("train", next(iter(named.values()))))))
+            files = files_read(self.path)
+            file = files.get(split, files.get("train", next(iter(files.values()))))
         else:
             file = Path(resolve(self.path))
         return file if file.is_dir() else file.parent
@@ -204,6 +216,12 @@ class ImageTable(ImageCells):
         return self._preprocessing
 
     @property
+    def transforms(self) -> dict[str, Any]:
+        """Arguments of `Rows`."""
+        training = training_transform(self.preprocessing, self.augment)
+        return {"evaluation": evaluation_transform(self.preprocessing), "training": training, "seed": self.seed}
+
+    @property
     def image_processor(self) -> Any:
         """The preprocessing as a transformers image processor, which an export saves."""
         return self.preprocessing.processor()
@@ -218,11 +236,7 @@ class ImageTable(ImageCells):
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return collate
-
-    def every(self, split: str) -> DataLoader[Any]:
-        """All images of a split with evaluation's preprocessing, in this process alone."""
-        return DataLoader(self.encoded_rows(split), batch_size=self.eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        return default_collate
 
 
 def is_image(feature: Any) -> bool:

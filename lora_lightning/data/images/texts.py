@@ -14,8 +14,9 @@ from transformers import AutoProcessor
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.images.rows import Cells
 from lora_lightning.data.images.table import ImageCells
-from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
+from lora_lightning.data.io.rows import values_of
 from lora_lightning.data.pairs import GROUP, groups_of
+from lora_lightning.data.text import tokenize_cut
 from lora_lightning.lora.errors import LoRAError, first_line
 
 
@@ -67,8 +68,7 @@ class ImageTextData(ImageCells):
             try:
                 self._processor = AutoProcessor.from_pretrained(resolve(self.processor_name))  # type: ignore[no-untyped-call]
             except (OSError, ValueError) as error:
-                reason = first_line(error)
-                raise LoRAError(f"no processor '{self.processor_name}': {reason}") from error
+                raise LoRAError(f"no processor '{self.processor_name}': {first_line(error)}") from error
         return self._processor
 
     @property
@@ -88,9 +88,7 @@ class ImageTextData(ImageCells):
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise at a cell that holds no image, and at an empty text."""
         super().check(table, split)
-        for row, text in cells_of(table, ROW, self.text_column):
-            if not isinstance(text, str) or not text.strip():
-                raise self.bad_cell(split, row, self.text_column, "a text with words in it", text)
+        self.check_texts(table, split, [self.text_column], blank=False)
 
     def encode(self, table: datasets.Dataset, split: str) -> Any:
         """Nothing yet: `CaptionedImages` decodes as batches are made, since pixels would take more room than files."""

@@ -36,29 +36,18 @@ def fault_in(file: str, reader: str, error: BaseException, delimiter: str = ",")
     return place or f"cannot be read as {reader}: {reason}"
 
 
-def wide_first_row(file: str, delimiter: str = ",") -> str | None:
-    """The error where a CSV's first row has more fields than its header; else None.
-
-    pandas silently takes the surplus fields on the left for an index in every row: of an unquoted `a, b` it keeps `b`.
-    """
+def first_rows(file: str, delimiter: str = ",") -> tuple[list[str], list[str]]:
+    """A CSV's header and its first row; empty where they cannot be read, of which the table's reader tells."""
     try:
         with fsspec.open(file, "rb", compression="infer") as opened:
-            rows = csv.reader((line.decode() for line in opened), delimiter=delimiter)
-            return _too_wide(1, next(rows, []), next(rows, []), delimiter)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error):  # the reader raises it
-        return None
-
-
-def header_of(file: str, delimiter: str = ",") -> list[str]:
-    """The names in a CSV's first row; empty where it cannot be read."""
-    try:
-        with fsspec.open(file, "rb", compression="infer") as opened:
-            return next(csv.reader((line.decode("utf-8-sig") for line in opened), delimiter=delimiter), [])
+            rows = csv.reader((line.decode("utf-8-sig") for line in opened), delimiter=delimiter)
+            return next(rows, []), next(rows, [])
     except (OSError, EOFError, UnicodeDecodeError, csv.Error):
-        return []
+        return [], []
 
 
-def _too_wide(row: int, header: list[str], fields: list[str], delimiter: str) -> str | None:
+def too_wide(row: int, header: list[str], fields: list[str], delimiter: str) -> str | None:
+    """The error where a CSV's row has more fields than its header; else None."""
     if len(fields) <= len(header):
         return None
     advice = separator_advice(header) or f"a text with {delimiter!r} in it stands in quotes"
@@ -112,7 +101,7 @@ def _in_csv(opened: Any, reason: str, delimiter: str) -> str | None:
     try:
         header = next(rows, [])
         for row, fields in enumerate(rows, start=1):
-            if wide := _too_wide(row, header, fields, delimiter):
+            if wide := too_wide(row, header, fields, delimiter):
                 return wide
     except UnicodeDecodeError as error:
         return f"row {row + 1}: {_not_utf8(error)}" if header else f"its header is {_not_utf8(error)}"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 
 from lora_lightning.backbones.locate import refuse_not_there, resolve
-from lora_lightning.data.io.faults import fault_in, header_of, separator_advice, wide_first_row
+from lora_lightning.data.io.faults import fault_in, first_rows, separator_advice, too_wide
 from lora_lightning.data.io.rows import ROW
-from lora_lightning.data.io.splits import CALLED, split_name
+from lora_lightning.data.io.splits import split_name
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 
 READERS = {
@@ -26,14 +26,12 @@ READERS = {
 }
 TextBy = Literal["line", "paragraph", "document"]
 """The rows of a .txt: lines, paragraphs between blank lines, or the whole file."""
-NAMES = CALLED
 NO_ROWS = "corresponds to no data"
 """Part of datasets' error for a file without rows."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 
-
 Readers = Mapping[str, Callable[[str], datasets.Dataset]]
-"""Readers of files by suffix."""
+"""A caller's readers of files by suffix, beside or in place of the usual ones."""
 
 
 def read_tables(
@@ -53,43 +51,55 @@ def read_tables(
             `SET@PART` is a part of a hub set in the notation of `datasets`, such as `org/set@test_sft[:500]`.
         name: the configuration of a hub set.
         text_by: the rows of a .txt; its one column is `text`.
-        readers: readers of files by suffix, beside or in place of the usual ones.
+        readers: readers of files by suffix.
 
     Raises:
         LoRAError: a file is missing, empty, or of an unknown kind.
     """
-    user_readers = readers or {}
+    readers = readers or {}
     if isinstance(path, dict):
         _refuse_two({split: known_split(split) for split in path})
-        return {
-            known_split(split): _read_part(file, name, text_by, user_readers, streaming) for split, file in path.items()
-        }
+        return {known_split(split): _read_part(part, name, text_by, readers, streaming) for split, part in path.items()}
     location = Path(resolve(path))
-    if location.is_dir():
-        if (location / "dataset_dict.json").is_file() or (location / "state.json").is_file():
-            return _from_disk(str(location), streaming)
-        return {
-            split: _read_file(str(file), text_by, user_readers, streaming)
-            for split, file in files_of(location, user_readers).items()
-        }
-    if location.is_file() or location.suffix in (*READERS, *COMPRESSED, *user_readers):
-        return {"train": _read_file(str(location), text_by, user_readers, streaming)}
-    return _from_hub(path, name, streaming)
+    if is_saved(location):
+        return _from_disk(location, streaming)
+    files = files_read(path, readers)
+    if location.is_dir() and "train" not in files:
+        corpus = (
+            "; YAML dialogues: from a clone, take demos.dialogues.DialogueData" if any(location.glob("*.yml")) else ""
+        )
+        raise LoRAError(
+            f"{location} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet{corpus}"
+        )
+    if not files and location.suffix in (*READERS, *COMPRESSED, *readers):
+        files = {"train": location}  # which is not there
+    if files:
+        return {split: _read_file(str(file), text_by, readers, streaming) for split, file in files.items()}
+    return _by_split(_from_hub(path, name, None, streaming))
 
 
-def files_read(path: str | dict[str, str], more: Collection[str] = ()) -> dict[str, Path]:
-    """The files of rows by split; empty for a set on the hub. `more` as in `reader_of`."""
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` made the folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def files_read(path: str | dict[str, str], readers: Readers | None = None) -> dict[str, Path]:
+    """The files of rows by split, in a folder those that are named like one; empty for a set on the hub."""
     if isinstance(path, dict):
         return {known_split(split): Path(resolve(file)) for split, file in path.items()}
     location = Path(resolve(path))
-    if location.is_dir():
-        return _files_by_split(location, more)
-    return {"train": location} if location.is_file() else {}
+    if not location.is_dir():
+        return {"train": location} if location.is_file() else {}
+    known = (*READERS, *(readers or ()))
+    names = [file.name for file in sorted(location.iterdir()) if file.is_file() and _kind(file) in known]
+    splits = {name: split_name(name.split(".")[0]) for name in names}
+    _refuse_two(splits)
+    return dict(sorted((split, location / name) for name, split in splits.items() if split))
 
 
-def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()) -> str:
+def source_of(path: str | dict[str, str], split: str, readers: Readers | None = None) -> str:
     """The source of a split's rows for errors: its file, or the set."""
-    files = files_read(path, more)
+    files = files_read(path, readers)
     file = files.get(split, files.get("train"))
     if file is not None:
         return file.name
@@ -103,42 +113,35 @@ def doubled_columns(path: str | dict[str, str]) -> dict[str, list[str]]:
     by_split = {}
     for split, file in files_read(path).items():
         if _kind(file) in (".csv", ".tsv") and file.is_file():
-            names = header_of(str(file), "\t" if _kind(file) == ".tsv" else ",")
+            names, _ = first_rows(str(file), "\t" if _kind(file) == ".tsv" else ",")
             if doubled := sorted({name for name in names if names.count(name) > 1}):
                 by_split[split] = doubled
     return by_split
 
 
-def check_columns(
-    table: datasets.Dataset, columns: Sequence[str | None], where: str, settings: Mapping[str, Any] | None = None
-) -> None:
-    """Raise for a missing column; `where` is the set's name in errors, `settings` are the options with column names."""
-    check_names(table.column_names, columns, where, settings)
-
-
 def check_names(
     names: Sequence[str], columns: Sequence[str | None], where: str, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """The same for a table's column names."""
+    """Raise for a column that is not among a table's names.
+
+    Args:
+        where: the set's name in errors.
+        settings: the options with column names, such as `label_column`.
+    """
     known = [name for name in names if name != ROW]
     for column in columns:
         if column is not None and column not in names:
             if advice := separator_advice(known):
                 raise LoRAError(f"{where}, has the one column {known[0]!r}: {advice}")
-            settings_of_column = [
-                name for name, value in (settings or {}).items() if name.endswith("_column") and value == column
-            ]
-            guess, by = did_you_mean(column, known), f" with {settings_of_column[0]}" if settings_of_column else ""
+            options = (name for name, value in (settings or {}).items() if name.endswith("_column") and value == column)
+            option = next(options, None)
+            guess, by = did_you_mean(column, known), f" with {option}" if option else ""
             advice = f"{guess} say so{by}" if guess and by else guess or f": name another{by}"
             raise LoRAError(f"{where}, has no column '{column}'{advice} (columns: {', '.join(known)})")
 
 
 def known_split(split: str) -> str:
-    """`split_name` of a split that a config names.
-
-    Raises:
-        LoRAError: it is no split.
-    """
+    """`split_name` of a split that a config names; a name of no split is refused."""
     name = split_name(split)
     if name is None:
         raise LoRAError(
@@ -154,14 +157,6 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _files_by_split(folder: Path, more: Collection[str] = ()) -> dict[str, Path]:
-    """The readable files in a folder that are named like a split, also those with suffixes in `more`."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and _kind(file) in (*READERS, *more)]
-    names = {file.name: split_name(file.name.split(".")[0]) for file in files}
-    _refuse_two(names)
-    return dict(sorted((split, folder / name) for name, split in names.items() if split))
-
-
 def _refuse_two(names: Mapping[str, str | None]) -> None:
     """Raise where two names are of one split, such as `dev` and `val`: one of them would not be read."""
     seen: dict[str, str] = {}
@@ -170,113 +165,73 @@ def _refuse_two(names: Mapping[str, str | None]) -> None:
             raise LoRAError(f"{seen[split]} and {name} are both the {split} set: name one file for each in data.path")
 
 
-def _read_file(file: str, text_by: TextBy, user_readers: Readers, streaming: bool) -> Any:
-    suffix = Path(file).suffix.lower()
-    if suffix in user_readers:
-        check_file(file)
-        return user_readers[suffix](file)
-    kind, options = reader_of(file, text_by, user_readers)
+def _read_file(file: str, text_by: TextBy, readers: Readers, streaming: bool) -> Any:
+    _check_file(Path(file))
+    kind = _kind(Path(file))
+    if Path(file).suffix.lower() in readers:
+        return readers[kind](file)
+    if kind not in READERS:
+        known = dict.fromkeys((*READERS, *readers))
+        raise LoRAError(f"{file}: expected one of {', '.join(known)}, got '{kind or Path(file).name}'")
+    by_kind: dict[str, dict[str, Any]] = {".tsv": {"delimiter": "\t"}, ".txt": {"sample_by": text_by}}
+    reader, options = READERS[kind], by_kind.get(kind, {})
+    delimiter = options.get("delimiter", ",")
+    # pandas silently takes surplus fields on the left for an index in every row: of an unquoted `a, b` it keeps `b`.
+    if reader == "csv" and (fault := too_wide(1, *first_rows(file, delimiter), delimiter)):
+        raise LoRAError(f"{file}, {fault}")
+    files = {"train": glob.escape(file)}
     if streaming:
-        return datasets.load_dataset(kind, data_files={"train": glob.escape(file)}, streaming=True, **options)["train"]
+        return datasets.load_dataset(reader, data_files=files, streaming=True, **options)["train"]
     try:
-        table = datasets.load_dataset(kind, data_files={"train": glob.escape(file)}, **options)["train"]
-        if kind == "json":
+        table = datasets.load_dataset(reader, data_files=files, **options)["train"]
+        if reader == "json":
             table.data.table.validate(full=True)  # its reader accepts bytes that are no text, which fail later
     except Exception as error:  # datasets wraps each reader's errors
         cause = error.__cause__ or error
         cause = cause.__cause__ or cause
         if NO_ROWS in str(cause):
             raise LoRAError(f"{file} holds no rows") from error
-        fault = fault_in(file, kind, cause, options.get("delimiter", ","))
-        raise LoRAError(f"{file}, {fault}") from error
+        raise LoRAError(f"{file}, {fault_in(file, reader, cause, delimiter)}") from error
     if not len(table):
         raise LoRAError(f"{file} holds no rows")
     return table
 
 
-def check_file(file: str) -> None:
+def _check_file(path: Path) -> None:
     """Raise where a file is missing or empty."""
-    path = Path(file)
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
-        if path.parts[:1] == ("~",) or "$" in file:
+        if path.parts[:1] == ("~",) or "$" in str(path):
             near = ": neither ~ nor $NAME is filled in here, so write the whole path"
-        raise LoRAError(f"no file {file}{near}")
+        raise LoRAError(f"no file {path}{near}")
     if path.stat().st_size == 0:
-        raise LoRAError(f"{file} is empty")
+        raise LoRAError(f"{path} is empty")
 
 
-def reader_of(file: str, text_by: TextBy = "line", more: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
-    """The reader of `datasets` for a file, and its options.
-
-    Args:
-        file: may be compressed.
-        text_by: the rows of a .txt.
-        more: suffixes that the caller reads itself.
-
-    Raises:
-        LoRAError: it is missing, empty, of an unknown kind, or a CSV that pandas would misread.
-    """
-    check_file(file)
-    path = Path(file)
-    kind = _kind(path)
-    if kind not in READERS:
-        known = dict.fromkeys((*READERS, *more))
-        raise LoRAError(f"{file}: expected one of {', '.join(known)}, got '{kind or path.name}'")
-    by_kind: dict[str, dict[str, Any]] = {".tsv": {"delimiter": "\t"}, ".txt": {"sample_by": text_by}}
-    options = by_kind.get(kind, {})
-    if READERS[kind] == "csv" and (fault := wide_first_row(file, options.get("delimiter", ","))):
-        raise LoRAError(f"{file}, {fault}")
-    return READERS[kind], options
-
-
-def files_of(path: Path, more: Collection[str] = ()) -> dict[str, Path]:
-    """A directory's files by split.
-
-    Args:
-        path: the directory.
-        more: suffixes that the caller reads itself.
-
-    Raises:
-        LoRAError: there is no file for training.
-    """
-    files = _files_by_split(path, more)
-    if "train" not in files:
-        corpus = "; YAML dialogues: from a clone, take demos.dialogues.DialogueData" if any(path.glob("*.yml")) else ""
-        raise LoRAError(
-            f"{path} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet{corpus}"
-        )
-    return files
-
-
-def _read_part(file: str, name: str | None, text_by: TextBy, user_readers: Readers, streaming: bool) -> Any:
+def _read_part(file: str, name: str | None, text_by: TextBy, readers: Readers, streaming: bool) -> Any:
     """One split: a file, or `SET@PART` of the hub."""
     on_hub, _, part = file.partition("@")
-    if not part or Path(file).exists():
-        location = resolve(file)
-        if (Path(location) / "state.json").is_file():  # one table of save_to_disk
-            return _from_disk(location, streaming)["train"]
-        return _read_file(location, text_by, user_readers, streaming)
-    refuse_not_there("set", on_hub)
-    try:
-        return datasets.load_dataset(on_hub, name, split=part, streaming=streaming)
-    except Exception as error:  # many kinds, as below
-        reason = first_line(error)
-        raise LoRAError(f"no part '{part}' of a set '{on_hub}' found on the hub ({reason})") from error
+    if part and not Path(file).exists():
+        return _from_hub(on_hub, name, part, streaming)
+    location = Path(resolve(file))
+    if (location / "state.json").is_file():  # one table of save_to_disk
+        return _from_disk(location, streaming)["train"]
+    return _read_file(str(location), text_by, readers, streaming)
 
 
-def _from_hub(path: str, name: str | None, streaming: bool) -> dict[str, Any]:
+def _from_hub(path: str, name: str | None, part: str | None, streaming: bool) -> Any:
     refuse_not_there("set", path)
     try:
-        return _by_split(datasets.load_dataset(path, name, streaming=streaming))
+        return datasets.load_dataset(path, name, split=part, streaming=streaming)
     except Exception as error:  # many kinds: no network, no such set, a set that needs a configuration
-        reason = first_line(error)
-        raise LoRAError(f"no set '{path}': neither a file nor a directory nor found on the hub ({reason})") from error
+        what = f"no part '{part}' of a set '{path}' found on the hub"
+        what = what if part else f"no set '{path}': neither a file nor a directory nor found on the hub"
+        raise LoRAError(f"{what} ({first_line(error)})") from error
 
 
-def _from_disk(path: str, streaming: bool) -> dict[str, Any]:
+def _from_disk(path: Path, streaming: bool) -> dict[str, Any]:
     """Read a directory of `save_to_disk`."""
-    loaded = datasets.load_from_disk(path)
+    loaded = datasets.load_from_disk(str(path))
     tables = _by_split({"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded)
     return {split: table.to_iterable_dataset() for split, table in tables.items()} if streaming else tables
 

@@ -20,7 +20,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from lora_lightning.data.loading.loader import ResumableLoader
+from lora_lightning.data.loading.sampler import ResumableLoader
 
 COUNTS = ("ready", "started", "processed", "completed")
 
