@@ -17,7 +17,7 @@ from lora_lightning.data.images.segmentation import SegmentationData as Segmenta
 from lora_lightning.data.images.texts import ImageTextData as ImageTextData
 from lora_lightning.data.io.splits import SplitConfig as SplitConfig
 from lora_lightning.data.language_modelling import LanguageModellingData as LanguageModellingData
-from lora_lightning.data.loading.loader import ResumableLoader as ResumableLoader
+from lora_lightning.data.loading.sampler import ResumableLoader as ResumableLoader
 from lora_lightning.data.pairs import PairData as PairData
 from lora_lightning.data.preference import PreferenceData as PreferenceData
 from lora_lightning.data.seq2seq import SequenceToSequenceData as SequenceToSequenceData
