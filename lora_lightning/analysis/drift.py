@@ -28,9 +28,8 @@ from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.tasks.base import logits_of
-from lora_lightning.tasks.losses.linear_cross_entropy import rows_at_once
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, refuse_labels, rows_at_once, with_terms
 from lora_lightning.tasks.losses.lm_head import before_head
-from lora_lightning.tasks.losses.token_loss import IGNORED, refuse_labels, with_terms
 from lora_lightning.tasks.positions import in_evaluation
 
 MOST_NAMED = 5

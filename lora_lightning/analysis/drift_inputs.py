@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.analysis.drift import Batch
-from lora_lightning.data.io.rows import values_of
 from lora_lightning.data.io.splits import kind_of
-from lora_lightning.data.io.tables import check_names, read_tables, source_of
+from lora_lightning.data.io.tables import check_names, read_tables, source_of, values_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import Task
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 from lora_lightning.tasks.losses.lm_head import shift_labels
-from lora_lightning.tasks.losses.token_loss import IGNORED
 from lora_lightning.tasks.positions import is_packed, learned_positions
 
 NEUTRAL, RUN = "neutral", "run"

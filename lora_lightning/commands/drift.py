@@ -38,7 +38,7 @@ from lora_lightning.analysis.strength import (
     validation_metrics,
 )
 from lora_lightning.cli.build import Run
-from lora_lightning.data.io.rows import lengths_of
+from lora_lightning.data.io.tables import lengths_of
 from lora_lightning.export.probe_batch import loaders_of
 from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import LoRAError

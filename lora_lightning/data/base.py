@@ -13,10 +13,19 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lora_lightning.data.io.rows import ROW, lengths_of, values_of, with_row_numbers
 from lora_lightning.data.io.splits import SplitConfig, rename_first_sets, split_rows
 from lora_lightning.data.io.summary import summarize
-from lora_lightning.data.io.tables import Readers, check_names, doubled_columns, read_tables, source_of
+from lora_lightning.data.io.tables import (
+    ROW,
+    Readers,
+    check_names,
+    doubled_columns,
+    lengths_of,
+    read_tables,
+    source_of,
+    values_of,
+    with_row_numbers,
+)
 from lora_lightning.data.loading.sampler import EpochSampler, ResumableLoader, seeded_generator
 from lora_lightning.lora.errors import LoRAError
 

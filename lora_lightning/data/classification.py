@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lora_lightning.data.base import TableData
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.tables import ROW, cells_of, values_of
 from lora_lightning.data.text import TextPairData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 

@@ -11,8 +11,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, beginning_of, held_out_split, rows_from_all_over
-from lora_lightning.data.io.rows import ROW, lengths_of, values_of
 from lora_lightning.data.io.splits import rename_first_sets
 from lora_lightning.data.io.streams import (
     AT_ONCE,
@@ -23,12 +21,20 @@ from lora_lightning.data.io.streams import (
     refuse_endless,
     share_of,
 )
-from lora_lightning.data.io.tables import TextBy, check_names, read_tables
+from lora_lightning.data.io.tables import ROW, TextBy, check_names, lengths_of, read_tables, values_of
 from lora_lightning.data.loading.packing import cut, cut_to_train, pack_rows, pack_table
 from lora_lightning.data.loading.sampler import seeded_generator
-from lora_lightning.data.text import TextData, pad_batch
+from lora_lightning.data.text import (
+    GivesPrompts,
+    Prompt,
+    TextData,
+    beginning_of,
+    held_out_split,
+    pad_batch,
+    rows_from_all_over,
+)
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.losses.token_loss import IGNORED
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
 DOCUMENT = "document"
 """The column with the row's number in its file, counted from 1, also for a piece of it."""

@@ -10,7 +10,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.tables import ROW, cells_of, values_of
 from lora_lightning.data.text import TextData, pad_batch, tokenize_cut
 
 GROUP = "__group__"

@@ -10,10 +10,10 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.tables import ROW, cells_of, values_of
 from lora_lightning.data.text import TextData, pad_batch
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.losses.token_loss import IGNORED
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
 Messages = list[dict[str, Any]]
 ROLES = "messages, a list of {role, content}"

@@ -1,9 +1,10 @@
-"""Bases of DataModules over texts: a tokenizer, a maximal length, padding; and pairs of texts with a target."""
+"""Bases of DataModules over texts: a tokenizer, padding, pairs of texts with a target, prompts for a model."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -14,7 +15,7 @@ from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.generation import PROMPT
-from lora_lightning.tasks.losses.token_loss import IGNORED
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
 
 class TextData(TableData):
@@ -148,3 +149,64 @@ def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
     filling = [[value] * (longest - len(row)) for row in rows]
     pairs = zip(rows, filling, strict=True)
     return torch.tensor([[*row, *more] if side == "right" else [*more, *row] for row, more in pairs])
+
+
+LONGEST = 32
+"""Tokens at most of a prompt from the beginning of a text."""
+SHOWN = 64
+"""Tokens of its reference, the text that follows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt from rows that are not trained on."""
+
+    text: str
+    """Its text."""
+    input_ids: list[int]
+    """Its token ids."""
+    reference: str
+    """The text that follows it in the set."""
+
+
+class GivesPrompts(ABC):
+    """A DataModule with prompts for a language model."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the prompts."""
+
+    @abstractmethod
+    def prompts(self, count: int) -> list[Prompt]:
+        """Prompts from held-out rows, the same each time.
+
+        Args:
+            count: how many at most.
+        """
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end the model's answer."""
+        number = self.tokenizer.eos_token_id
+        return [] if number is None else [int(number)]
+
+
+def held_out_split(splits: Mapping[str, object]) -> str:
+    """The split of the prompts: validation, else test, else train."""
+    return next(name for name in ("validation", "test", "train") if name in splits)
+
+
+def rows_from_all_over(table: datasets.Dataset, count: int) -> datasets.Dataset:
+    """At most `count` equally spaced rows, so that a file sorted by topic gives some of each."""
+    step = max(len(table) // count, 1)
+    return table.select(range(0, len(table), step)[:count])
+
+
+def beginning_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """A prompt of a text's first half, or of its first `LONGEST` tokens."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    half = max(min(len(ids) // 2, LONGEST), 1)
+    shown = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[:half], ids[half : half + SHOWN]))
+    return Prompt(text=next(shown).strip(), input_ids=ids[:half], reference=next(shown).strip())

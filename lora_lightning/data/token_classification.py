@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.data.classification import LabelNames, check_order, numbers_of
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
+from lora_lightning.data.io.tables import ROW, cells_of, values_of
 from lora_lightning.data.text import TextData, pad_batch, tokenize_cut
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.losses.token_loss import IGNORED
-from lora_lightning.tasks.metrics.entities import OUTSIDE
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
+from lora_lightning.tasks.token_classification import OUTSIDE
 
 SUFFIXES = (".conll", ".iob", ".iob2", ".bio", ".txt")
 DOCUMENT = "-DOCSTART-"

@@ -1,15 +1,19 @@
-"""Generation of texts, and tasks that train on target tokens and compare generated texts."""
+"""Generation of texts, tasks that train on target tokens and compare generated texts, and the metrics of texts."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.functional.text import rouge_score
+from torchmetrics.text import CHRFScore, SacreBLEUScore, TranslationEditRate
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -20,9 +24,8 @@ from transformers import (
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.tasks.base import Stage, StepOutput, inputs_and_labels, inputs_of
 from lora_lightning.tasks.language_model import TokensOutput, TokenTask
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, LinearCrossEntropy
 from lora_lightning.tasks.losses.lm_head import aligned_loss, shifted_loss
-from lora_lightning.tasks.losses.token_loss import IGNORED, LinearCrossEntropy
-from lora_lightning.tasks.metrics.generation import LESS_IS_BETTER, generation_metrics
 
 MAX_NEW_TOKENS = 64
 """Used where neither the task nor the model's generation config limits the length."""
@@ -267,3 +270,62 @@ class SequenceToSequence(GeneratingTask):
 
     def sources(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return inputs_of(batch, *NOT_INPUTS, *DECODER)
+
+
+class Rouge(MeanMetric):
+    """The mean over texts of ROUGE's F measure with the nearest reference (Lin 2004, aclanthology.org/W04-1013).
+
+    Words are lower-cased runs of a-z and 0-9, not stemmed, as in Google's `rouge_score`. The state is a sum and a count
+    in place of torchmetrics' list of scores, so that the mean over processes is exact and cheap.
+
+    Args:
+        key: `rouge1`, `rouge2`, ... by n-grams; `rougeL` by the longest common subsequence; `rougeLsum` by that of each
+            sentence, which nltk finds.
+    """
+
+    higher_is_better = True  # type: ignore[assignment]
+
+    def __init__(self, key: str) -> None:
+        super().__init__()
+        if key == "rougeLsum" and importlib.util.find_spec("nltk") is None:
+            raise LoRAError("rougeLsum finds sentences with nltk: pip install 'lora_lightning[text-metrics]'")
+        self.key = key
+
+    def update(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:  # type: ignore[override]
+        for text, targets in zip(texts, references, strict=True):
+            super().update(rouge_score([text], [list(targets)], rouge_keys=self.key)[f"{self.key}_fmeasure"])
+
+
+class ExactMatch(MeanMetric):
+    """The share of texts that are one of their references, blanks at both ends aside."""
+
+    higher_is_better = True  # type: ignore[assignment]
+
+    def update(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:  # type: ignore[override]
+        for text, targets in zip(texts, references, strict=True):
+            super().update(float(text.strip() in {reference.strip() for reference in targets}))
+
+
+TEXT_METRICS: dict[str, Callable[[], Metric]] = {
+    "bleu": SacreBLEUScore,
+    "chrf": CHRFScore,
+    "ter": TranslationEditRate,
+    "rouge1": lambda: Rouge("rouge1"),
+    "rouge2": lambda: Rouge("rouge2"),
+    "rougeL": lambda: Rouge("rougeL"),
+    "rougeLsum": lambda: Rouge("rougeLsum"),
+    "exact_match": ExactMatch,
+}
+"""By name: corpus BLEU with sacrebleu's 13a tokens (Post 2018), unsmoothed; chrF++; TER, where less is better; ROUGE;
+and exact match."""
+LESS_IS_BETTER = frozenset({"ter"})
+
+
+def generation_metrics(names: Sequence[str]) -> dict[str, Metric]:
+    """The metrics with these names; an unknown name and a missing package raise a LoRAError."""
+    for name in names:
+        if name not in TEXT_METRICS:
+            raise LoRAError(
+                f"metrics: no '{name}'{did_you_mean(name, list(TEXT_METRICS))}; known: {', '.join(TEXT_METRICS)}"
+            )
+    return {name: TEXT_METRICS[name]() for name in names}

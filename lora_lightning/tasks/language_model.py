@@ -9,14 +9,43 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_and_labels, inputs_of
+from lora_lightning.tasks.losses.linear_cross_entropy import LinearCrossEntropy
 from lora_lightning.tasks.losses.lm_head import shifted_loss, shifted_losses
-from lora_lightning.tasks.losses.token_loss import LinearCrossEntropy
-from lora_lightning.tasks.metrics.generation import Perplexity, TokenAccuracy
 from lora_lightning.tasks.positions import as_packed, is_packed, unpack
+
+
+class Perplexity(MeanMetric):
+    """`exp` of the mean loss over all tokens, `update(mean loss, tokens)`; NaN without tokens."""
+
+    higher_is_better = False  # type: ignore[assignment]
+
+    def compute(self) -> Tensor:
+        return super().compute().exp()
+
+
+class TokenAccuracy(Metric):
+    """Share of tokens whose largest logit is the label's, `update(right ones, tokens)`; NaN without tokens."""
+
+    full_state_update = False
+    higher_is_better = True
+    correct: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("correct", "tokens"):
+            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, correct: Tensor, tokens: int) -> None:
+        self.correct += correct.to(self.correct.device)
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        return self.correct / self.tokens
 
 
 @dataclass

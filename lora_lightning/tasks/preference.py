@@ -1,35 +1,41 @@
-"""Preference tuning: makes chosen answers more probable than rejected ones."""
+"""Preference tuning: makes chosen answers more probable than rejected ones, by DPO and similar losses.
+
+With h = [log p(y_w) - log p_ref(y_w)] - [log p(y_l) - log p_ref(y_l)] of the chosen answer y_w and the rejected y_l,
+means over an answer's tokens under a bar, s the logistic function, b = beta and e = label_smoothing:
+
+    sigmoid   -(1 - e) log s(b h) - e log s(-b h)                       DPO, arXiv 2305.18290; e > 0: conservative DPO
+    robust    [-(1 - e) log s(b h) + e log s(-b h)] / (1 - 2 e)         arXiv 2403.00409
+    hinge     max(0, 1 - b h)                                           SLiC, arXiv 2305.10425
+    ipo       (h' - 1 / (2 b))^2, h' from means over tokens             arXiv 2310.12036; its authors' normalisation
+    simpo     -(1 - e) log s(d) - e log s(-d), d = b (bar_w - bar_l) - gamma           arXiv 2405.14734; no reference
+    orpo      -bar_w - b log s(log odds_w - log odds_l), log odds = bar - log(1 - exp bar)   arXiv 2403.07691; none
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.inject import disabled
-from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels
-from lora_lightning.tasks.losses.preference_losses import (
-    REFERENCE_FREE,
-    LogProbs,
-    Pairs,
-    PreferenceLoss,
-    PreferenceTerms,
-    check_terms,
-    preference_losses,
-    sequence_log_probs,
-)
+from lora_lightning.lora.layers.functional import wide_dtype
+from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, logits_of
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, Terms, in_chunks, refuse_labels, with_terms
+from lora_lightning.tasks.losses.lm_head import before_head
 from lora_lightning.tasks.positions import in_evaluation
 
 
 class PreferenceTuning(Task):
     """DPO and similar losses; the reference is the same model with its adapter switched off.
 
-    The formulas are in `preference_losses.py`. An answer's reward is `beta` times its log-probability over the
+    The formulas are at the head of its file. An answer's reward is `beta` times its log-probability over the
     reference's; `accuracy` is the share of pairs whose chosen answer has the higher reward, `margin` the mean
     difference. The reference is computed without gradients and without dropout, and by the original of a module in
     `modules_to_save`.
@@ -142,3 +148,141 @@ def _check_labels(labels: Tensor) -> None:
         half = len(labels) // 2
         which = "chosen" if empty[0] < half else "rejected"
         raise LoRAError(f"the {which} answer of pair {empty[0] % half + 1} in this batch has no token that counts")
+
+
+PreferenceLoss = Literal["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"]
+REFERENCE_FREE = ("simpo", "orpo")
+OF_MEANS = ("ipo", "simpo", "orpo")
+"""Losses that take the mean over an answer's tokens and not the sum."""
+
+
+class LogProbs(NamedTuple):
+    """Log-probabilities of each text of a batch."""
+
+    total: Tensor
+    """(b,): `sum_t log p(y_t | y_<t)` over trained tokens, in float32 or wider."""
+    tokens: Tensor
+    """(b,): number of trained tokens."""
+
+    @property
+    def mean(self) -> Tensor:
+        """(b,): mean over trained tokens; 0 without any."""
+        return self.total / self.tokens.clamp(min=1)
+
+
+def sequence_log_probs(backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> LogProbs:
+    """Log-probabilities of the tokens that have a label, each given all before it.
+
+    Logits are computed only for the trained tokens, in chunks, and recomputed in backward.
+
+    Args:
+        backbone: returns logits (b, t, V).
+        inputs: its keyword arguments, without labels.
+        labels: (b, t), -100 where a token does not count; those of position 0 never do, as nothing predicts them.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    before = before_head(backbone, inputs)
+    states = logits_of(backbone(**inputs)) if before is None else before.hidden
+    if states.dim() != 3 or states.shape[:2] != targets.shape:
+        raise LoRAError(
+            f"labels {tuple(labels.shape)} need one row of the model's states each, got {tuple(states.shape)}: inputs"
+            " and labels must be of one length"
+        )
+    targets = targets.to(states.device)
+    trained = targets != IGNORED
+    if before is None:
+        each = _of_logits(states[trained], targets[trained], Terms())
+    else:
+        of_logits = partial(_of_logits, terms=before.terms)
+        each = torch.cat(in_chunks(before.head, states[trained], targets[trained], before.vocabulary, of_logits))
+    text = trained.nonzero()[:, 0]
+    total = torch.zeros(len(labels), dtype=each.dtype, device=each.device).index_add(0, text, each)
+    return LogProbs(total, trained.sum(1))
+
+
+def _of_logits(logits: Tensor, labels: Tensor, terms: Terms) -> Tensor:
+    refuse_labels(labels, logits.shape[-1])
+    z = with_terms(logits.to(wide_dtype(logits)), terms)
+    return -F.cross_entropy(z, labels, reduction="none")
+
+
+class PreferenceTerms(NamedTuple):
+    """Parameters of a loss; `check_terms` checks them."""
+
+    loss: PreferenceLoss
+    beta: float
+    label_smoothing: float = 0.0
+    gamma: float = 0.5
+    rpo_alpha: float = 0.0
+
+
+class Pairs(NamedTuple):
+    """Loss and rewards of each pair."""
+
+    loss: Tensor
+    """(n,)."""
+    chosen_reward: Tensor
+    """(n,): `beta` times the log-probability of the chosen answer over the reference's, without gradient."""
+    rejected_reward: Tensor
+    """(n,): the same for the rejected answer."""
+
+
+def check_terms(terms: PreferenceTerms) -> PreferenceTerms:
+    """The terms, or a LoRAError that names an invalid one."""
+    known = get_args(PreferenceLoss)
+    if terms.loss not in known:
+        raise LoRAError(f"loss is one of {', '.join(known)}, got {terms.loss!r}{did_you_mean(str(terms.loss), known)}")
+    if not terms.beta > 0:
+        raise LoRAError(f"beta must be above 0, got {terms.beta}")
+    if not 0 <= terms.label_smoothing < 0.5:
+        raise LoRAError(f"label_smoothing is the share of wrong pairs, at least 0 and below 0.5, got {terms[2]}")
+    if terms.label_smoothing and terms.loss not in ("sigmoid", "robust", "simpo"):
+        raise LoRAError(f"label_smoothing has no meaning in the loss {terms.loss}: leave it at 0")
+    if terms.rpo_alpha < 0:
+        raise LoRAError(f"rpo_alpha is a weight, at least 0, got {terms.rpo_alpha}")
+    if terms.rpo_alpha and terms.loss == "orpo":
+        raise LoRAError("orpo has the chosen answer's own likelihood in it already: leave rpo_alpha at 0")
+    return terms
+
+
+def preference_losses(policy: LogProbs, reference: LogProbs | None, terms: PreferenceTerms) -> Pairs:
+    """Losses and rewards of n pairs.
+
+    `rpo_alpha` adds that weight times the chosen answer's negative log-likelihood per token (arXiv 2404.19733).
+
+    Args:
+        policy: of 2n answers, the chosen ones first, under the model that trains.
+        reference: the same under the frozen one; None for the losses that need none.
+        terms: of the loss.
+    """
+    policy_scores = policy.mean if terms.loss in OF_MEANS else policy.total
+    if reference is not None:
+        policy_scores = policy_scores - (reference.mean if terms.loss in OF_MEANS else reference.total)
+    chosen, rejected = policy_scores.chunk(2)
+    loss = _loss(chosen, rejected, terms)
+    if terms.rpo_alpha:
+        loss = loss - terms.rpo_alpha * policy.mean.chunk(2)[0]
+    return Pairs(loss, terms.beta * chosen.detach(), terms.beta * rejected.detach())
+
+
+def _loss(chosen: Tensor, rejected: Tensor, terms: PreferenceTerms) -> Tensor:
+    h, e = terms.beta * (chosen - rejected), terms.label_smoothing
+    if terms.loss == "hinge":
+        return torch.relu(1 - h)
+    if terms.loss == "ipo":
+        return (chosen - rejected - 1 / (2 * terms.beta)).square()
+    if terms.loss == "orpo":
+        odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+        return -chosen - terms.beta * F.logsigmoid(odds)
+    if terms.loss == "robust":
+        return (-(1 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1 - 2 * e)
+    if terms.loss == "simpo":
+        h = h - terms.gamma
+    return -(1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """`log(1 - exp x)` for x <= 0, without cancellation; bounded where p is 1 to rounding."""
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    near = x > -0.6931471805599453  # log 2: above it expm1 is exact, below log1p is
+    return torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

@@ -2,8 +2,7 @@
 
 import pytest
 
-from lora_lightning.data.chat.answers import runs
-from lora_lightning.data.chat.chat_template import ChatTemplate, TemplateError
+from lora_lightning.data.chat.chat_template import ChatTemplate, TemplateError, runs
 from tests.chats import CHATML, GEMMA, LLAMA3, MARKED, MISTRAL, PLAIN, QWEN3, TOOLS, assistant, make_tokenizer, user
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -3,8 +3,8 @@
 import pytest
 
 from lora_lightning import huggingface
-from lora_lightning.data.chat.prompts import LONGEST, beginning_of
 from lora_lightning.data.language_modelling import LanguageModellingData
+from lora_lightning.data.text import LONGEST, beginning_of
 from lora_lightning.training.callbacks.generation_samples import generate_answers
 from tests.chats import make_llama, make_tokenizer
 from tests.data.files import ALL, ready, write

@@ -9,8 +9,7 @@ from torchmetrics.retrieval import RetrievalMRR, RetrievalRecall
 from transformers import CLIPConfig, CLIPModel
 
 from lora_lightning import huggingface
-from lora_lightning.tasks.contrastive import ContrastiveEmbedding, pool
-from lora_lightning.tasks.metrics.retrieval import Retrieval, info_nce, number_singles, ranks
+from lora_lightning.tasks.contrastive import ContrastiveEmbedding, Retrieval, info_nce, number_singles, pool, ranks
 from tests.tasks.test_misfits import Rows
 
 

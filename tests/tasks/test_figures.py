@@ -22,10 +22,9 @@ from lora_lightning.tasks.classification import (
     MultiLabelClassification,
     SequenceRegression,
 )
-from lora_lightning.tasks.metrics.entities import EntityF1
 from lora_lightning.tasks.segmentation import ImageSegmentation
 from lora_lightning.tasks.supervised import Supervised
-from lora_lightning.tasks.token_classification import TokenClassification
+from lora_lightning.tasks.token_classification import EntityF1, TokenClassification
 from lora_lightning.training.callbacks.prediction_writer import rows
 
 IOB2 = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]

@@ -7,7 +7,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from lora_lightning import LoRAError
-from lora_lightning.tasks.metrics.generation import ExactMatch, generation_metrics
+from lora_lightning.tasks.generation import ExactMatch, generation_metrics
 
 NAMES = ["bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "exact_match"]
 WORDS = "the cat sat on a mat , and dogs don't like it .".split()  # noqa: SIM905

@@ -10,9 +10,8 @@ from torchmetrics import MeanSquaredError
 from lora_lightning import LoRAError, SequenceClassification
 from lora_lightning.tasks.classification import ImageClassification, MultiLabelClassification, SequenceRegression
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding
-from lora_lightning.tasks.generation import SequenceToSequence, generate_texts
+from lora_lightning.tasks.generation import SequenceToSequence, generate_texts, generation_metrics
 from lora_lightning.tasks.language_model import CausalLM
-from lora_lightning.tasks.metrics.generation import generation_metrics
 from lora_lightning.tasks.preference import PreferenceTuning
 from lora_lightning.tasks.segmentation import ImageSegmentation
 from lora_lightning.tasks.supervised import Supervised

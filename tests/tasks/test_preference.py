@@ -6,13 +6,14 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, huggingface, inject
 from lora_lightning.tasks.base import StepOutput
-from lora_lightning.tasks.losses.preference_losses import (
+from lora_lightning.tasks.preference import (
     LogProbs,
     PreferenceTerms,
+    PreferenceTuning,
     preference_losses,
     sequence_log_probs,
+    without_gradients,
 )
-from lora_lightning.tasks.preference import PreferenceTuning, without_gradients
 from tests.factories import move
 from tests.tiny_pairs import make_llama
 

@@ -20,7 +20,7 @@ from lora_lightning.tasks.classification import (
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding
 from lora_lightning.tasks.generation import SequenceToSequence, TextGeneration
 from lora_lightning.tasks.language_model import CausalLM
-from lora_lightning.tasks.losses.token_loss import IGNORED
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 from lora_lightning.tasks.preference import PreferenceTuning
 from lora_lightning.tasks.segmentation import ImageSegmentation
 from lora_lightning.tasks.token_classification import TokenClassification

@@ -12,14 +12,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.chat.answers import runs, special_ids
 from lora_lightning.data.chat.chat_template import (
     ChatTemplate,
     TemplateError,
     TrainOn,
     encode_conversations,
     encode_prompts,
+    runs,
     set_template,
+    special_ids,
 )
 from lora_lightning.data.chat.conversations import (
     BadRow,
@@ -30,15 +31,13 @@ from lora_lightning.data.chat.conversations import (
     layout_of,
     tools_of,
 )
-from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, held_out_split, rows_from_all_over
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
-from lora_lightning.data.io.tables import check_names
+from lora_lightning.data.io.tables import ROW, cells_of, check_names, values_of
 from lora_lightning.data.loading.packing import pack_table
 from lora_lightning.data.seq2seq import REFERENCES
-from lora_lightning.data.text import TextData, pad_batch
+from lora_lightning.data.text import GivesPrompts, Prompt, TextData, held_out_split, pad_batch, rows_from_all_over
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.losses.token_loss import IGNORED
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
 FEW = 50
 """Rows that are read to learn how answers end."""

@@ -10,13 +10,13 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
+from lora_lightning.data.io.tables import ROW, cells_of, values_of
 from lora_lightning.data.seq2seq import REFERENCES, TargetData, one_target_each, references_of
 from lora_lightning.data.text import pad_batch
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.generation import PROMPT
-from lora_lightning.tasks.losses.token_loss import IGNORED
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
 
 class PromptCompletionData(TargetData):

@@ -24,8 +24,7 @@ from lora_lightning.data.images.transforms import (
     preprocessing_of,
     training_transform,
 )
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
-from lora_lightning.data.io.tables import files_read
+from lora_lightning.data.io.tables import ROW, cells_of, files_read, values_of
 from lora_lightning.lora.errors import LoRAError
 
 Verify = Literal["open", "decode", "none"]

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.images.rows import Cells
 from lora_lightning.data.images.table import ImageCells
-from lora_lightning.data.io.rows import values_of
+from lora_lightning.data.io.tables import values_of
 from lora_lightning.data.pairs import GROUP, groups_of
 from lora_lightning.data.text import tokenize_cut
 from lora_lightning.lora.errors import LoRAError, first_line

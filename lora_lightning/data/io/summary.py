@@ -10,7 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lora_lightning.data.io.rows import values_of
+from lora_lightning.data.io.tables import values_of
 from lora_lightning.lora.errors import first_few
 
 MOST_COMPARED = 200_000

@@ -15,9 +15,9 @@ from typing import Any
 import datasets
 from lightning.pytorch.utilities import rank_zero_info
 
-from lora_lightning.data.io.rows import lengths_of
+from lora_lightning.data.io.tables import lengths_of
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.losses.token_loss import IGNORED
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
 Rows = Mapping[str, Sequence[Any]]
 """A batch of rows of `datasets`: columns of lists of integers."""

@@ -29,12 +29,13 @@ from lora_lightning.lora.layers.tracing import is_traced
 from lora_lightning.lora.layers.trained.module_copy import hooks_of
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import logits_of
-from lora_lightning.tasks.losses.linear_cross_entropy import in_chunks, linear_cross_entropy
-from lora_lightning.tasks.losses.token_loss import (
+from lora_lightning.tasks.losses.linear_cross_entropy import (
     IGNORED,
     LinearCrossEntropy,
     Terms,
     cross_entropy_of_logits,
+    in_chunks,
+    linear_cross_entropy,
     with_terms,
 )
 

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationMixin
 
-from lora_lightning.data.chat.prompts import GivesPrompts, Prompt
+from lora_lightning.data.text import GivesPrompts, Prompt
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.inject import disabled

@@ -89,7 +89,7 @@ class StopOnNonFinite(Callback):
 
 def rows_of(trainer: Trainer, batch_idx: int) -> list[int]:
     """Row numbers, in their file, of this process's batch `batch_idx` of this epoch; empty where unknown."""
-    from lora_lightning.data.io.rows import ROW
+    from lora_lightning.data.io.tables import ROW
 
     data = table_of(trainer.datamodule)  # type: ignore[attr-defined]
     sampler = getattr(trainer.train_dataloader, "sampler", None)
