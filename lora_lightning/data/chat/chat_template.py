@@ -1,4 +1,10 @@
-"""Encodes conversations by the model's chat template to token ids, and labels of the tokens that are trained on."""
+"""Encodes conversations by the model's chat template to token ids, and labels of the tokens that are trained on.
+
+An answer is what the model would have to write: from the end of its generation prompt to the token that ends its turn.
+Both ends are found by rendering: the conversation up to the answer with a generation prompt, and the one with the
+answer, are prefixes of the whole. Templates that rewrite earlier turns (Qwen3 leaves out their thinking, Mistral moves
+the system message to the last turn) break that; there a marker in the answer's place shows the text before and after.
+"""
 
 from __future__ import annotations
 
