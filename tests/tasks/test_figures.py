@@ -15,13 +15,8 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from lora_lightning import SequenceClassification
-from lora_lightning.tasks.classification import (
-    METRICS,
-    ImageClassification,
-    MultiLabelClassification,
-    SequenceRegression,
-)
+from lora_lightning import MultiLabelClassification, SequenceClassification, SequenceRegression
+from lora_lightning.tasks.classification import METRICS, ImageClassification
 from lora_lightning.tasks.segmentation import ImageSegmentation
 from lora_lightning.tasks.supervised import Supervised
 from lora_lightning.tasks.token_classification import EntityF1, TokenClassification

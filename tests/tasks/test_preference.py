@@ -4,16 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning import LoRAConfig, disabled, huggingface, inject
-from lora_lightning.tasks.base import StepOutput
-from lora_lightning.tasks.preference import (
-    LogProbs,
-    PreferenceTerms,
-    PreferenceTuning,
-    preference_losses,
-    sequence_log_probs,
-    without_gradients,
-)
+from lora_lightning import LoRAConfig, PreferenceTuning, StepOutput, disabled, huggingface, inject
+from lora_lightning.tasks.preference import LogProbs, PreferenceTerms, preference_losses, sequence_log_probs
+from lora_lightning.tasks.preference import without_gradients as frozen
 from tests.factories import move
 from tests.tiny_pairs import make_llama
 
@@ -126,7 +119,7 @@ def test_a_trained_copy_of_the_head_is_not_the_references_head(directory):
     assert out.loss.item() == pytest.approx(values.mean().item(), rel=1e-10)
     torch.testing.assert_close(out.predictions, chosen.detach(), rtol=1e-9, atol=1e-10)
     plain = huggingface(str(directory), "AutoModelForCausalLM").double()
-    with without_gradients(model):
+    with frozen(model):
         reference = sequence_log_probs(model, {k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
     by_plain = [log_prob(plain, batch, i)[0].item() for i in range(6)]
     assert reference.total.tolist() == pytest.approx(by_plain, rel=1e-9)
@@ -140,7 +133,7 @@ def test_the_reference_has_no_dropout_of_adapter_or_backbone(directory):
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with without_gradients(model):
+    with frozen(model):
         first, again = (sequence_log_probs(model, inputs, batch["labels"]).total for _ in range(2))
     assert first.tolist() == again.tolist()
     assert all(module.training for module in model.modules())

@@ -5,14 +5,8 @@ import torch
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lora_lightning.tasks.token_classification import (
-    EntityF1,
-    EntityPrecision,
-    EntityRecall,
-    Span,
-    Tagging,
-    TokenClassification,
-)
+from lora_lightning import TokenClassification
+from lora_lightning.tasks.token_classification import EntityF1, EntityPrecision, EntityRecall, Span, Tagging
 from tests.tasks.test_figures import IOB2, Says
 
 IOBES = ["O", *(f"{prefix}-{kind}" for kind in ("PER", "LOC") for prefix in "BIES")]
