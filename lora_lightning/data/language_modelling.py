@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import datasets
@@ -30,7 +29,6 @@ from lora_lightning.data.text import (
     TextData,
     beginning_of,
     held_out_split,
-    pad_batch,
     rows_from_all_over,
 )
 from lora_lightning.lora.errors import LoRAError
@@ -67,6 +65,7 @@ class LanguageModellingData(TextData, GivesPrompts):
     """
 
     cut_by: Mapping[str, str | None] = {IN_PIECES: None}
+    padding_side = "right"
     predicts_rows = False  # it predicts pieces of documents, each with the number of its `document`
 
     def __init__(
@@ -143,10 +142,6 @@ class LanguageModellingData(TextData, GivesPrompts):
         self, documents: datasets.Dataset, split: str, cut: Callable[..., dict[str, list[Any]]] = cut
     ) -> datasets.Dataset:
         return documents.map(cut, batched=True, fn_kwargs={"max_length": self.max_length}, desc=f"cut {split}")
-
-    @property
-    def collate(self) -> Callable[[list[Any]], Any]:
-        return partial(pad_batch, pad_token_id=self.pad_token_id or 0)
 
     @property
     def streams(self) -> dict[str, datasets.IterableDataset]:

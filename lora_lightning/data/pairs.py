@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -88,17 +87,12 @@ class PairData(TextData):
         parts = [name for name in PARTS if name in table.column_names]
         return [sum(map(len, texts)) for texts in cells_of(table, *parts)]
 
-    @property
-    def collate(self) -> Callable[[list[Any]], Any]:
-        return partial(collate_parts, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
-
-
-def collate_parts(rows: list[dict[str, Any]], *, pad_token_id: int, side: str) -> dict[str, Any]:
-    """The encoder's arguments (n, t) of `anchor`, `positive` and `negative`, and the groups as `labels` (n, 1 or 2)."""
-    parts = [name for name in PARTS if name in rows[0]]
-    padding: dict[str, Any] = {"pad_token_id": pad_token_id, "side": side}
-    batch: dict[str, Any] = {name: pad_batch([{"input_ids": row[name]} for row in rows], **padding) for name in parts}
-    return batch | ({"labels": torch.tensor([row[GROUP] for row in rows])} if GROUP in rows[0] else {})
+    @staticmethod
+    def collate_rows(rows: list[dict[str, Any]], **padding: Any) -> dict[str, Any]:
+        """The encoder's arguments (n, t) of each part, and the groups as `labels` (n, 1 or 2)."""
+        parts = [name for name in PARTS if name in rows[0]]
+        batch: dict[str, Any] = {n: pad_batch([{"input_ids": row[n]} for row in rows], **padding) for n in parts}
+        return batch | ({"labels": torch.tensor([row[GROUP] for row in rows])} if GROUP in rows[0] else {})
 
 
 def encode_texts(

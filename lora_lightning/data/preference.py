@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from lora_lightning.data.chat.conversations import Message, without_nulls
 from lora_lightning.data.io.tables import ROW, cells_of, values_of
 from lora_lightning.data.text import TextData, pad_batch
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
-Messages = list[dict[str, Any]]
 ROLES = "messages, a list of {role, content}"
 
 
@@ -45,6 +44,8 @@ class PreferenceData(TextData):
     Raises:
         LoRAError: a missing file or column, an empty answer, a row that mixes texts and messages.
     """
+
+    padding_side = "right"
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class PreferenceData(TextData):
                     raise self.bad_cell(split, row, column, "an answer with words in it", value)
         if of_messages and self.prompt_column is None:
             for row, chosen, rejected in cells_of(table, ROW, *answers):
-                if _without_nulls(chosen[:-1]) != _without_nulls(rejected[:-1]):
+                if without_nulls(chosen[:-1]) != without_nulls(rejected[:-1]):
                     expected = f"the messages of '{self.chosen_column}' but for the last"
                     raise self.bad_cell(split, row, self.rejected_column, expected, rejected)
 
@@ -120,16 +121,12 @@ class PreferenceData(TextData):
         parts = cells_of(table, "prompt", "chosen", "rejected")
         return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in parts]
 
-    @property
-    def collate(self) -> Callable[[list[Any]], Any]:
-        return partial(collate_pairs, pad_token_id=self.pad_token_id or 0)
-
-
-def collate_pairs(rows: list[dict[str, list[int]]], *, pad_token_id: int) -> dict[str, Any]:
-    """Rows of n pairs to token ids, attention mask and labels, (2n, t) each, the chosen answers first."""
-    answers = [(row["prompt"], row[which]) for which in ("chosen", "rejected") for row in rows]
-    texts = [{"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer} for prompt, answer in answers]
-    return pad_batch(texts, pad_token_id=pad_token_id)
+    @staticmethod
+    def collate_rows(rows: list[dict[str, list[int]]], **padding: Any) -> dict[str, Any]:
+        """Rows of n pairs to token ids, attention mask and labels, (2n, t) each, the chosen answers first."""
+        pairs = [(row["prompt"], row[which]) for which in ("chosen", "rejected") for row in rows]
+        texts = [{"input_ids": first + answer, "labels": [IGNORED] * len(first) + answer} for first, answer in pairs]
+        return pad_batch(texts, **padding)
 
 
 def encode_pairs(
@@ -183,20 +180,22 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -
     return [tokenizer.bos_token_id, *ids] if begins else ids
 
 
-def _as_messages(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
+def _as_messages(prompt: Any, chosen: Any, rejected: Any) -> tuple[list[Message], list[Message], list[Message]]:
     if isinstance(chosen, str):
         user = [{"role": "user", "content": prompt}]
         return user, *([{"role": "assistant", "content": text}] for text in (chosen, rejected))  # type: ignore[return-value]
-    chosen, rejected = _without_nulls(chosen), _without_nulls(rejected)
+    chosen, rejected = without_nulls(chosen), without_nulls(rejected)
     if prompt is None:
         return chosen[:-1], chosen[-1:], rejected[-1:]
-    return _without_nulls(prompt), chosen, rejected
+    return without_nulls(prompt), chosen, rejected
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *answers: Messages) -> tuple[str, list[str]]:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], *answers: list[Message]
+) -> tuple[str, list[str]]:
     """The prompt's text up to the beginning of the assistant's turn, and the text of each answer after it."""
 
-    def text(messages: Messages, begin: bool = False) -> str:
+    def text(messages: list[Message], begin: bool = False) -> str:
         out = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin)
         assert isinstance(out, str)
         return out
@@ -208,11 +207,6 @@ def _render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *answers: Mess
     if not shared.startswith(prompt_text.rstrip()):
         raise LoRAError(f"the chat template writes a prompt in another way once it is answered: {whole[0][:200]!r}")
     return shared, [w[len(shared) :] for w in whole]
-
-
-def _without_nulls(messages: Messages) -> Messages:
-    """The messages without keys that only other rows of the table have."""
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 def _are_messages(value: Any, least: int) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -121,46 +120,31 @@ class SequenceToSequenceData(TargetData):
         if kind_of(split) in ("validation", "test"):
             references = references_of(list(cells_of(table, self.source_column, self.target_column)))
             table = table.add_column(REFERENCES, references)
-        encoded = self.encode_by(
-            encode_pairs,
-            table,
-            split,
-            tokenizer=self.tokenizer,
-            columns=(self.source_column, None if kind_of(split) == "predict" else self.target_column),
-            prefix=self.prefix,
-            max_lengths=(self.max_length, self.max_target_length),
-        )
-        return self.without_cuts(encoded, split)
+        lengths = (self.max_length, self.max_target_length)
+        options = {"tokenizer": self.tokenizer, "columns": self.columns(split), "prefix": self.prefix}
+        return self.without_cuts(self.encode_by(encode_pairs, table, split, max_lengths=lengths, **options), split)
 
-    @property
-    def collate(self) -> Callable[[list[Any]], Any]:
-        return partial(collate_pairs, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
-
-
-def collate_pairs(rows: list[dict[str, Any]], **padding: Any) -> dict[str, Any]:
-    """Pad sources on the tokenizer's side, and targets on the right: a decoder starts with the first token."""
-    sources = [{name: values for name, values in row.items() if name != "labels"} for row in rows]
-    targets = [{"labels": row["labels"]} for row in rows if "labels" in row]
-    return pad_batch(sources, **padding) | (pad_batch(targets, pad_token_id=IGNORED) if targets else {})
+    @staticmethod
+    def collate_rows(rows: list[dict[str, Any]], **padding: Any) -> dict[str, Any]:
+        """Pad sources on the tokenizer's side, and targets on the right: a decoder starts with the first token."""
+        sources = [{name: values for name, values in row.items() if name != "labels"} for row in rows]
+        targets = [{"labels": row["labels"]} for row in rows if "labels" in row]
+        return pad_batch(sources, **padding) | (pad_batch(targets, pad_token_id=IGNORED) if targets else {})
 
 
 def encode_pairs(
     rows: dict[str, list[Any]],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    columns: tuple[str, str | None],
+    columns: Sequence[str | None],
     prefix: str,
     max_lengths: tuple[int, int],
 ) -> dict[str, Any]:
     """Token ids of sources and targets, which of them were cut, and the references."""
     source, target = columns
-    sources, cut = tokenize_cut(tokenizer, max_lengths[0], text=[f"{prefix}{text}" for text in rows[source]])
+    sources, cut = tokenize_cut(tokenizer, max_lengths[0], text=[f"{prefix}{text}" for text in rows[str(source)]])
     ids = sources["input_ids"]
-    encoded: dict[str, Any] = {
-        "input_ids": ids,
-        "attention_mask": [[1] * len(sequence) for sequence in ids],
-        "source_cut": cut,
-    }
+    encoded: dict[str, Any] = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "source_cut": cut}
     if target is not None:
         targets, encoded["target_cut"] = tokenize_cut(tokenizer, max_lengths[1], text_target=rows[target])
         encoded["labels"] = targets["input_ids"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
 import torch
-from transformers import BatchEncoding, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.data.base import TableData
@@ -50,8 +51,18 @@ class TextData(TableData):
         return None if number is None else int(number)
 
     @property
+    def padding_side(self) -> str:
+        """The side on which rows are padded: the tokenizer's."""
+        return str(self.tokenizer.padding_side)
+
+    @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return DataCollatorWithPadding(self.tokenizer)
+        return partial(self.collate_rows, pad_token_id=self.pad_token_id or 0, side=self.padding_side)
+
+    @staticmethod
+    def collate_rows(rows: list[dict[str, Any]], *, pad_token_id: int, side: str) -> dict[str, Any]:
+        """Encoded rows to a batch."""
+        return pad_batch(rows, pad_token_id=pad_token_id, side=side)
 
 
 class TextPairData(TextData):

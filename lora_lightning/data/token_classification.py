@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.data.classification import LabelNames, check_order, numbers_of
 from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import ROW, cells_of, values_of
-from lora_lightning.data.text import TextData, pad_batch, tokenize_cut
+from lora_lightning.data.text import TextData, tokenize_cut
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 from lora_lightning.tasks.token_classification import OUTSIDE
@@ -123,10 +123,6 @@ class TokenClassificationData(LabelNames, TextData):
         )
         self._warn_of_unseen_words(table, encoded, split)
         return self.without_cuts(encoded, split)
-
-    @property
-    def collate(self) -> Callable[[list[Any]], Any]:
-        return partial(pad_batch, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
 
     def _tag_feature(self, table: datasets.Dataset) -> datasets.ClassLabel | None:
         """The set's feature of tags, if it is a ClassLabel."""

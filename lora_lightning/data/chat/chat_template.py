@@ -8,6 +8,7 @@ the system message to the last turn) break that; there a marker in the answer's 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.chat.conversations import Message, conversation_of, last_answer, tools_of
 from lora_lightning.data.seq2seq import REFERENCES
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, first_line
 from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
@@ -35,8 +36,7 @@ class TemplateError(Exception):
 
 
 def _refusal(error: Exception) -> TemplateError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return TemplateError(f"a conversation that the chat template takes ({reason})")
+    return TemplateError(f"a conversation that the chat template takes ({first_line(error)})")
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,7 @@ class ChatTemplate:
         )
 
     def prompt_ids(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
-        """Token ids of a conversation, up to the beginning of an answer.
-
-        Raises:
-            TemplateError: the template refuses the conversation.
-        """
+        """Token ids of a conversation, up to the beginning of an answer; a TemplateError where it is refused."""
         try:
             text = self.text(messages, tools, prompt=True)
         except Exception as error:  # a template may raise anything
@@ -123,11 +119,7 @@ class ChatTemplate:
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Set the tokenizer's chat template from a text or a file; None keeps the tokenizer's.
-
-    Raises:
-        LoRAError: there is none, or the tokenizer has no offsets of its tokens.
-    """
+    """Set the chat template from a text or a file, or keep the tokenizer's; without one, or offsets, it is refused."""
     if template is not None:
         tokenizer.chat_template = template if "{%" in template or "{{" in template else _read_template(template)
     if not tokenizer.chat_template:
@@ -164,19 +156,15 @@ def encode_conversations(
     """
     columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "problem", "trained", "whole")}
     for messages, tools in conversations_of(rows, layout, system):
-        ids: list[int] = []
-        labels: list[int] = []
-        problem, end = "", last_answer(messages)
+        ids, labels, problem, end = list[int](), list[int](), "", last_answer(messages)
         try:
             ids, labels = template.encode(messages[: 0 if end is None else end + 1], tools, train_on)
         except TemplateError as error:
             problem = str(error)
-        columns["problem"].append(problem)
-        columns["whole"].append(_count_trained(labels))
-        ids, labels = ids[:max_length], labels[:max_length]
-        columns["trained"].append(_count_trained(labels))
-        columns["input_ids"].append(ids)
-        columns["labels"].append(labels)
+        kept = labels[:max_length]
+        values = (ids[:max_length], kept, problem, _count_trained(kept), _count_trained(labels))
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
     return columns
 
 
@@ -242,13 +230,12 @@ def answer_spans(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return the conversation's text, and for each of the `answers` its first character and the one after its turn.
 
+    A message that the template does not write exactly once raises an AnswerNotFoundError.
+
     Args:
         render: the chat template; it may raise for a part of a conversation.
         messages: the conversation.
         answers: numbers of messages, from 0.
-
-    Raises:
-        AnswerNotFoundError: the template does not write a message exactly once.
     """
     text = render(messages, False)
     return text, [_span(render, messages, number, text) for number in answers]
@@ -281,13 +268,7 @@ def _by_marker(
     end = len(text) - len(tail)
     if not here or not text.endswith(tail) or start > end:
         raise AnswerNotFoundError(number + 1)
-    return start, end + _common_length(closing, tail)
-
-
-def _common_length(a: str, b: str) -> int:
-    """Return the length of the common prefix of two texts."""
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+    return start, end + len(os.path.commonprefix([closing, tail]))  # noqa: RUF071  (by characters)
 
 
 def _render_or_none(render: Render, messages: Sequence[Message], prompt: bool) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import datasets
@@ -35,7 +34,7 @@ from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import ROW, cells_of, check_names, values_of
 from lora_lightning.data.loading.packing import pack_table
 from lora_lightning.data.seq2seq import REFERENCES
-from lora_lightning.data.text import GivesPrompts, Prompt, TextData, held_out_split, pad_batch, rows_from_all_over
+from lora_lightning.data.text import GivesPrompts, Prompt, TextData, held_out_split, rows_from_all_over
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
@@ -68,6 +67,8 @@ class ChatData(TextData, GivesPrompts):
     Raises:
         LoRAError: a missing file or column, a row that is no conversation, or one that the template refuses.
     """
+
+    padding_side = "right"
 
     def __init__(
         self,
@@ -206,10 +207,6 @@ class ChatData(TextData, GivesPrompts):
                 "no answer ends with a control token: the chat template closes none, and the model will not learn to"
                 " stop"
             )
-
-    @property
-    def collate(self) -> Callable[[list[Any]], Any]:
-        return partial(pad_batch, pad_token_id=self.pad_token_id or 0)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return a loader with a row for each conversation, never packed."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
 
@@ -13,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import ROW, cells_of, values_of
 from lora_lightning.data.seq2seq import REFERENCES, TargetData, one_target_each, references_of
-from lora_lightning.data.text import pad_batch
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
@@ -77,37 +75,21 @@ class PromptCompletionData(TargetData):
         if self.tokenizer.eos_token_id is None:
             raise LoRAError(f"the tokenizer '{self.tokenizer_name}' has no end token (eos_token) to end completions by")
         if kind_of(split) in ("validation", "test"):
-            texts = [text.strip() for text in fill_template(self.completion, table)]
-            table = table.add_column(
-                REFERENCES, references_of(list(zip(fill_template(self.prompt, table), texts, strict=True)))
-            )
-        encoded = self.encode_by(
-            encode_prompts,
-            table,
-            split,
-            tokenizer=self.tokenizer,
-            templates=(self.prompt, None if kind_of(split) == "predict" else self.completion),
-            max_length=self.max_length,
-            with_prompts=split != "train",
-        )
+            rows = {name: list(values_of(table, name)) for name in (*self.prompt_columns, self.completion_column)}
+            texts = [text.strip() for text in fill_template(self.completion, rows)]
+            pairs = list(zip(fill_template(self.prompt, rows), texts, strict=True))
+            table = table.add_column(REFERENCES, references_of(pairs))
+        templates = (self.prompt, None if kind_of(split) == "predict" else self.completion)
+        options = {"tokenizer": self.tokenizer, "max_length": self.max_length, "with_prompts": split != "train"}
+        encoded = self.encode_by(encode_prompts, table, split, templates=templates, **options)
         for row, length in zip(values_of(table, ROW), values_of(encoded, "prompt_length"), strict=True):
             if not length:
-                column = ", ".join(self.prompt_columns)
-                raise self.bad_cell(split, row, column, "a prompt of at least one token", "")
+                raise self.bad_cell(split, row, ", ".join(self.prompt_columns), "a prompt of at least one token", "")
         return self.without_cuts(encoded, split).remove_columns("prompt_length")
-
-    @property
-    def collate(self) -> Callable[[list[Any]], Any]:
-        pad = self.pad_token_id
-        return partial(pad_batch, pad_token_id=int(self.tokenizer.eos_token_id) if pad is None else pad)
 
 
 def columns_of(what: str, template: str) -> list[str]:
-    """The names of columns in a template, each once.
-
-    Raises:
-        LoRAError: it is no template, or has more than a name in its braces.
-    """
+    """The names of columns in a template, each once; no template, and more than a name in braces, are refused."""
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
@@ -120,11 +102,10 @@ def columns_of(what: str, template: str) -> list[str]:
     return list(dict.fromkeys(column for _, column, _, _ in parts if column))
 
 
-def fill_template(template: str, rows: Mapping[str, Any] | datasets.Dataset) -> list[str]:
+def fill_template(template: str, rows: Mapping[str, list[Any]]) -> list[str]:
     """The template with each row's values in its braces."""
     columns = columns_of("template", template)
-    of_table = isinstance(rows, datasets.Dataset)
-    values = cells_of(rows, *columns) if of_table else zip(*(rows[column] for column in columns), strict=True)
+    values = zip(*(rows[column] for column in columns), strict=True)
     return [template.format(**dict(zip(columns, cells, strict=True))) for cells in values]
 
 
@@ -141,7 +122,6 @@ def encode_prompts(
     `prompt_cut` and `completion_cut` say of each row whether a part of it was lost, `prompt_length` how many tokens its
     prompt has.
     """
-
     prompts: list[list[int]] = tokenizer(fill_template(templates[0], rows), verbose=False)["input_ids"]  # type: ignore[assignment]
     encoded: dict[str, Any] = {"prompt_length": [len(ids) for ids in prompts]}
     encoded["prompt_cut"] = [len(ids) > max_length for ids in prompts]
@@ -154,13 +134,9 @@ def encode_prompts(
         completions = [ids[: max_length - 1] for ids in ended]
         encoded["completion_cut"] = [len(ids) >= max_length for ids in ended]
         encoded["prompt_cut"] = [len(ids) + len(o) > max_length for ids, o in zip(prompts, completions, strict=True)]
-        cut_prompts = [
-            ids[-(max_length - len(completion)) :] for ids, completion in zip(prompts, completions, strict=True)
-        ]
-        encoded["input_ids"] = [[*ids, *completion] for ids, completion in zip(cut_prompts, completions, strict=True)]
-        encoded["labels"] = [
-            [*([IGNORED] * len(ids)), *completion] for ids, completion in zip(cut_prompts, completions, strict=True)
-        ]
+        pairs = [(ids[-(max_length - len(o)) :], o) for ids, o in zip(prompts, completions, strict=True)]
+        encoded["input_ids"] = [[*prompt, *completion] for prompt, completion in pairs]
+        encoded["labels"] = [[*([IGNORED] * len(prompt)), *completion] for prompt, completion in pairs]
     if REFERENCES in rows:
         encoded[REFERENCES] = rows[REFERENCES]
     return encoded
