@@ -90,10 +90,11 @@ def nbytes(model, *held):
 def test_activate_draws_allocates_and_copies_nothing(tmp_path):
     bank, w0 = bank_of("bert", tmp_path), nbytes(base("bert"))
     state, places = torch.get_rng_state(), {}
-    own = {letter: held.nbytes() for letter, held in bank._held.items()}
+    tensors = {letter: {t for share in held for t in share.tensors()} for letter, held in bank._held.items()}
+    own = {letter: sum(t.nbytes for t in held) for letter, held in tensors.items()}
     for letter in (None, "a", "b", "a", "b"):
         bank.activate(letter)
-        held = [tensor for held in bank._held.values() for share in held.shares for tensor in share.tensors()]
+        held = [tensor for held in bank._held.values() for share in held for tensor in share.tensors()]
         assert nbytes(bank.model, *held) == w0 + sum(own.values())
         assert nbytes(bank.model) == w0 + own.get(letter, 0)
         ids = {n: (id(p), p.data_ptr()) for n, p in bank.model.named_parameters()}
@@ -292,7 +293,7 @@ def test_adapters_wait_where_they_are_asked_to():
     active = bank.model.up.lora_A
     assert not active.is_meta
     bank.activate(None)
-    waiting = [tensor for share in bank._held["default"].shares for tensor in share.tensors()]
+    waiting = [tensor for share in bank._held["default"] for tensor in share.tensors()]
     assert all(tensor.is_meta for tensor in waiting)
     assert {tensor.shape for tensor in waiting} >= {active.shape, bank.model.head.weight.shape}
     assert not any(tensor.is_meta for tensor in bank.model.state_dict().values())

@@ -229,7 +229,7 @@ def test_presets_part_the_blocks_weights_among_them(model_type):
     """What a preset names is there, attention and mlp do not overlap, and query-value is a part of attention."""
     model, layout = on_meta(model_type), LAYOUTS[model_type]
     matrices = [n for n, m in model.named_modules() if (w := m._parameters.get("weight")) is not None and w.dim() == 2]
-    patterns, chosen = (layout.query_value or layout.query_value_of, layout.attention, layout.mlp), {}
+    patterns, chosen = (layout.query_value, layout.attention, layout.mlp), {}
     for preset, pattern in zip(PRESETS, patterns, strict=True):
         if pattern is None:
             with pytest.raises(TargetError, match=f"preset '{preset}'"):
@@ -247,7 +247,7 @@ def test_presets_part_the_blocks_weights_among_them(model_type):
         assert chosen["query-value"] == theirs
 
 
-@pytest.mark.parametrize("model_type", sorted(t for t in LAYOUTS if LAYOUTS[t].query_value_of))
+@pytest.mark.parametrize("model_type", sorted(t for t in LAYOUTS if LAYOUTS[t].fused))
 def test_query_value_of_a_fused_layer_is_two_of_its_parts(model_type):
     model = on_meta(model_type)
     report = inject(model, LoRAConfig(r=2, target_modules="query-value"))

@@ -24,7 +24,7 @@ from lora_lightning.lora.bank.combine import (
     saved_tensors,
 )
 from lora_lightning.lora.bank.detached import (
-    DetachedAdapter,
+    Share,
     find_adapter,
     put_in,
     refuse_replaced,
@@ -59,13 +59,13 @@ class AdapterBank:
         model = model._modules.get("_orig_mod") or model  # torch.compile(model) is a wrapper
         self.model = model
         self.device = None if device is None else torch.device(device)
-        self._held: dict[str, DetachedAdapter] = {}
+        self._held: dict[str, list[Share]] = {}
         self._active: str | None = None
         self._within: str | None = None
         self._batch_first: set[str] = set()
         hold_packing(model)  # which would round the base, also while it is plain
         self._base = base_versions(model)
-        if find_adapter(model).shares:
+        if find_adapter(model):
             self.add(first)
 
     @property
@@ -136,7 +136,7 @@ class AdapterBank:
         self._refuse_within("add")
         refuse_moved(self.model, self._base)
         held = find_adapter(self.model)
-        if not held.shares:
+        if not held:
             raise LoRAError("the model has no adapter to add: inject(model, config) first, or load a directory")
         if self._active is not None and self._in_place(self._active):
             raise LoRAError(f"the model's adapter is held already, as '{self._active}'")
@@ -252,7 +252,8 @@ class AdapterBank:
         return len(self._held)
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{name} ({held.nbytes() / 2**20:.1f} MiB)" for name, held in self._held.items())
+        tensors = {name: {t for share in held for t in share.tensors()} for name, held in self._held.items()}
+        sizes = ", ".join(f"{name} ({sum(t.nbytes for t in own) / 2**20:.1f} MiB)" for name, own in tensors.items())
         return f"AdapterBank({sizes or 'empty'}; active: {self._active})"
 
     # Adapters in and out of the model.
@@ -269,7 +270,7 @@ class AdapterBank:
             self._switch(before)
 
     @contextmanager
-    def _sources(self, what: str, names: Iterable[str]) -> Iterator[dict[str, DetachedAdapter]]:
+    def _sources(self, what: str, names: Iterable[str]) -> Iterator[dict[str, list[Share]]]:
         """Within the block the model is plain, and these adapters are on its device."""
         with self._plain_model(what):
             sources = {name: self._held[name] for name in names}
@@ -315,7 +316,7 @@ class AdapterBank:
             raise AdapterError("the model has an adapter that the bank does not hold: bank.add(name), or remove(model)")
 
     def _in_place(self, name: str) -> bool:
-        return all(share.holds_same() for share in self._held[name].shares)
+        return all(share.holds_same() for share in self._held[name])
 
     def _refuse_within(self, what: str) -> None:
         if self._within:
@@ -327,7 +328,7 @@ class AdapterBank:
         if name in self._held:
             raise AdapterError(f"the bank holds '{name}' already: remove it first, or take another name")
 
-    def _find(self, name: str) -> DetachedAdapter:
+    def _find(self, name: str) -> list[Share]:
         if name not in self._held:
             known = ", ".join(self._held) or "none"
             raise AdapterError(f"the bank holds no '{name}', it has {known}{did_you_mean(str(name), self._held)}")

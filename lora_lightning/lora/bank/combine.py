@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.bank.detached import DetachedAdapter
+from lora_lightning.lora.bank.detached import Share, adapted_twins
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import ConfigError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.load import load_tensors
+from lora_lightning.lora.formats.peft.resolve import exact_pattern
 from lora_lightning.lora.frozen.spectrum import Pair, spectrum, subtract_init
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
@@ -110,7 +111,7 @@ def check_request(
 
 
 def combine_layers(
-    sources: Mapping[str, DetachedAdapter], weights: Mapping[str, float], rank: int | None
+    sources: Mapping[str, list[Share]], weights: Mapping[str, float], rank: int | None
 ) -> dict[str, CombinedLayer]:
     """Every layer of the weighted sum by its path, at `rank`, or at the sum of the ranks.
 
@@ -119,7 +120,7 @@ def combine_layers(
     """
     for name, held in sources.items():
         _refuse(name, held)
-    layers = {name: held.layers() for name, held in sources.items()}
+    layers = {name: adapted_twins(held) for name, held in sources.items()}
     paths = list(dict.fromkeys(path for adapted in layers.values() for path in adapted))
     if not paths:
         raise LoRAError(f"nothing to combine: none of {', '.join(sources)} adapts a layer by A and B")
@@ -176,21 +177,21 @@ def _groups(layer: AdaptedLayer) -> int:
     return layer.groups if isinstance(layer, CONVS) else 1
 
 
-def _refuse(name: str, held: DetachedAdapter) -> None:
+def _refuse(name: str, held: list[Share]) -> None:
     reasons = {
         "lora_magnitude_vector": "has DoRA's magnitudes, which rescale W0 and are no term of a sum",
         "lora_B_bias": "has a bias of B, which is no part of the weight's update",
         "lora_trained_bias": "has a trained bias, which is no part of the weight's update",
         "lora_tokens": "has trained token rows, which replace rows of W0",
     }
-    for share in held.shares:
+    for share in held:
         for tensor, reason in reasons.items():
             if share.stores["_parameters"].get(tensor) is not None:
                 raise LoRAError(f"cannot combine '{name}': its '{share.path}' {reason}: leave it out")
 
 
 def saved_tensors(
-    sources: Mapping[str, DetachedAdapter], combined: Mapping[str, CombinedLayer]
+    sources: Mapping[str, list[Share]], combined: Mapping[str, CombinedLayer]
 ) -> dict[str, dict[str, Tensor]]:
     """The copies of `modules_to_save`, by the module's name.
 
@@ -199,7 +200,7 @@ def saved_tensors(
     """
     saved: dict[str, tuple[str, dict[str, Tensor]]] = {}
     for name, held in sources.items():
-        for share in held.shares:
+        for share in held:
             if not issubclass(share.grafted, SavedCopy):
                 continue
             copy: nn.Module = share.stores["_modules"][COPY]
@@ -222,7 +223,7 @@ def saved_tensors(
 
 def config_of(combined: Mapping[str, CombinedLayer], saved: list[str]) -> LoRAConfig:
     """The config that injects these layers with their ranks and a scale of 1."""
-    ranks = {f"^{re.escape(layer.name)}$": layer.rank for layer in combined.values()}
+    ranks = {exact_pattern(layer.name): layer.rank for layer in combined.values()}
     bare = [layer.name for layer in combined.values() if isinstance(layer.like, LoRAParameter)]
     modules = [layer.name for layer in combined.values() if layer.name not in bare]
     specs = {layer.name: layer.like.lora_settings.slices for layer in combined.values() if not layer.whole}
@@ -230,7 +231,7 @@ def config_of(combined: Mapping[str, CombinedLayer], saved: list[str]) -> LoRACo
         target_modules=f"(?:{'|'.join(map(re.escape, modules))})" if modules else [],
         target_parameters=bare or None,
         modules_to_save=saved or None,
-        slices={f"^{re.escape(name)}$": spec.to_spec() for name, spec in specs.items() if spec},
+        slices={exact_pattern(name): spec.to_spec() for name, spec in specs.items() if spec},
         rank_pattern=ranks,
         alpha_pattern={pattern: float(rank) for pattern, rank in ranks.items()},
     )
@@ -249,15 +250,11 @@ def fill(model: nn.Module, combined: Mapping[str, CombinedLayer], saved: Mapping
 
 def report(combined: Mapping[str, CombinedLayer], method: str) -> Combination:
     """The error of each layer, and of all together."""
-    losses = {layer.name: layer.loss for layer in combined.values()}
-    every = sum(loss for loss, _ in losses.values()), sum(wanted for _, wanted in losses.values())
-    return Combination(
-        method=method,
-        errors={name: _ratio(loss) for name, loss in losses.items()},
-        ranks={layer.name: layer.rank for layer in combined.values()},
-        error=_ratio(every),
-    )
 
+    def error(*layers: CombinedLayer) -> float:
+        lost, wanted = (sum(layer.loss[i] for layer in layers) for i in (0, 1))
+        return math.sqrt(lost / wanted) if wanted else 0.0
 
-def _ratio(loss: Loss) -> float:
-    return math.sqrt(loss[0] / loss[1]) if loss[1] > 0 else 0.0
+    errors = {layer.name: error(layer) for layer in combined.values()}
+    ranks = {layer.name: layer.rank for layer in combined.values()}
+    return Combination(method=method, errors=errors, ranks=ranks, error=error(*combined.values()))

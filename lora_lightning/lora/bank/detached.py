@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.quantization import hold_packing
+from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.inject import grafted_modules, guard_saving
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter, class_swap
 from lora_lightning.lora.layers.parameter import CHILD
@@ -36,12 +37,6 @@ class Share:
     stores: dict[str, dict[str, Any]]
     """The adapter's entries in the module's parameters, buffers, children and attributes."""
 
-    @property
-    def layers(self) -> dict[str, LoRAParameter]:
-        """The adapters of the module's bare parameters, which are its children, by their paths."""
-        children = self.stores["_modules"].items()
-        return {f"{self.path}.{n}".removeprefix("."): m for n, m in children if isinstance(m, LoRAParameter)}
-
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of this share."""
         for store in ("_parameters", "_buffers"):
@@ -52,7 +47,7 @@ class Share:
     def holds_same(self) -> bool:
         """Whether the module still has this adapter, and no other."""
         return type(self.module) is self.grafted and all(
-            vars(self.module)[store].get(name) is value
+            getattr(self.module, store).get(name) is value
             for store in STORES
             for name, value in self.stores[store].items()
         )
@@ -61,7 +56,7 @@ class Share:
         """Add this share to `module`; new children get the mode of the module that they belong to."""
         module.__class__ = self.grafted
         for store, entries in self.stores.items():
-            _store(module, store).update(entries)
+            getattr(module, store).update(entries)
         for name, child in self.stores["_modules"].items():
             if name == COPY:
                 named = module.named_modules(remove_duplicate=False)
@@ -76,8 +71,7 @@ class Share:
         if all(tensor.device == device for tensor in self.tensors()):
             return
         holder = nn.Module()
-        for store in STORES:
-            holder.__dict__[store] = self.stores[store]
+        holder.__dict__.update({store: self.stores[store] for store in STORES})
         holder.to(device)
 
 
@@ -88,69 +82,58 @@ def twin_of(module: nn.Module, share: Share | None) -> Any:
         share: the adapter's part for this module; None for a plain twin.
     """
     twin = type(module).__new__(type(module))
-    twin.__dict__.update(vars(module))
-    for store in STORES:
-        twin.__dict__[store] = dict(vars(module)[store])
+    twin.__dict__.update(vars(module) | {store: dict(getattr(module, store)) for store in STORES})
     if share is not None:
         share.put_in(twin)
     return twin
 
 
-@dataclass
-class DetachedAdapter:
-    """An adapter outside of the model, as one share for each module that it changes."""
-
-    shares: list[Share]
-
-    def layers(self) -> dict[str, AdaptedLayer]:
-        """The adapted layers by their paths in the adapted model, as twins of the modules of a plain model."""
-        layers: dict[str, AdaptedLayer] = {}
-        for share in self.shares:
-            layers |= share.layers
-            if issubclass(share.grafted, AdaptedLayer):
-                layers[share.path] = twin_of(share.module, share)
-        return layers
-
-    def nbytes(self) -> int:
-        """Bytes of its tensors, each once."""
-        return sum({id(t): t.nbytes for share in self.shares for t in share.tensors()}.values())
+def adapted_twins(held: list[Share]) -> dict[str, AdaptedLayer]:
+    """The adapted layers by their paths in the adapted model, as twins of the modules of a plain model."""
+    layers: dict[str, AdaptedLayer] = {}
+    for share in held:
+        children = share.stores["_modules"].items()  # the adapters of bare parameters among them
+        layers |= {full_name(share.path, name): child for name, child in children if isinstance(child, LoRAParameter)}
+        if issubclass(share.grafted, AdaptedLayer):
+            layers[share.path] = twin_of(share.module, share)
+    return layers
 
 
-def find_adapter(model: nn.Module) -> DetachedAdapter:
-    """The adapter that `model` has, which stays in place; without shares where there is none."""
-    modules = [(path, module) for path, module in grafted_modules(model) if not _is_adapter_part(path)]
-    return DetachedAdapter([_share(path, module) for path, module in modules])
+def find_adapter(model: nn.Module) -> list[Share]:
+    """The adapter that `model` has, which stays in place, as one share for each module that it changes."""
+    modules = grafted_modules(model)
+    return [_share(path, module) for path, module in modules if not _is_adapter_part(path)]
 
 
-def take_out(model: nn.Module, device: torch.device | None = None) -> DetachedAdapter:
+def take_out(model: nn.Module, device: torch.device | None = None) -> list[Share]:
     """Take the adapter out of the model, which is then plain, and move it to `device`, if given.
 
     Unlike after `remove`, a 4-bit base is not repacked, which would round the adapter's W0.
     """
     held = find_adapter(model)
-    for share in held.shares:
+    for share in held:
         class_swap.take_out(share.module)
     guard_saving(model, is_adapted=False)
     to_device(held, device)
     return held
 
 
-def to_modules(held: DetachedAdapter) -> None:
+def to_modules(held: list[Share]) -> None:
     """Move each share to the device of the module that it belongs to."""
-    for share in held.shares:
+    for share in held:
         tensor = next(iter((*share.module.parameters(), *share.module.buffers())), None)
         if tensor is not None:
             share.move(tensor.device)
 
 
-def to_device(held: DetachedAdapter, device: torch.device | None) -> None:
+def to_device(held: list[Share], device: torch.device | None) -> None:
     """Move the adapter to `device`; None leaves it where it is."""
     if device is not None:
-        for share in held.shares:
+        for share in held:
             share.move(device)
 
 
-def put_in(model: nn.Module, held: DetachedAdapter) -> None:
+def put_in(model: nn.Module, held: list[Share]) -> None:
     """Put the adapter into the plain `model`, on the device of each module that it changes.
 
     After an error, such as too little memory on the device, the model is plain.
@@ -158,19 +141,19 @@ def put_in(model: nn.Module, held: DetachedAdapter) -> None:
     hold_packing(model)
     try:
         to_modules(held)
-        for share in held.shares:
+        for share in held:
             share.put_in(share.module)
-        guard_saving(model, is_adapted=bool(held.shares))
+        guard_saving(model, is_adapted=bool(held))
     except BaseException:
-        for share in held.shares:
+        for share in held:
             class_swap.take_out(share.module)
         raise
 
 
-def refuse_replaced(model: nn.Module, held: DetachedAdapter) -> None:
+def refuse_replaced(model: nn.Module, held: list[Share]) -> None:
     """Raise an AdapterError where a module of the adapter is no longer in the model."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    for share in held.shares:
+    for share in held:
         if modules.get(share.path) is not share.module or class_swap.own_class(type(share.module)) is not share.plain:
             raise AdapterError(
                 f"'{share.path}' is not the module that the adapter belongs to: it was replaced since; make a new bank"
@@ -179,15 +162,10 @@ def refuse_replaced(model: nn.Module, held: DetachedAdapter) -> None:
 
 def _share(path: str, module: Grafted) -> Share:
     stores = {
-        store: {name: entry for name, entry in _store(module, store).items() if name.startswith("lora_")}
+        store: {name: entry for name, entry in getattr(module, store).items() if name.startswith("lora_")}
         for store in (*STORES, "__dict__")
     }
     return Share(path, module, class_swap.own_class(type(module)), type(module), stores)
-
-
-def _store(module: nn.Module, store: str) -> dict[str, Any]:
-    entries: dict[str, Any] = module.__dict__ if store == "__dict__" else module.__dict__[store]
-    return entries
 
 
 def _is_adapter_part(path: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.bank.detached import DetachedAdapter, Share, twin_of
+from lora_lightning.lora.bank.detached import Share, twin_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers import (
     Grafted,
@@ -153,7 +153,7 @@ def _add_update(out: Tensor, rows: Tensor, layer: Any, x: Tensor) -> None:
 
 
 @contextmanager
-def mixed_batch(model: nn.Module, sources: Mapping[str, DetachedAdapter], batch: Batch) -> Iterator[None]:
+def mixed_batch(model: nn.Module, sources: Mapping[str, list[Share]], batch: Batch) -> Iterator[None]:
     """Within the block the plain `model`, in eval mode, computes every row with its adapter, without gradients.
 
     Raises:
@@ -182,16 +182,14 @@ def mixed_batch(model: nn.Module, sources: Mapping[str, DetachedAdapter], batch:
                 module.__dict__.pop(name, None)
 
 
-def _twins(
-    names: Mapping[nn.Module, str], sources: Mapping[str, DetachedAdapter]
-) -> dict[nn.Module, dict[str, Grafted]]:
+def _twins(names: Mapping[nn.Module, str], sources: Mapping[str, list[Share]]) -> dict[nn.Module, dict[str, Grafted]]:
     """The adapted twins, by plain module and by the adapter's name."""
     hosts: dict[nn.Module, nn.Module] = {
         module.out_proj: module for module in names if isinstance(module, nn.MultiheadAttention)
     }
     twins: dict[nn.Module, dict[str, Any]] = {}
     for adapter, held in sources.items():
-        shares = {share.module: share for share in held.shares}
+        shares = {share.module: share for share in held}
         for module, share in shares.items():
             _refuse(adapter, share)
             if any(True for _ in share.tensors()):  # others, such as encoders, only host adapted modules

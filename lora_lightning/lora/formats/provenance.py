@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -21,9 +20,6 @@ from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.lora.targets.fused_projections import refuse_spec
 
 PROVENANCE, CHECKSUM = "lora_lightning", "lora_lightning_sha256"
-
-WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")
-"""The parts that `torch.compile` and `DataParallel` add to names."""
 
 FREE = HARMLESS - {"ensure_weight_tying"}
 """Fields of PEFT's config that may be edited, since they do not change what is loaded."""
@@ -175,36 +171,21 @@ def refuse_other_base(
 
     With `allow_other_base` it warns instead.
     """
-    why = _difference(made_on, here, replaced)
-    if why and not allow_other_base:
-        way_out = "pass allow_other_base=True (--model.allow_other_base true on the command line) to do without"
-        raise AdapterError(f"{why}. Load the base that it was made on, or {way_out}")
-    if why:
-        warn_of_other_base(why)
-
-
-def _difference(made_on: Fingerprint, here: Fingerprint, replaced: Collection[str]) -> str | None:
-    made_on = _by_plain_names(made_on, here)
     # A head that the adapter holds whole may be in one of the fingerprints only, here under each of its names.
     heads = tuple(f"{name}." for name in replaced)
     brought = {digest for name, digest in here.tensors.items() if name.startswith(heads)}
     names = [n for n in here.differences(made_on) if n in made_on.tensors or here.tensors[n] not in brought]
     names = [name for name in names if not name.startswith(heads)]
     if not names:
-        return None
-    return (
+        return
+    why = (
         f"the adapter was made on another base: W0 {made_on.short} there, {here.short} here;"
         f" {len(names)} of {len(here.tensors.keys() | made_on.tensors)} tensors differ, first {first_few(names)}"
     )
-
-
-def _by_plain_names(made_on: Fingerprint, here: Fingerprint) -> Fingerprint:
-    """`made_on` by the names of `here`: older records of a wrapped model have `_orig_mod.` or `module.` in names."""
-    plain = {WRAPPERS.sub("", name): name for name in here.tensors}
-    renamed = {n: n if n in here.tensors else plain.get(WRAPPERS.sub("", n), n) for n in made_on.tensors}
-    if len({*renamed.values()}) < len(renamed):
-        return made_on
-    return replace(made_on, tensors={renamed[name]: digest for name, digest in made_on.tensors.items()})
+    if not allow_other_base:
+        way_out = "pass allow_other_base=True (--model.allow_other_base true on the command line) to do without"
+        raise AdapterError(f"{why}. Load the base that it was made on, or {way_out}")
+    warn_of_other_base(why)
 
 
 def warn_of_no_fingerprint() -> None:

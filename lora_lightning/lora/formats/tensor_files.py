@@ -80,14 +80,9 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     metadata = header.pop("__metadata__", None) or {}
     content = {}
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        first, last = entry["data_offsets"]
-        content[key] = Stored(
-            dtype=entry["dtype"],
-            shape=tuple(entry["shape"]),
-            size=last - first,
-            file=path.name,
-            start=8 + length + first,
-        )
+        (first, last), shape = entry["data_offsets"], tuple(entry["shape"])
+        start = 8 + length + first
+        content[key] = Stored(dtype=entry["dtype"], shape=shape, size=last - first, file=path.name, start=start)
     return content, metadata
 
 
@@ -147,12 +142,9 @@ def sort_entries(entries: Mapping[str, Stored]) -> dict[str, Stored]:
 
 def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
     """The entries of a file with these tensors, which may be on the meta device; sorted by width, then by name."""
-    entries = {}
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        size = tensor.numel() * tensor.element_size()
-        entries[key] = Stored(dtype=NAMES[tensor.dtype], shape=tuple(tensor.shape), size=size)
-    return sort_entries(entries)
+    return sort_entries(
+        {key: Stored(dtype=NAMES[t.dtype], shape=tuple(t.shape), size=t.nbytes) for key, t in sorted(tensors.items())}
+    )
 
 
 def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
@@ -186,18 +178,17 @@ def write_file(
     Args:
         tensors: bytes by key, in the order of `entries`; each is freed before the next one is computed.
     """
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb") as file:
         file.write(file_header(entries, metadata))
         wanted = list(entries)
         for key, data in tensors:
             assert key == wanted.pop(0), key
             assert data.numel() == entries[key].size, key
-            view = memoryview(data.numpy())  # type: ignore[arg-type]
-            while view.nbytes:
-                view = view[file.write(view) or 0 :]
+            file.write(data.numpy().data)
             progress(entries[key].size)
-            del view, data  # before the next one is computed
+            del data  # before the next one is computed
         assert not wanted, wanted
+        file.flush()
         os.fsync(file.fileno())
 
 

@@ -34,23 +34,13 @@ class Slices:
     """The parts that are adapted, in the order of `names`."""
 
     @property
-    def rows(self) -> int:
-        """Rows of the whole weight."""
-        return self.heads * sum(self.sizes)
-
-    @property
     def taken_rows(self) -> list[int]:
         """Rows of each part that is adapted."""
         return [self.heads * size for name, size in zip(self.names, self.sizes, strict=True) if name in self.taken]
 
     def to_spec(self) -> dict[str, Any]:
         """The full form, which needs no known layout."""
-        return {
-            "of": list(self.names),
-            "sizes": list(self.sizes),
-            "take": list(self.taken),
-            "heads": self.heads,
-        }
+        return {"of": list(self.names), "sizes": list(self.sizes), "take": list(self.taken), "heads": self.heads}
 
 
 def refuse_spec(pattern: str, spec: Any) -> None:
@@ -93,8 +83,8 @@ def resolve_slices(name: str, module: nn.Module, parent: nn.Module | None, rows:
         if part not in names:
             raise TargetError(f"slices: '{name}' has the parts {', '.join(names)}, got '{part}'")
     slices = Slices(names=names, sizes=sizes, heads=heads, taken=tuple(n for n in names if n in take))
-    if slices.rows != rows:
-        raise TargetError(f"slices: the parts of '{name}' add up to {slices.rows} rows, but its weight has {rows}")
+    if (total := heads * sum(sizes)) != rows:
+        raise TargetError(f"slices: the parts of '{name}' add up to {total} rows, but its weight has {rows}")
     return slices
 
 

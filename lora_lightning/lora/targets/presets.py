@@ -6,7 +6,7 @@ module's full name, chosen by the model's `config.model_type`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import nn
 
@@ -16,80 +16,57 @@ from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 PRESETS = ("query-value", "attention", "mlp")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
+class Layout(NamedTuple):
     """A family's patterns for its projections; None where they are no separate linear layers."""
 
     query_value: str | None
-    query_value_of: str | None = None
-    """The fused projection that holds query and value as parts, where `slices` knows its layout."""
     attention: str | None
     mlp: str | None
+    fused: bool = False
+    """Whether query and value are parts of one projection, whose layout `slices` knows."""
 
 
-_LLAMA = Layout(
-    query_value=r"self_attn\.[qv]_proj", attention=r"self_attn\.[qkvo]_proj", mlp=r"mlp\.(gate|up|down)_proj"
-)
-_MOE = Layout(query_value=_LLAMA.query_value, attention=_LLAMA.attention, mlp=None)
+_LLAMA = Layout(r"self_attn\.[qv]_proj", r"self_attn\.[qkvo]_proj", r"mlp\.(gate|up|down)_proj")
 _BART = Layout(
-    query_value=r"(self|encoder)_attn\.[qv]_proj",
-    attention=r"(self|encoder)_attn\.(q|k|v|out)_proj",
-    mlp=r"(layers\.\d+|mlp)\.fc[12]",
+    r"(self|encoder)_attn\.[qv]_proj", r"(self|encoder)_attn\.(q|k|v|out)_proj", r"(layers\.\d+|mlp)\.fc[12]"
 )
 _BERT = Layout(
-    query_value=r"attention\.self\.(query|value)",
-    attention=r"attention\.self\.(query|key|value)|attention\.output\.dense",
-    mlp=r"intermediate\.dense|\d+\.output\.dense",
+    r"attention\.self\.(query|value)",
+    r"attention\.self\.(query|key|value)|attention\.output\.dense",
+    r"intermediate\.dense|\d+\.output\.dense",
 )
-_VIT = Layout(query_value=r"attention\.[qv]_proj", attention=r"attention\.[qkvo]_proj", mlp=r"mlp\.fc[12]")
-_T5 = Layout(
-    query_value=r"(SelfAttention|EncDecAttention)\.[qv]",
-    attention=r"(SelfAttention|EncDecAttention)\.[qkvo]",
-    mlp=r"DenseReluDense\.(wi|wi_0|wi_1|wo)",
-)
-_GPT2 = Layout(query_value=None, attention=r"attn\.c_(attn|proj)", mlp=r"mlp\.c_(fc|proj)")
+_VIT = Layout(r"attention\.[qv]_proj", r"attention\.[qkvo]_proj", r"mlp\.fc[12]")
+_ENCODER_DECODER = r"(SelfAttention|EncDecAttention)"
+_T5 = Layout(rf"{_ENCODER_DECODER}\.[qv]", rf"{_ENCODER_DECODER}\.[qkvo]", r"DenseReluDense\.(wi|wi_0|wi_1|wo)")
+_GPT2 = Layout(r"attn\.c_attn", r"attn\.c_(attn|proj)", r"mlp\.c_(fc|proj)", fused=True)
+_NEOX_ATTENTION = r"(attention|self_attention)\.(query_key_value|dense)"
 _NEOX = Layout(
-    query_value=None,
-    attention=r"(attention|self_attention)\.(query_key_value|dense)",
-    mlp=r"mlp\.dense_(h_to_4h|4h_to_h)",
+    r"(attention|self_attention)\.query_key_value", _NEOX_ATTENTION, r"mlp\.dense_(h_to_4h|4h_to_h)", fused=True
 )
-_IN_NEOX = replace(_NEOX, query_value_of=r"(attention|self_attention)\.query_key_value")
+_DEBERTA_ATTENTION = r"attention\.self\.(query|key|value)_proj|attention\.output\.dense"
 
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
     **dict.fromkeys(("stablelm", "olmo2", "smollm3", "cohere", "granite"), _LLAMA),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _MOE),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), _LLAMA._replace(mlp=None)),
     **dict.fromkeys(("bart", "whisper", "opt", "clip"), _BART),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
     **dict.fromkeys(("vit", "dinov2", "beit"), _VIT),
     **dict.fromkeys(("t5", "mt5"), _T5),
-    "gpt2": replace(_GPT2, query_value_of=r"attn\.c_attn"),
-    "gpt_bigcode": _GPT2,
-    **dict.fromkeys(("gpt_neox", "bloom"), _IN_NEOX),
-    "falcon": _NEOX,
-    "starcoder2": Layout(query_value=_LLAMA.query_value, attention=_LLAMA.attention, mlp=r"mlp\.c_(fc|proj)"),
-    "phi": Layout(query_value=_LLAMA.query_value, attention=r"self_attn\.([qkv]_proj|dense)", mlp=r"mlp\.fc[12]"),
-    "phi3": Layout(
-        query_value=None,
-        query_value_of=r"self_attn\.qkv_proj",
-        attention=r"self_attn\.(qkv|o)_proj",
-        mlp=r"mlp\.(gate_up|down)_proj",
-    ),
-    "gptj": Layout(query_value=r"attn\.[qv]_proj", attention=r"attn\.(q|k|v|out)_proj", mlp=r"mlp\.fc_(in|out)"),
-    "gpt_neo": Layout(
-        query_value=r"attention\.[qv]_proj", attention=r"attention\.(q|k|v|out)_proj", mlp=r"mlp\.c_(fc|proj)"
-    ),
-    "mpt": Layout(query_value=None, attention=r"attn\.(Wqkv|out_proj)", mlp=r"ffn\.(up|down)_proj"),
-    "modernbert": Layout(query_value=None, attention=r"attn\.(Wqkv|Wo)", mlp=r"mlp\.(Wi|Wo)"),
-    "distilbert": Layout(
-        query_value=r"attention\.[qv]_lin", attention=r"attention\.(q|k|v|out)_lin", mlp=r"ffn\.lin[12]"
-    ),
-    "deberta-v2": Layout(
-        query_value=r"attention\.self\.(query|value)_proj",
-        attention=r"attention\.self\.(query|key|value)_proj|attention\.output\.dense",
-        mlp=_BERT.mlp,
-    ),
-    "convnext": Layout(query_value=None, attention=None, mlp=r"pwconv[12]"),
+    "gpt2": _GPT2,
+    "gpt_bigcode": _GPT2._replace(query_value=None),
+    **dict.fromkeys(("gpt_neox", "bloom"), _NEOX),
+    "falcon": _NEOX._replace(query_value=None),
+    "starcoder2": _LLAMA._replace(mlp=_GPT2.mlp),
+    "phi": Layout(_LLAMA.query_value, r"self_attn\.([qkv]_proj|dense)", _VIT.mlp),
+    "phi3": Layout(r"self_attn\.qkv_proj", r"self_attn\.(qkv|o)_proj", r"mlp\.(gate_up|down)_proj", fused=True),
+    "gptj": Layout(r"attn\.[qv]_proj", r"attn\.(q|k|v|out)_proj", r"mlp\.fc_(in|out)"),
+    "gpt_neo": Layout(r"attention\.[qv]_proj", r"attention\.(q|k|v|out)_proj", _GPT2.mlp),
+    "mpt": Layout(None, r"attn\.(Wqkv|out_proj)", r"ffn\.(up|down)_proj"),
+    "modernbert": Layout(None, r"attn\.(Wqkv|Wo)", r"mlp\.(Wi|Wo)"),
+    "distilbert": Layout(r"attention\.[qv]_lin", r"attention\.(q|k|v|out)_lin", r"ffn\.lin[12]"),
+    "deberta-v2": Layout(r"attention\.self\.(query|value)_proj", _DEBERTA_ATTENTION, _BERT.mlp),
+    "convnext": Layout(None, None, r"pwconv[12]"),
 }
 
 
@@ -108,8 +85,7 @@ def preset_pattern(model: nn.Module, target_modules: str | list[str]) -> str | N
             f"no preset '{target_modules}' for model_type '{model_type}'{did_you_mean(model_type, LAYOUTS)};"
             f" name the modules, or use 'all-linear'"
         )
-    query_value = layout.query_value or layout.query_value_of
-    choices = {"query-value": query_value, "attention": layout.attention, "mlp": layout.mlp}
+    choices = {"query-value": layout.query_value, "attention": layout.attention, "mlp": layout.mlp}
     pattern = choices[target_modules]
     if pattern is None:
         there = ", ".join(f"'{name}'" for name, choice in choices.items() if choice)
@@ -124,8 +100,7 @@ def preset_parts(model: nn.Module, target_modules: str | list[str]) -> list[str]
     """The parts of each selected layer that a preset adapts: query and value of a fused one; empty for whole layers."""
     if target_modules != "query-value":
         return []
-    layout = LAYOUTS[_model_type(model, "query-value")]
-    return ["q", "v"] if layout.query_value is None else []
+    return ["q", "v"] if LAYOUTS[_model_type(model, "query-value")].fused else []
 
 
 def _model_type(model: nn.Module, preset: str) -> str:

@@ -23,7 +23,7 @@ from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoR
 from lora_lightning.lora.layers.parameter import CHILD
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LayerLayout:
     """One adapted layer in PEFT's layout."""
 
@@ -135,18 +135,7 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
             partner = layers.get(full_name(path, "out_proj"))
         has_init = inits and layer.lora_A0 is not None
         rank = max(one.peft_rank() * (1 + (inits and one.lora_A0 is not None)) for one in (layer, partner or layer))
-        layouts.append(
-            LayerLayout(
-                name=name,
-                path=path,
-                peft_name=peft_name,
-                prefix=prefix,
-                layer=layer,
-                has_init=has_init,
-                rank=rank,
-                scale=scale,
-            )
-        )
+        layouts.append(LayerLayout(name, path, peft_name, prefix, layer, has_init, rank, scale))
     return layouts
 
 

@@ -24,7 +24,7 @@ from lora_lightning.lora.formats.provenance import Record, check_base, read_reco
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
 from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module
 from lora_lightning.lora.init import from_weight
-from lora_lightning.lora.inject import adapted_layers, inject, remove
+from lora_lightning.lora.inject import inject, remove
 from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.report import InjectionReport
 
@@ -162,7 +162,8 @@ def inject_and_fill(
         report = inject(model, settings, run_init=run_init, any_rank=True)
         if make_real is not None:
             make_real(model)
-        load_tensors(model, {**_subtracted_factors(model), **tensors()})
+        subtracted = {k: t for k, t in adapter_tensors(model).items() if k.endswith(("lora_A0", "lora_B0"))}
+        load_tensors(model, {**subtracted, **tensors()})
     except BaseException as error:
         if was_plain:
             remove(model)
@@ -172,12 +173,6 @@ def inject_and_fill(
             raise AdapterError(f"{source} does not fit this model: {error}") from error
         raise
     return report
-
-
-def _subtracted_factors(model: nn.Module) -> dict[str, Tensor]:
-    """A0 and B0 by their names."""
-    layers = adapted_layers(model)
-    return {f"{n}.{o}": t for n, m in layers for o, t in m.lora_tensors().items() if o in ("lora_A0", "lora_B0")}
 
 
 @torch.no_grad()
