@@ -38,11 +38,9 @@ _BERT = Layout(
 _VIT = Layout(r"attention\.[qv]_proj", r"attention\.[qkvo]_proj", r"mlp\.fc[12]")
 _ENCODER_DECODER = r"(SelfAttention|EncDecAttention)"
 _T5 = Layout(rf"{_ENCODER_DECODER}\.[qv]", rf"{_ENCODER_DECODER}\.[qkvo]", r"DenseReluDense\.(wi|wi_0|wi_1|wo)")
-_GPT2 = Layout(r"attn\.c_attn", r"attn\.c_(attn|proj)", r"mlp\.c_(fc|proj)", fused=True)
-_NEOX_ATTENTION = r"(attention|self_attention)\.(query_key_value|dense)"
-_NEOX = Layout(
-    r"(attention|self_attention)\.query_key_value", _NEOX_ATTENTION, r"mlp\.dense_(h_to_4h|4h_to_h)", fused=True
-)
+_GPT2 = Layout(None, r"attn\.c_(attn|proj)", r"mlp\.c_(fc|proj)")
+_NEOX = Layout(None, r"(attention|self_attention)\.(query_key_value|dense)", r"mlp\.dense_(h_to_4h|4h_to_h)")
+_FUSED_NEOX = _NEOX._replace(query_value=r"(attention|self_attention)\.query_key_value", fused=True)
 _DEBERTA_ATTENTION = r"attention\.self\.(query|key|value)_proj|attention\.output\.dense"
 
 LAYOUTS: dict[str, Layout] = {
@@ -53,10 +51,10 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
     **dict.fromkeys(("vit", "dinov2", "beit"), _VIT),
     **dict.fromkeys(("t5", "mt5"), _T5),
-    "gpt2": _GPT2,
-    "gpt_bigcode": _GPT2._replace(query_value=None),
-    **dict.fromkeys(("gpt_neox", "bloom"), _NEOX),
-    "falcon": _NEOX._replace(query_value=None),
+    "gpt2": _GPT2._replace(query_value=r"attn\.c_attn", fused=True),
+    "gpt_bigcode": _GPT2,
+    **dict.fromkeys(("gpt_neox", "bloom"), _FUSED_NEOX),
+    "falcon": _NEOX,
     "starcoder2": _LLAMA._replace(mlp=_GPT2.mlp),
     "phi": Layout(_LLAMA.query_value, r"self_attn\.([qkv]_proj|dense)", _VIT.mlp),
     "phi3": Layout(r"self_attn\.qkv_proj", r"self_attn\.(qkv|o)_proj", r"mlp\.(gate_up|down)_proj", fused=True),
