@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -84,20 +84,15 @@ def _main_directions(model: nn.Module, layers: Layers, data: Iterable[Any]) -> d
         keep = min(4 * layer.lora_settings.r, int((noise < S).sum()))
         seen[name] = S[:keep].unsqueeze(1) * Vh[:keep]
 
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name, layer=layer: update(name, layer, args[0]))
-        for name, layer in layers
-    ]
-    try:
-        with torch.no_grad():
-            for batch in _batches(model, data):
-                # Padding does not count.
-                attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                mask = attention_mask.bool() if isinstance(attention_mask, Tensor) else None
-                _call(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, layer in layers:
+            hook = layer.register_forward_pre_hook(lambda _, args, n=name, at=layer: update(n, at, args[0]))
+            hooks.callback(hook.remove)
+        for batch in _batches(model, data):
+            # Padding does not count.
+            attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask = attention_mask.bool() if isinstance(attention_mask, Tensor) else None
+            _call(model, batch)
     return {name: torch.nn.functional.normalize(rows, dim=1) for name, rows in seen.items()}
 
 
@@ -117,19 +112,14 @@ def _gradients(model: nn.Module, layers: Layers, data: Iterable[Any], loss: Loss
         if out.requires_grad:
             out.register_hook(add)  # type: ignore[no-untyped-call]
 
-    hooks = [
-        layer.register_forward_hook(lambda _, args, out, name=name: watch(name, args[0].detach(), out))
-        for name, layer in layers
-    ]
-    try:
-        with torch.enable_grad():
-            for batch in _batches(model, data):
-                value = loss(model, batch) if loss else _model_loss(_call(model, batch))
-                # Backward to every B passes every layer's output, and writes no .grad.
-                torch.autograd.grad(value, [layer.lora_B for _, layer in layers], allow_unused=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.enable_grad():
+        for name, layer in layers:
+            hook = layer.register_forward_hook(lambda _, args, out, n=name: watch(n, args[0].detach(), out))
+            hooks.callback(hook.remove)
+        for batch in _batches(model, data):
+            value = loss(model, batch) if loss else _model_loss(_call(model, batch))
+            # Backward to every B passes every layer's output, and writes no .grad.
+            torch.autograd.grad(value, [layer.lora_B for _, layer in layers], allow_unused=True)
     return total
 
 

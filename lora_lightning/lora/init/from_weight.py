@@ -53,8 +53,7 @@ def refusal(init: str, r: int, shape: tuple[int, int]) -> str | None:
 def factors_from_weight(init: str, weight: Tensor, r: int, scale: float) -> Factors:
     """The named init from W0, in float32 or wider."""
     weight = weight.detach().to(wide_dtype(weight))
-    fast = FAST_PISSA.fullmatch(init)
-    if fast:
+    if fast := FAST_PISSA.fullmatch(init):
         return pissa(weight, r, scale, niter=int(fast[1]))
     return _FROM_WEIGHT[init](weight, r, scale)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +40,13 @@ class Checkpoint:
             names = sorted(set(self.index["weight_map"].values()))
         for name in names or [SINGLE]:
             pieces, self.metadata[name] = read_header(directory / name)
-            self._refuse_twice(name, pieces)
+            if twice := next((key for key in pieces if key in self.stored), None):
+                # transformers takes the last one, but the index names one file
+                named = f"; {INDEX} names {self.index['weight_map'].get(twice, 'neither')}" if self.index else ""
+                raise LoRAError(
+                    f"'{twice}' is in two files of {directory}, {self.stored[twice].file} and {name}{named}: download"
+                    f" it again, or load the model and save it anew"
+                )
             self.files[name] = list(pieces)
             self.stored |= pieces
         lost = sorted(set(self.index["weight_map"]) - self.stored.keys()) if self.index else []
@@ -48,16 +54,6 @@ class Checkpoint:
             raise LoRAError(
                 f"{directory / INDEX} names tensors that no file holds ({first_few(lost)}): download it again"
             )
-
-    def _refuse_twice(self, file: str, pieces: Mapping[str, Stored]) -> None:
-        """Raise a LoRAError for two tensors of one name: transformers takes the last, but the index names one file."""
-        for key in pieces:
-            if key in self.stored:
-                named = f"; {INDEX} names {self.index['weight_map'].get(key, 'neither')}" if self.index else ""
-                raise LoRAError(
-                    f"'{key}' is in two files of {self.directory}, {self.stored[key].file} and {file}{named}: download"
-                    f" it again, or load the model and save it anew"
-                )
 
     def read_bytes(self, key: str, start: int = 0, size: int | None = None) -> Tensor:
         """The tensor's bytes, (bytes,), or `size` of them from the offset `start` on."""

@@ -53,14 +53,17 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
             " by lora_lightning.huggingface(..., on_meta=True) or lora_lightning.on_meta"
         )
     base = files.base(model)
-    sources = {name: slot for slot in empty if (name := _source(base, slot)) is not None}
-    if without := [slot.names[0] for slot in empty if not any(slot is known for known in sources.values())]:
+    sources = {name: slot for slot in empty if (name := next((n for n in slot.names if n in base.of_name), None))}
+    if without := [slot.names[0] for slot in empty if sources.keys().isdisjoint(slot.names)]:
         raise LoRAError(
             f"{files.checkpoint.directory} has no values for {len(without)} tensors of {type(model).__name__} that are"
             f" on the meta device: {first_few(without)}"
         )
-    groups = _by_group(base, sources)
-    made = [filled for group, wanted in groups for filled in _read(base, group, wanted, device)]
+    groups = {id(base.of_name[name]): base.of_name[name] for name in sources}.values()
+    stored = base.checkpoint.stored
+    made: list[tuple[Empty, Tensor]] = []
+    for group in sorted(groups, key=lambda g: (stored[g.stored[0]].file, stored[g.stored[0]].start)):
+        made += _read(base, group, {name: sources[name] for name in group.names if name in sources}, device)
     for slot, value in made:
         _put(slot, value)
     model.__dict__.pop(ATTRIBUTE, None)
@@ -77,18 +80,6 @@ def _empty_tensors(model: nn.Module) -> list[Empty]:
                     slot.names.append(f"{path}.{name}".removeprefix("."))
                     slot.places.append((store, name))
     return list(by_id.values())
-
-
-def _source(base: Base, slot: Empty) -> str | None:
-    return next((name for name in slot.names if name in base.of_name), None)
-
-
-def _by_group(base: Base, sources: dict[str, Empty]) -> Iterator[tuple[Group, dict[str, Empty]]]:
-    """The needed groups, in the order of the files."""
-    groups = {id(base.of_name[name]): base.of_name[name] for name in sources}
-    stored = base.checkpoint.stored
-    for group in sorted(groups.values(), key=lambda g: (stored[g.stored[0]].file, stored[g.stored[0]].start)):
-        yield group, {name: sources[name] for name in group.names if name in sources}
 
 
 def _read(

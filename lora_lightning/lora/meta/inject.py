@@ -19,13 +19,7 @@ from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name
 from lora_lightning.lora.init.from_data import refuse_data
 from lora_lightning.lora.init.from_weight import is_from_weight
 from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
-from lora_lightning.lora.layers import (
-    AdaptedLayer,
-    Grafted,
-    SavedCopy,
-    TokenRows,
-    TrainedBias,
-)
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.meta.build import builds_bare
 from lora_lightning.lora.meta.key_mapping import files_of
 from lora_lightning.lora.report import InjectionReport
@@ -38,15 +32,15 @@ OF_W0 = ("lora_A0", "lora_B0")
 def hold_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the block, `model` has these tensors under these names, in place of those on the meta device."""
     places = {name: place_of(model, name) for name in tensors}
-    before = {name: store[key] for name, (store, key) in places.items()}
+    before = [(store, key, store[key]) for store, key in places.values()]
     try:
         for name, (store, key) in places.items():
-            is_parameter = isinstance(before[name], nn.Parameter)
+            is_parameter = isinstance(store[key], nn.Parameter)
             store[key] = nn.Parameter(tensors[name], requires_grad=False) if is_parameter else tensors[name]
         yield
     finally:
-        for name, (store, key) in places.items():
-            store[key] = before[name]
+        for store, key, tensor in before:
+            store[key] = tensor
 
 
 def place_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
@@ -109,9 +103,8 @@ def inject_anywhere(model: nn.Module, config: LoRAConfig, *, run_init: bool = Tr
         layers = {layer.lora_name(path): (path, layer) for path, layer in adapted_layers(model)}
         others = [(path, module) for path, module in grafted_modules(model) if not isinstance(module, AdaptedLayer)]
         for path, module in [*(layers[row.module] for row in report.modules), *others]:  # in the order of `inject`
-            with hold_tensors(
-                model, {name: _require_tensor(read, name) for name in _names_to_start(model, path, module)}
-            ):
+            W0 = {name: _require_tensor(read, name) for name in _names_to_start(model, path, module)}
+            with hold_tensors(model, W0):
                 module.reset_lora_parameters()
     except BaseException:
         remove(model)

@@ -230,8 +230,7 @@ class BaseCheck:
         dtypes = [tensor.dtype]
         if tensor.is_floating_point():
             dtypes += [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-        for dtype in dict.fromkeys([self.dtype, *dtypes] if self.dtype in dtypes else dtypes):
-            assert dtype is not None
+        for dtype in sorted(dict.fromkeys(dtypes), key=lambda dtype: dtype != self.dtype):  # the last one first
             if set(fingerprint_of_tensors({"": tensor.to(dtype)}).tensors.values()) == digests:
                 self.dtype = dtype
                 return True

@@ -88,7 +88,9 @@ def save_adapter(
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"'{key}' is not finite: training diverged; save an earlier checkpoint")
     if serving is None:
-        _warn_of_limits(model, layouts)
+        for what, names in _limits(model, layouts):
+            if names:
+                warn(f"PEFT {what}: {first_few([repr(name) for name in names])}; load_adapter reads all of it")
     config = _config(model, layouts, base_model_name_or_path, task_type)
     if serving == "vllm":
         config["target_modules"] = vllm_targets(model, layouts)
@@ -204,18 +206,11 @@ def _task(model: nn.Module, task_type: str | None) -> str | None:
     return None
 
 
-def _warn_of_limits(model: nn.Module, layouts: list[LayerLayout]) -> None:
-    """Issue an AdapterWarning for each limit of PEFT that this adapter meets, with the modules' names.
-
-    The limits are those of PEFT 0.21.2 and transformers 5.24; tests fail when one of them is gone.
-    """
-    for what, names in _limits(model, layouts):
-        if names:
-            warn(f"PEFT {what}: {first_few([repr(name) for name in names])}; load_adapter reads all of it")
-
-
 def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str, list[str]]]:
-    """PEFT's limits, where it computes something else without an error, each with the names of the modules."""
+    """PEFT's limits, where it computes something else without an error, each with the names of the modules.
+
+    They are those of PEFT 0.21.2 and transformers 5.24; tests fail when one of them is gone.
+    """
     saved = [name for name, _ in grafted_modules(model, SavedCopy)]
     others = [n for n, _ in named_modules(model) if not any(n == s or n.startswith(f"{s}.") for s in saved)]
     caught = [other for other in others if any(other.endswith(name) for name in saved)]
