@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, merge, remove
-from lora_lightning.lora.errors import AdapterError, TargetError
+from lora_lightning.lora.errors import AdapterError, AdapterWarning, TargetError
 from lora_lightning.lora.frozen.tensors import adapter_tensors, frozen_keys
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias, graft
@@ -24,6 +24,15 @@ def test_modes_are_kept_and_follow_the_model_later():
     assert not any(m.training for m in (model.second, model.second.lora_dropout))
     assert not any(m.training for m in model.eval().modules())
     assert all(m.training for m in model.train().modules())
+
+
+@pytest.mark.parametrize("made", [{"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["4"]}, {"init": "pissa"}])
+def test_other_weights_that_are_loaded_below_what_was_made_from_w0_are_warned_of(made):
+    model = sequential()
+    inject(model, LoRAConfig(r=2, target_modules=["0"], **made))
+    model.load_state_dict(model.state_dict())
+    with pytest.warns(AdapterWarning, match="load_state_dict put other weights below"):
+        model.load_state_dict(sequential().state_dict(), strict=False)
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), nn.InstanceNorm1d(3, track_running_stats=True)], ids=str)

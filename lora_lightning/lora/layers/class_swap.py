@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lora_lightning.lora.errors import warn
+
 
 class Grafted(nn.Module):
     """A module whose class was extended in place. Derived classes add parameters and override `forward`.
@@ -32,6 +34,15 @@ class Grafted(nn.Module):
 
     lora_names: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters and buffers that the class may add to the module: the adapter's tensors."""
+
+    lora_from_w0: ClassVar[tuple[str, ...]] = (
+        "lora_copy",
+        "lora_trained_bias",
+        "lora_tokens",
+        "lora_magnitude_vector",
+        "lora_B0",
+    )
+    """The tensors, and the child with tensors, that are computed from W0, so that another W0 makes them wrong."""
 
     lora_all_names: ClassVar[tuple[str, ...]] = ()
     """`lora_names` of this class and its bases, once each."""
@@ -69,6 +80,17 @@ class Grafted(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and deepcopy by the classes from which `graft` made this one, which has no import path."""
         return _blank, _chain(type(self)), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Warn where another W0 is loaded below tensors that were made from the W0 before, and that stay."""
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        names = [name for name in (*self.lora_tensors(), *self._modules) if name in self.lora_from_w0]
+        stale = [name for name in names if not any(key.startswith(prefix + name) for key in state_dict)]
+        if stale and any(key.startswith(prefix) and not key.startswith(f"{prefix}lora_") for key in state_dict):
+            warn(
+                f"load_state_dict put other weights below an adapter whose {' and '.join(stale)} is made from the"
+                " weights before: load a base's weights before inject, or call its layers' reset_lora_parameters()"
+            )
 
     def lora_read(self, name: str) -> Tensor:
         """The value that code reads for a parameter that was named at grafting."""
