@@ -77,11 +77,7 @@ class CombinedLayer:
 def check_request(
     weights: Mapping[str, float], names: list[str], method: str, rank: int | None, removed: Mapping[str, Any]
 ) -> None:
-    """Raise a ConfigError unless these are valid arguments for a weighted sum of adapters in `names`.
-
-    Args:
-        removed: arguments of removed methods.
-    """
+    """Raise a ConfigError unless this asks for a valid weighted sum; `removed` holds arguments of removed methods."""
     if method in REMOVED or removed:
         in_peft = REMOVED.get(method)
         raise ConfigError(
@@ -113,11 +109,7 @@ def check_request(
 def combine_layers(
     sources: Mapping[str, list[Share]], weights: Mapping[str, float], rank: int | None
 ) -> dict[str, CombinedLayer]:
-    """Every layer of the weighted sum by its path, at `rank`, or at the sum of the ranks.
-
-    Raises:
-        LoRAError: an adapter has something that cannot be summed, or the rank does not fit a layer.
-    """
+    """Every layer of the weighted sum by its path, at `rank` or the sum of the ranks; a LoRAError where it has none."""
     for name, held in sources.items():
         _refuse(name, held)
     layers = {name: adapted_twins(held) for name, held in sources.items()}

@@ -76,11 +76,7 @@ class Share:
 
 
 def twin_of(module: nn.Module, share: Share | None) -> Any:
-    """An adapted twin of the plain `module`: another object with the same tensors, W0's among them.
-
-    Args:
-        share: the adapter's part for this module; None for a plain twin.
-    """
+    """An adapted (with `share`) or plain twin of the plain `module`: another object with the same tensors."""
     twin = type(module).__new__(type(module))
     twin.__dict__.update(vars(module) | {store: dict(getattr(module, store)) for store in STORES})
     if share is not None:

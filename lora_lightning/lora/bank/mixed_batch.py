@@ -52,10 +52,8 @@ class Batch:
     indices: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict)
 
     def groups(self, layer: str, x: Any, module: nn.Module) -> dict[str, Tensor]:
-        """The row numbers of each adapter.
-
-        Raises:
-            LoRAError: the first dimension of x is not known to be that of the rows.
+        """The row numbers of each adapter; a LoRAError where the first dimension of x is not known to be that of the
+        rows.
         """
         counts = {len(self.names), len(self.names) * self.repeats}
         shape = tuple(x.shape) if isinstance(x, Tensor) and not x.is_nested else ()

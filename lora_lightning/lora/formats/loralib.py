@@ -218,11 +218,7 @@ def _check_rest(
     *,
     allow_other_base: bool,
 ) -> Bias:
-    """Compare the file's base weights with the model's W0; returns which biases were trained.
-
-    Raises:
-        AdapterError: keys that the model does not have, or weights that differ from the model's.
-    """
+    """Compare the file's base weights with the model's W0; returns which biases were trained."""
     state = plain_state(model)
     rest = {k: t for k, t in rest.items() if not any(_is_within(k, name) for name in saved)}
     if strangers := [key for key in rest if key not in state]:

@@ -97,8 +97,7 @@ def write_record(
 ) -> dict[str, str]:
     """The metadata of a file with these tensors beside this config.
 
-    Args:
-        digests: False where tensors have no values and only the metadata's length is needed: digests are then zeros.
+    Without `digests`, for tensors without values where only the length is needed, every digest is zeros.
     """
     blank = Fingerprint("0" * 64, {} if digests else dict.fromkeys(base_tensors(model), "0" * 16))
     return Record(
@@ -114,11 +113,7 @@ def write_record(
 
 
 def read_record(metadata: Mapping[str, str]) -> Record | None:
-    """The inverse of `write_record`; None for a file that PEFT wrote.
-
-    Raises:
-        AdapterError: the record cannot be read.
-    """
+    """The inverse of `write_record`; None for PEFT's own file, an AdapterError for a record that cannot be read."""
     if PROVENANCE not in metadata and CHECKSUM not in metadata:
         return None
     try:
@@ -152,11 +147,9 @@ def _sha256(text: str) -> str:
 def check_base(
     record: Record | None, model: nn.Module, *, allow_other_base: bool, replaced: Collection[str] = ()
 ) -> None:
-    """Raise an AdapterError where the plain `model` is another base than the adapter's.
+    """Raise where the plain `model` is another base than the adapter's; without a record of the base, warn.
 
-    Args:
-        record: None, of an adapter without a fingerprint of its base, gives a warning.
-        replaced: modules that the adapter holds whole.
+    Modules in `replaced` are not compared, since the adapter holds them whole.
     """
     if record is None:
         warn_of_no_fingerprint()

@@ -62,11 +62,7 @@ class Stored:
 
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The entries of a safetensors file, in the order of the bytes, and its metadata.
-
-    Raises:
-        AdapterError: the file is missing, torn or not safetensors.
-    """
+    """A safetensors file's entries, in the order of the bytes, and its metadata; an AdapterError for a torn file."""
     if not path.is_file():
         raise AdapterError(f"no file {path}: export or download it again")
     try:
@@ -87,11 +83,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def read_bytes(path: Path, key: str, start: int, size: int) -> Tensor:
-    """`size` bytes of the tensor `key` from the file's byte `start` on, (size,).
-
-    Raises:
-        AdapterError: the file is too short.
-    """
+    """`size` bytes of the tensor `key` from the file's byte `start` on, (size,); an AdapterError if it is too short."""
     buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
     view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
     with path.open("rb", buffering=0) as file:
@@ -104,11 +96,7 @@ def read_bytes(path: Path, key: str, start: int, size: int) -> Tensor:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file by name, and its metadata.
-
-    Raises:
-        AdapterError: as for `read_header`, or a dtype that torch does not have.
-    """
+    """All tensors of a safetensors file by name, and its metadata; an AdapterError where torch has no such dtype."""
     header, metadata = read_header(path)
     if strange := next((key for key, at in header.items() if at.dtype not in DTYPES), None):
         raise AdapterError(f"{path} holds '{strange}' as {header[strange].dtype}, a dtype that torch cannot read")
@@ -173,10 +161,8 @@ def write_file(
     tensors: Iterable[tuple[str, Tensor]],
     progress: Callable[[int], None],
 ) -> None:
-    """Write a safetensors file tensor by tensor, and sync it to disk.
-
-    Args:
-        tensors: bytes by key, in the order of `entries`; each is freed before the next one is computed.
+    """Write a safetensors file and sync it to disk; `tensors` are bytes by key in the order of `entries`, one at a
+    time.
     """
     with path.open("wb") as file:
         file.write(file_header(entries, metadata))

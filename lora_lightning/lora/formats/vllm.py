@@ -46,11 +46,7 @@ def fold_for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLay
 
 
 def vllm_targets(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
-    """The last parts of the modules' names, which vLLM compares; full names where PEFT would also match other modules.
-
-    Raises:
-        AdapterError: a full name is also the end of another module's.
-    """
+    """The ends of the modules' names, which vLLM compares; full names where PEFT would also match other modules."""
     names = {layout.peft_name for layout in layouts}
     others = [n for n, module in named_modules(model, remove_duplicate=False) if n not in names and kind_of(module)]
     ends = {name.rpartition(".")[2] for name in names}

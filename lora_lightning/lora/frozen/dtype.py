@@ -19,11 +19,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def parse_dtype(name: str) -> torch.dtype | None:
-    """The dtype with this name, None for `auto`.
-
-    Raises:
-        LoRAError: the name is not in `DType`.
-    """
+    """The dtype with this name, None for `auto`; a LoRAError for a name that is not in `DType`."""
     known = get_args(DType)
     if name not in known:
         raise LoRAError(f"dtype must be {', '.join(known)}, got '{name}'{did_you_mean(str(name), known)}")
@@ -134,11 +130,7 @@ def refuse_wide(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def refuse_overflow(what: str, wide: Tensor, dtype: torch.dtype) -> None:
-    """Raise where rounding to `dtype` would make a number infinite, as float16 does beyond 65504.
-
-    Raises:
-        MergeError: a number of `wide` is finite and beyond `dtype`'s range.
-    """
+    """Raise a MergeError where rounding to `dtype` makes a finite number infinite, as float16 does beyond 65504."""
     if not (wide.is_floating_point() and dtype.is_floating_point) or not wide.numel():
         return
     if torch.finfo(wide.dtype).max <= torch.finfo(dtype).max:

@@ -58,11 +58,7 @@ def update_pairs(layer: AdaptedLayer) -> list[Pair]:
 
 
 def base_matrices(layer: AdaptedLayer, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Tensor]:
-    """W0 as the matrices (m, k) that go with `update_pairs`, in its dtype; dequantized where it is quantized.
-
-    Args:
-        whole: gathers a sharded tensor.
-    """
+    """W0 as the matrices (m, k) of `update_pairs`, in its dtype, dequantized; `whole` gathers a sharded tensor."""
     owner = layer.lora_owner
     if not isinstance(layer, LoRAParameter | LoRAMultiheadAttention):
         return weight_matrices(layer, whole(plain_weight(layer).detach()))

@@ -79,11 +79,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A, B, the tensors of options, token rows and the copies of `modules_to_save`, by their plain names.
-
-    Raises:
-        AdapterError: the model's state dict lacks one of them.
-    """
+    """A, B, the tensors of options, token rows and the copies of `modules_to_save`, by their plain names."""
     state = plain_state(model)
     grafted = [(name, module) for name, module in named_modules(model) if isinstance(module, Grafted)]
     factors = {full_name(name, tensor) for name, module in grafted for tensor in module.lora_tensors()}

@@ -46,8 +46,7 @@ class WarmStart:
 def start_from_directory(model: nn.Module, directory: Path, *, allow_other_base: bool = False) -> WarmStart:
     """Load a PEFT directory into the adapter that `model` already has.
 
-    Raises:
-        AdapterError: as in `load_adapter`; or a scale, part or token row differs here. Nothing is loaded then.
+    An AdapterError as in `load_adapter`, or for another scale, part or token row than here; nothing is loaded then.
     """
     files = AdapterFiles.read(directory)
     if (init := subtracted_init(files.peft)) != "gaussian":
@@ -86,13 +85,11 @@ def start_from_state(
     """Load a checkpoint's tensors, by their names in the model, into the adapter that the model already has.
 
     Args:
-        trained: the settings that the checkpoint was trained with.
-        config: the settings that `model` was injected with.
+        trained, config: the settings of the checkpoint, and those that `model` was injected with.
         base: the fingerprint of the W0 that the checkpoint was trained on.
 
     Raises:
-        AdapterError: another base; tensors that are missing, left over or of other shapes; or a scale, part or token
-            row that differs here. Nothing is loaded then.
+        AdapterError: another base, or tensors, a scale, a part or a token row that differ; nothing is loaded then.
     """
     refuse_other_base(base, fingerprint(model), allow_other_base=allow_other_base, replaced=_head_names(model))
     tensors, left = _keep_own_heads(model, tensors, {key: key for key in adapter_tensors(model)})
@@ -128,15 +125,10 @@ def _head_names(model: nn.Module) -> list[str]:
 def _keep_own_heads(
     model: nn.Module, tensors: Mapping[str, Tensor], keys: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The file's tensors, with this model's tensors for each head that the file lacks or has in another shape.
+    """The file's tensors, with this model's for each head that the file lacks or has in another shape, and why by head.
 
-    A head of which the file has only a part is not replaced; the caller refuses it.
-
-    Args:
-        keys: the file's key for each name in the model.
-
-    Returns:
-        The tensors, and by head the reason why it keeps its own init.
+    `keys` has the file's key for each name in the model. A head of which the file has only a part is not replaced; the
+    caller refuses it.
     """
     current, filled, left = adapter_tensors(model), dict(tensors), dict[str, str]()
     for name in _head_names(model):

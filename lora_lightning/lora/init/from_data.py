@@ -32,11 +32,7 @@ def refuse_data(init: str, data: Any) -> None:
 
 
 def init_from_data(model: nn.Module, layers: Layers, init: str, data: Any, loss: Loss | None) -> None:
-    """Initialize freshly adapted layers from data, with the model in eval mode.
-
-    Raises:
-        LoRAError: the data has no batch, gives no loss or has a wrong shape, or a layer is never called.
-    """
+    """Initialize freshly adapted layers from data, in eval mode; a LoRAError where the data does not serve."""
     if init == "loftq":
         _init_loftq(layers, data)
         return

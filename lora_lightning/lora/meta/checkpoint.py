@@ -19,14 +19,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Checkpoint:
-    """The tensors of a directory: `model.safetensors`, or `model.safetensors.index.json` and its shards.
+    """The tensors of a directory: `model.safetensors`, or `model.safetensors.index.json` and its shards, or `names`.
 
-    Args:
-        names: the files' names, where they are not the hub's.
-
-    Raises:
-        LoRAError: there are no files, a shard is missing or torn, the index names tensors that no shard has, or two
-            shards hold tensors of the same name.
+    A LoRAError where a file is missing or torn, the index names tensors that no shard has, or two shards have one name.
     """
 
     def __init__(self, directory: Path, names: Sequence[str] = ()) -> None:
@@ -62,11 +57,7 @@ class Checkpoint:
         return read_bytes(self.directory / at.file, key, at.start + start, size)
 
     def read(self, key: str) -> Tensor:
-        """The whole tensor.
-
-        Raises:
-            LoRAError: torch cannot compute with its dtype.
-        """
+        """The whole tensor."""
         return self.read_bytes(key).view(self.dtype_of(key)).reshape(self.stored[key].shape)
 
     def read_rows(self, key: str, start: int, stop: int) -> Tensor:
@@ -84,11 +75,7 @@ class Checkpoint:
             yield self.read_rows(key, first, min(first + step, stop))
 
     def dtype_of(self, key: str) -> torch.dtype:
-        """torch's dtype of a tensor.
-
-        Raises:
-            LoRAError: torch cannot compute with it.
-        """
+        """torch's dtype of a tensor; a LoRAError where torch cannot compute with it."""
         name = self.stored[key].dtype
         if name not in DTYPES:
             raise LoRAError(f"'{key}' is stored as {name}, which is quantized: name the unquantized base")

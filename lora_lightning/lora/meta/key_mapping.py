@@ -111,10 +111,8 @@ class Base:
         self.forget()
 
     def refuse_other_shapes(self, state: Mapping[str, Tensor], brought: Collection[str]) -> None:
-        """Raise a LoRAError where a file's tensor has another shape than the model's.
-
-        Args:
-            brought: names of tensors that the adapter holds whole, which may differ.
+        """Raise a LoRAError where a file's tensor has another shape than the model's, but for those that are `brought`
+        whole.
         """
         for name, group in self.of_name.items():
             if len(group.stored) > 1 or len(group.names) > 1 or name in brought:
@@ -134,14 +132,9 @@ def by_name(model: nn.Module, checkpoint: Checkpoint) -> list[Group]:
 
 
 class WeightFiles:
-    """Safetensors files of one folder, and how their tensors make up a model's.
+    """Safetensors files of one folder; `groups_of` decides which of their tensors make up which of a model's.
 
-    Args:
-        files: the files' paths.
-        groups_of: decides which tensors of the files make up which of the model's.
-
-    Raises:
-        LoRAError: a file is missing, torn or no safetensors file.
+    A LoRAError where a file is missing, torn or no safetensors file.
     """
 
     def __init__(self, files: Sequence[Path], groups_of: GroupsOf = by_name) -> None:
@@ -207,8 +200,7 @@ class BaseCheck:
     def refuse(self, *, whole: bool) -> None:
         """Raise an AdapterError with the names that differ so far; where another base is allowed, warn at the end.
 
-        Args:
-            whole: all of W0 was seen, so that tensors that were not seen are missing.
+        Once the `whole` of W0 was seen, tensors that were not seen are missing.
         """
         different = list(self.different)
         if whole:

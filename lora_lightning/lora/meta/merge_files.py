@@ -59,12 +59,9 @@ class StreamedMerge:
         make: makes a new plain model on the meta device.
         groups: how the files' tensors make up the model's.
         dtype: of the written floating-point tensors; None keeps each tensor's.
-        alphas: as in `load_adapter`.
 
     Raises:
-        AdapterError: the adapter does not fit the model.
-        MergeError: the adapter cannot be folded into W0.
-        LoRAError: a tensor of the files has another shape than the model's, or is missing.
+        LoRAError: the adapter does not fit the model or cannot be folded, or a tensor of the files is not the model's.
     """
 
     def __init__(
@@ -139,11 +136,7 @@ class StreamedMerge:
         return sum(entry.size for entries in self.files.values() for entry in entries.values())
 
     def write(self, folder: Path, progress: Callable[[int], None] = lambda _: None) -> StreamReport:
-        """Write every file into `folder`.
-
-        Raises:
-            AdapterError: the adapter was made on another base; the files in `folder` are then useless.
-        """
+        """Write every file into `folder`; an AdapterError where the base is another, whose files are then useless."""
         for file, entries in self.files.items():
             write_file(folder / file, entries, self.checkpoint.metadata[file], self._bytes(entries), progress)
             if self.check is not None:
@@ -225,12 +218,7 @@ class StreamedMerge:
 class Changes:
     """The tensors that a merge changes, computed one module at a time by the arithmetic of `merge`.
 
-    Args:
-        model: on the meta device, with a real adapter.
-        dtype: of the results, to which they are rounded once; None for each tensor's.
-
-    Raises:
-        MergeError: the adapter is not finite, or W0 has no place for it.
+    The model is on the meta device and has a real adapter; results are rounded once, to `dtype` or each tensor's own.
     """
 
     def __init__(self, model: nn.Module, read: Read, dtype: torch.dtype | None) -> None:

@@ -67,11 +67,7 @@ def refuse_spec(pattern: str, spec: Any) -> None:
 
 
 def resolve_slices(name: str, module: nn.Module, parent: nn.Module | None, rows: int, spec: SliceSpec) -> Slices:
-    """The layout and the adapted parts of one module.
-
-    Raises:
-        TargetError: the layout is neither known nor given, a part does not exist, or the sizes do not add up.
-    """
+    """The layout and the adapted parts of one module; a TargetError where they are not known or do not add up."""
     if isinstance(spec, dict):
         names, heads = tuple(spec["of"]), int(spec.get("heads", 1))
         sizes = tuple(spec.get("sizes") or (rows // (heads * len(names)),) * len(names))

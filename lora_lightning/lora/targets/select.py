@@ -299,11 +299,7 @@ def _biases(model: nn.Module, config: LoRAConfig, selection: Selection, *, requi
 
 
 def _settings(target: Target, config: LoRAConfig, parts: list[str], modules: dict[str, nn.Module]) -> LayerSettings:
-    """One layer's settings; `parts` are the adapted parts of a fused layer that `slices` does not name.
-
-    Raises:
-        TargetError: two patterns of one length disagree, or the layer has no such parts.
-    """
+    """One layer's settings; `parts` are the adapted parts of a fused layer that `slices` does not name."""
     name, names = target.name, target.names
     r = by_pattern("rank_pattern", config.rank_pattern, names, config.r)
     alpha = by_pattern("alpha_pattern", config.alpha_pattern, names, config.scaling_alpha)

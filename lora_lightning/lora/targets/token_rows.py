@@ -25,11 +25,7 @@ class TokenTarget:
 def token_targets(
     model: nn.Module, names: dict[nn.Module, list[str]], wanted: list[int | str] | dict[str, list[int | str]] | None
 ) -> list[TokenTarget]:
-    """Resolve `trainable_token_indices`.
-
-    Raises:
-        TargetError: no such embedding, row or token, or a weight that is shared with another kind of module.
-    """
+    """Resolve `trainable_token_indices`; a TargetError where there is no such embedding, row or token."""
     if not wanted:
         return []
     if isinstance(wanted, dict):

@@ -37,11 +37,7 @@ HARMLESS = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A PEFT config of type LORA.
-
-    Raises:
-        AdapterError: it is missing, no JSON, of another method, or has a field with an invalid value.
-    """
+    """A PEFT config of type LORA; an AdapterError where there is none, or a field has an invalid value."""
     folder = path.parent
     if not folder.exists():
         near = did_you_mean(folder.name, [sibling.name for sibling in folder.parent.glob("*") if sibling.is_dir()])
@@ -206,15 +202,11 @@ def find_alphas(
 
     In training PEFT takes the first entry that matches a module, in the order in which the user wrote them. Its file
     holds them in alphabetical order, and on loading PEFT takes the first of those. The tensors' shapes give the rank
-    that was used; where entries with different alphas match one module, the alpha that was used is unknown.
+    that was used; where entries with different alphas match one module, the alpha that was used is unknown, which is an
+    AdapterError unless `chosen` has it.
 
     Args:
-        names: PEFT's name of each module.
-        ranks: the tensors' ranks, to name the likelier entry in the error.
-        chosen: the user's alphas where the file is ambiguous.
-
-    Raises:
-        AdapterError: the alpha of a module is ambiguous and `chosen` lacks it; or `chosen` has one that is not.
+        names, ranks: PEFT's name of each module, and its tensors' rank, to name the likelier entry in the error.
     """
     hits = {name: matches(peft.get("alpha_pattern"), peft_name) for name, peft_name in names.items()}
     doubtful = {name: matching for name, matching in hits.items() if len({float(v) for v in matching.values()}) > 1}
@@ -244,10 +236,7 @@ def find_alphas(
 def subtracted_init(peft: Mapping[str, Any]) -> str:
     """The init whose s B0 A0 PEFT subtracted from W0, `gaussian` where there is none.
 
-    PEFT subtracts s B0 A0 from W0 for some inits and writes A and B only; pissa and olora can be computed from W0.
-
-    Raises:
-        AdapterError: the init changed the base in a way that cannot be computed again.
+    PEFT then writes A and B only; pissa and olora can be computed from W0 again, any other is an AdapterError.
     """
     init = peft.get("init_lora_weights", True)
     if init in ("pissa", "olora"):
@@ -261,11 +250,7 @@ def subtracted_init(peft: Mapping[str, Any]) -> str:
 
 
 def token_ids(peft: Mapping[str, Any], name: str) -> list[int]:
-    """The token numbers of an embedding's rows, in the file's order.
-
-    Raises:
-        AdapterError: the config does not list them.
-    """
+    """The token numbers of an embedding's rows in the file's order; an AdapterError where the config has none."""
     indices = peft.get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((numbers for entry, numbers in indices.items() if peft_selects([entry], name)), None)

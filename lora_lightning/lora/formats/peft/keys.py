@@ -41,13 +41,9 @@ NAMED = re.compile(r"\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.(?!(?
 
 
 def canonical_keys(tensors: Mapping[str, Tensor], modules: Container[str] = ()) -> dict[str, Tensor]:
-    """The tensors by the keys that PEFT's `save_pretrained` writes.
+    """The tensors by the keys that PEFT's `save_pretrained` writes; an AdapterError where they are of several adapters.
 
-    Args:
-        modules: names of the model's modules, which distinguish a module named `base_model` from a model wrapped twice.
-
-    Raises:
-        AdapterError: the keys hold several adapters, or two of them become one.
+    The names of the model's `modules` tell a module named `base_model` from a model that was wrapped twice.
     """
     adapters = {match[1] for key in tensors if (match := NAMED.search(key))}
     if len(adapters) > 1:

@@ -111,12 +111,9 @@ def _multiply(tensor: Tensor, factor: float) -> Tensor:
 
 
 def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
-    """Every adapted layer of `model`, in its order.
+    """Every adapted layer in the model's order, for a file with subtracted inits or without (`inits`).
 
     PEFT has one rank and one scale for the two projections of an attention: the larger rank, and in_proj's scale.
-
-    Args:
-        inits: False for a file without subtracted inits.
     """
     layers = dict(adapted_layers(model))
     modules = dict(named_modules(model, remove_duplicate=False))
@@ -189,10 +186,8 @@ def to_peft(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, Tensor]:
 
 
 def from_peft(model: nn.Module, file: Mapping[str, Tensor], token_ids: Callable[[str], list[int]]) -> dict[str, Tensor]:
-    """The file's tensors by our names; `token_ids` returns the order of an embedding's rows in the file.
-
-    Raises:
-        AdapterError: keys are missing, left over or wrongly shaped; the error lists them.
+    """The file's tensors by our names; `token_ids` returns the order of an embedding's rows in the file. An
+    AdapterError lists all keys that are missing, left over or wrongly shaped.
     """
     layouts = layer_layouts(model, inits=False)
     optional = {PREFIX + key for key in zero_factors(layouts)} - set(file)

@@ -73,9 +73,7 @@ class AdapterFiles:
     def read(cls, directory: Path) -> AdapterFiles:
         """Read `adapter_model.safetensors`, or else the old `adapter_model.bin`.
 
-        Raises:
-            AdapterError: a file is missing or torn, was changed since it was saved, or holds more than tensors, or
-                numbers that are not finite.
+        An AdapterError where a file is missing, torn, changed since it was saved, or holds more than finite tensors.
         """
         peft = read_config(directory / CONFIG)
         weights, pickled, metadata = directory / WEIGHTS, directory / PICKLED, dict[str, str]()
@@ -119,14 +117,9 @@ def load_files(
     allow_other_base: bool = False,
     alphas: Mapping[str, float] | None = None,
 ) -> InjectionReport:
-    """Resolve, inject and fill; the caller checks W0's fingerprint.
+    """Resolve, inject and fill; the caller checks W0's fingerprint. After an error the model is unchanged.
 
-    Args:
-        read: for a model on the meta device, reads W0's tensor with a name.
-        make_real: for a model on the meta device, allocates memory for the injected adapter.
-
-    Raises:
-        AdapterError: as `load_adapter`. The model is then unchanged.
+    For a model on the meta device `read` reads W0's tensor with a name, and `make_real` allocates the adapter's memory.
     """
     peft, tensors = resolve(files.peft, files.tensors, model, read, allow_other_base=allow_other_base)
     contents = find_contents(tensors, peft, model)
@@ -149,10 +142,8 @@ def inject_and_fill(
 ) -> InjectionReport:
     """Inject the config that `config` returns and load the tensors that `tensors` returns, by names in the model.
 
-    Factors that an init subtracts are in no file: they are computed from W0, unless it is on the meta device.
-
-    Raises:
-        AdapterError: config or tensors do not fit the model, which is then plain again and trains what it did before.
+    Factors that an init subtracts are in no file: they are computed from W0, unless it is on the meta device. After an
+    error the model is plain again and trains what it did before.
     """
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_plain = not any(isinstance(module, Grafted) for module in model.modules())
@@ -177,12 +168,9 @@ def inject_and_fill(
 
 @torch.no_grad()
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the adapter's tensors, by their names, into an adapted model.
+    """Copy the adapter's tensors, by their names, into an adapted model; an AdapterError where they do not fit.
 
     Copies of tied modules are tied here, but not in PEFT: where their values differ, they are untied.
-
-    Raises:
-        AdapterError: keys are missing, left over or wrongly shaped; the error lists them. Nothing is loaded then.
     """
     current = adapter_tensors(model)
     refuse_misfits(current, tensors)
