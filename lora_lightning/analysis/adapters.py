@@ -17,14 +17,14 @@ from lora_lightning.lora.formats.peft.config import (
     CONFIG,
     WEIGHTS,
     find_alphas,
-    matches,
-    peft_selects,
+    matching_entries,
     refuse_other_rank,
 )
 from lora_lightning.lora.formats.peft.keys import A_ENDS, PREFIX, WRAPPER, canonical_keys
 from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.frozen.spectrum import Pair, matrix_pair
 from lora_lightning.lora.layers.functional import stack_factors
+from lora_lightning.lora.targets.patterns import matches
 
 OUT = f".{WRAPPER}.out_proj"
 REGISTERED = ("gate_up_proj", "down_proj")
@@ -207,14 +207,14 @@ def _in_order(plain: str, leaves: list[str], modules: Mapping[str, nn.Module]) -
 
 
 def _adapts(files: AdapterFiles, name: str) -> bool:
-    return peft_selects(files.peft.get("target_parameters") or [], name.removeprefix("."))
+    return matches(files.peft.get("target_parameters") or [], name.removeprefix(".")) is not None
 
 
 def _entry_rank(layer: _LayerTensors, files: AdapterFiles) -> int:
     """The rank of one entry of a stack: A has the rank times the number of entries as rows."""
     if files.record and layer.name in files.record.settings:
         return files.record.settings[layer.name][0]
-    ranks = set(matches(files.peft.get("rank_pattern"), layer.name).values()) or {files.peft.get("r", 8)}
+    ranks = set(matching_entries(files.peft.get("rank_pattern"), layer.name).values()) or {files.peft.get("r", 8)}
     fitting = sorted(int(r) for r in ranks if int(r) > 0 and layer.A.shape[0] % int(r) == 0)
     if len(fitting) != 1:
         raise AdapterError(

@@ -291,11 +291,8 @@ class AdapterBank:
         before, self._active = self._active, None
         if before is not None:
             self._held[before] = take_out(self.model, self.device)
-        if name is not None:
-            self._put_in(name, before)
-
-    def _put_in(self, name: str, before: str | None) -> None:
-        """Put `name` into the plain model; if that fails, put `before` back."""
+        if name is None:
+            return
         try:
             put_in(self.model, self._held[name])
         except BaseException:

@@ -224,7 +224,11 @@ def _check_rest(
     if strangers := [key for key in rest if key not in state]:
         hint = did_you_mean(strangers[0], state)
         raise AdapterError(f"the checkpoint has {len(strangers)} keys left over: {first_few(strangers, 10)}{hint}")
-    moved = [key for key, tensor in rest.items() if not _is_same(tensor, state[key])]
+    moved = [
+        key
+        for key, tensor in rest.items()
+        if tensor.shape != state[key].shape or not torch.equal(tensor.to(state[key].dtype), state[key].cpu())
+    ]
     biases = [key for key in moved if key.rpartition(".")[2] == "bias" and isinstance(state[key], nn.Parameter)]
     others = [key for key in moved if key not in biases]
     if others and not allow_other_base:
@@ -258,10 +262,6 @@ def _our_tensors(model: nn.Module, factors: Mapping[str, Factors], rest: Mapping
     if missing:
         raise AdapterError(f"the checkpoint lacks {len(missing)} tensors: {first_few(missing, 10)}")
     return ours
-
-
-def _is_same(tensor: Tensor, original: Tensor) -> bool:
-    return tensor.shape == original.shape and torch.equal(tensor.to(original.dtype), original.cpu())
 
 
 def _is_within(key: str, name: str) -> bool:

@@ -64,17 +64,12 @@ def cast_base(model: nn.Module, dtype: torch.dtype, other: Mapping[str, torch.dt
         other: dtypes of single tensors, by name.
     """
     layers = [module for _, module in named_modules(model) if isinstance(module, AdaptedLayer)]
-    fresh = [layer for layer in layers if _has_base_norms(layer)]
+    magnitudes = [(layer, m) for layer in layers if (m := layer.lora_magnitude_vector) is not None and not m.is_meta]
+    fresh = [(layer, m) for layer, m in magnitudes if torch.equal(m, layer.updated_norms())]
     for place in base_floats(model):
         _set_tensor(place, place.tensor.to((other or {}).get(place.name, dtype)))
-    for layer in fresh:
-        assert layer.lora_magnitude_vector is not None
-        layer.lora_magnitude_vector.copy_(layer.updated_norms())
-
-
-def _has_base_norms(layer: AdaptedLayer) -> bool:
-    magnitude = layer.lora_magnitude_vector
-    return magnitude is not None and not magnitude.is_meta and torch.equal(magnitude, layer.updated_norms())
+    for layer, magnitude in fresh:
+        magnitude.copy_(layer.updated_norms())
 
 
 def base_floats(model: nn.Module) -> Iterator[BaseTensor]:

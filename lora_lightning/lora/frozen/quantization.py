@@ -72,8 +72,7 @@ def _torchao_weight(module: nn.Module) -> bool:
 
 def scheme(module: nn.Module) -> str | None:
     """The name of a module's quantization; None where its weight is plain."""
-    library = _find(module)
-    return library[0] if library else None
+    return library[0] if (library := _find(module)) else None
 
 
 _PACKING, _HELD = "support_avx512bf16_for_cpu", "_lora_packing"

@@ -60,19 +60,14 @@ class Checkpoint:
         """The whole tensor."""
         return self.read_bytes(key).view(self.dtype_of(key)).reshape(self.stored[key].shape)
 
-    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor that has at least one dimension, (stop - start, ...)."""
-        at, dtype = self.stored[key], self.dtype_of(key)
-        row = at.size // max(1, at.shape[0])
-        part = self.read_bytes(key, start * row, (stop - start) * row)
-        return part.view(dtype).reshape(stop - start, *at.shape[1:])
-
     def blocks(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """The same rows, in blocks of about `BLOCK` bytes."""
-        at = self.stored[key]
-        stop, step = at.shape[0] if stop is None else stop, max(1, BLOCK * at.shape[0] // max(1, at.size))
+        """Rows of a tensor that has at least one dimension, in blocks of about `BLOCK` bytes, (rows, ...)."""
+        at, dtype = self.stored[key], self.dtype_of(key)
+        row = max(1, at.size // max(1, at.shape[0]))
+        stop, step = at.shape[0] if stop is None else stop, max(1, BLOCK // row)
         for first in range(start, stop, step):
-            yield self.read_rows(key, first, min(first + step, stop))
+            rows = min(step, stop - first)
+            yield self.read_bytes(key, first * row, rows * row).view(dtype).reshape(rows, *at.shape[1:])
 
     def dtype_of(self, key: str) -> torch.dtype:
         """torch's dtype of a tensor; a LoRAError where torch cannot compute with it."""

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name
 from lora_lightning.lora.init.from_data import refuse_data
 from lora_lightning.lora.init.from_weight import is_from_weight
@@ -103,8 +102,10 @@ def inject_anywhere(model: nn.Module, config: LoRAConfig, *, run_init: bool = Tr
         layers = {layer.lora_name(path): (path, layer) for path, layer in adapted_layers(model)}
         others = [(path, module) for path, module in grafted_modules(model) if not isinstance(module, AdaptedLayer)]
         for path, module in [*(layers[row.module] for row in report.modules), *others]:  # in the order of `inject`
-            W0 = {name: _require_tensor(read, name) for name in _names_to_start(model, path, module)}
-            with hold_tensors(model, W0):
+            W0 = {name: read(name) for name in _names_to_start(model, path, module)}
+            if lost := [name for name, tensor in W0.items() if tensor is None]:
+                raise LoRAError(f"'{lost[0]}' is on the meta device, and the model's files have no values for it")
+            with hold_tensors(model, {name: tensor for name, tensor in W0.items() if tensor is not None}):
                 module.reset_lora_parameters()
     except BaseException:
         remove(model)
@@ -125,10 +126,3 @@ def _names_to_start(model: nn.Module, path: str, module: Grafted) -> list[str]:
     if isinstance(module, SavedCopy):
         names += [full_name(path, key) for key in module.lora_copy.state_dict()]
     return [name for name in names if (place := place_of(model, name))[0][place[1]].is_meta]
-
-
-def _require_tensor(read: Read, name: str) -> Tensor:
-    value = read(name)
-    if value is None:
-        raise LoRAError(f"'{name}' is on the meta device, and the model's files have no values for it")
-    return value

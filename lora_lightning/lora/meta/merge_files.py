@@ -231,16 +231,13 @@ class Changes:
         self.parts: dict[str, Hashable] = {}
         """For each tensor that a merge replaces, the identity of the new one: names with equal values stay tied."""
         for path, module in grafted_modules(model):
-            if isinstance(module, SavedCopy):
-                self._add_copy(path, module)
-            else:
+            if not isinstance(module, SavedCopy):
                 self._add(path, module)
-
-    def _add_copy(self, path: str, module: SavedCopy) -> None:
-        for key, tensor in module.lora_copy.state_dict(keep_vars=True).items():
-            name = full_name(path, key)
-            self.makers[name] = lambda n=name, t=tensor: {n: t.detach()}  # type: ignore[misc]
-            self.parts[name] = id(tensor)
+                continue
+            for key, tensor in module.lora_copy.state_dict(keep_vars=True).items():
+                name = full_name(path, key)
+                self.makers[name] = lambda n=name, t=tensor: {n: t.detach()}  # type: ignore[misc]
+                self.parts[name] = id(tensor)
 
     def _add(self, path: str, module: Grafted) -> None:
         parts: dict[str, Hashable] = {}

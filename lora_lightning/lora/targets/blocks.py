@@ -40,7 +40,7 @@ def _search(module: nn.Module, path: str, by_path: dict[str, nn.Module]) -> None
 def _candidates(parent: nn.Module) -> dict[str, nn.Module]:
     """Children that may be blocks: those that share their class with another, or a list's only member."""
     children = {n: m for n, m in parent._modules.items() if m is not None and n != COPY}
-    composed = {n: m for n, m in children.items() if _is_composed(m)}
+    composed = {n: m for n, m in children.items() if any(next(c.parameters(), None) is not None for c in m.children())}
     if isinstance(parent, CONTAINERS):
         kinds = {n: own_class(type(m)) for n, m in composed.items()}
         is_single = len(children) == 1
@@ -49,10 +49,6 @@ def _candidates(parent: nn.Module) -> dict[str, nn.Module]:
         kinds, is_single = {n: (stem, own_class(type(composed[n]))) for n, stem in stems.items()}, False  # type: ignore[misc]
     every = list(kinds.values())
     return {n: composed[n] for n, kind in kinds.items() if every.count(kind) > 1 or is_single}
-
-
-def _is_composed(module: nn.Module) -> bool:
-    return any(next(c.parameters(), None) is not None for c in module._modules.values() if c is not None)
 
 
 def _is_repeated(block: nn.Module, others: dict[str, nn.Module]) -> bool:

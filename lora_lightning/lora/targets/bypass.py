@@ -61,8 +61,10 @@ def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
     """Modules whose parent reads their weight, each with the reason not to adapt it."""
     bypassed: dict[nn.Module, str] = {}
     for module in names:
-        out_proj = {"out_proj"} if _reads_out_proj(module) else set()
-        for name in out_proj | _children_read(type(module)):
+        children = _children_read(type(module))
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+            children |= set() if isinstance(module.out_proj, OutProj) else {"out_proj"}  # of another class
+        for name in children:
             child = module._modules.get(name)
             if child is not None and kind_of(child) is not None:
                 reason = f"{type(module).__name__} reads its weight and may never call it, so an adapter there would be"
@@ -70,13 +72,6 @@ def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
                     child, f"{reason} ignored: name '{name}.weight' in target_parameters, or leave it out"
                 )
     return bypassed
-
-
-def _reads_out_proj(module: nn.Module) -> bool:
-    """Whether this is torch's attention with another class of layer as its `out_proj`."""
-    if not isinstance(module, nn.MultiheadAttention) or type(module).forward is not nn.MultiheadAttention.forward:
-        return False
-    return not isinstance(module.out_proj, OutProj)
 
 
 def parametrized_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:

@@ -33,7 +33,9 @@ def output_head(model: nn.Module) -> tuple[str, ...]:
     linears = [name for name, module in named_modules(model) if isinstance(module, nn.Linear)]
     if linears and linears[-1].partition(".")[0] in named:
         return (linears[-1].partition(".")[0],)
-    return _last_linear(linears)
+    # `layers.3.linear2` counts as `layers.*.linear2`; a number in the last place names the layer itself.
+    blocks = [re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name) for name in linears]
+    return (linears[-1],) if len(linears) > 1 and blocks.count(blocks[-1]) == 1 else ()
 
 
 def _declared_head(model: nn.Module) -> list[nn.Module] | None:
@@ -62,15 +64,3 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
 def is_a(model: nn.Module, package: str) -> bool:
     """Whether the model's class or an ancestor is defined in `package`, which is not imported."""
     return any(cls.__module__.startswith(package) for cls in type(model).__mro__)
-
-
-def _last_linear(names: list[str]) -> tuple[str, ...]:
-    if len(names) < 2:
-        return ()
-    blocks = [_without_indices(name) for name in names]
-    return () if blocks.count(blocks[-1]) > 1 else (names[-1],)
-
-
-def _without_indices(name: str) -> str:
-    """`layers.3.linear2` as `layers.*.linear2`; a number in the last place names the layer itself and stays."""
-    return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)

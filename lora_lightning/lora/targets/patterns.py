@@ -56,36 +56,26 @@ def block_number(name: str) -> int | None:
 
 
 def has_match(patterns: Iterable[str], names: list[str]) -> bool:
-    """Whether one of the patterns matches one of the names, see `_matches_end`."""
-    return any(_matches_end(pattern, names) for pattern in patterns)
-
-
-def _matches_end(pattern: str, names: list[str]) -> bool:
-    """PEFT's rule for rank and alpha patterns: a regex on the whole name or on a dotted end of it."""
-    return any(pattern == name or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names)
+    """PEFT's rule for rank and alpha patterns: a regex on one of the whole names or on a dotted end of it."""
+    return any(p == name or re.fullmatch(rf"(?:.*\.)?(?:{p})", name) for p in patterns for name in names)
 
 
 def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], default: Value) -> Value:
     """The value of the longest pattern that matches, whatever the order of keys."""
-    if not patterns:
-        return default
-    matching = [p for p in patterns if _matches_end(p, names)]
-    if not matching:
-        return default
-    hits = sorted(matching, key=lambda p: (p in names, len(p)), reverse=True)
-    rivals = [p for p in hits if (p in names, len(p)) == (hits[0] in names, len(hits[0]))]
-    if any(patterns[p] != patterns[hits[0]] for p in rivals):
+    matching = {p: (p in names, len(p)) for p in patterns if has_match([p], names)}
+    best = [p for p, length in matching.items() if length == max(matching.values())]
+    if any(patterns[p] != patterns[best[0]] for p in best):
         raise TargetError(
-            f"{field_name}: '{rivals[0]}' and '{rivals[1]}' both match '{names[0]}' with different values,"
+            f"{field_name}: '{best[0]}' and '{best[1]}' both match '{names[0]}' with different values,"
             f" and neither is longer: write its full name"
         )
-    return patterns[hits[0]]
+    return patterns[best[0]] if best else default
 
 
 def refuse_unused(field_name: str, patterns: Iterable[str], selected: list[list[str]]) -> None:
     """Raise for a pattern that matches none of the selected names."""
     for pattern in patterns:
-        if not any(_matches_end(pattern, group) for group in selected):
+        if not any(has_match([pattern], group) for group in selected):
             raise TargetError(no_match(field_name, pattern, all_names(selected), what="adapted module"))
 
 

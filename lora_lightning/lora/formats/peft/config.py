@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few, warn
-from lora_lightning.lora.targets.patterns import regex_refusal
+from lora_lightning.lora.targets.patterns import matches, regex_refusal
 
 WEIGHTS, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
@@ -151,7 +151,7 @@ CHECKS: dict[str, Check] = {
 
 def peft_adapts(peft: Mapping[str, Any], targets: str | list[str], name: str) -> bool:
     """Whether PEFT adapts the module, as in its `check_target_module_exists`: full names count in every block."""
-    if peft_selects(peft.get("exclude_modules") or [], name) or not peft_selects(targets, name):
+    if matches(peft.get("exclude_modules") or [], name) or not matches(targets, name):
         return False
     blocks = peft.get("layers_to_transform")
     if isinstance(targets, str) or name in targets or blocks is None or blocks == []:
@@ -166,27 +166,14 @@ def peft_adapts(peft: Mapping[str, Any], targets: str | list[str], name: str) ->
     return False
 
 
-def peft_selects(pattern: str | list[str], name: str) -> bool:
-    """Whether PEFT's pattern selects `name`: a string matches the full name, a list's entries its dotted ends."""
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return not set(pattern).isdisjoint(dotted_ends(name))
-
-
-def dotted_ends(name: str) -> list[str]:
-    """`a.b.c`, `b.c` and `c` of `a.b.c`."""
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
-
-
-def matches(patterns: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+def matching_entries(patterns: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
     """The entries whose regular expression matches the name or a dotted end of it, by PEFT's rule."""
     return {key: value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)}
 
 
 def refuse_other_rank(peft: Mapping[str, Any], name: str, peft_name: str, rank: int) -> None:
     """Raise an AdapterError unless one of the config's ranks for `name` is the rank of its tensors."""
-    allowed = set(matches(peft.get("rank_pattern"), peft_name).values()) or {peft.get("r", 8)}
+    allowed = set(matching_entries(peft.get("rank_pattern"), peft_name).values()) or {peft.get("r", 8)}
     if rank and rank not in allowed:  # a rank of 0 is refused with the config
         listed = " or ".join(str(r) for r in sorted(allowed))
         raise AdapterError(
@@ -208,7 +195,7 @@ def find_alphas(
     Args:
         names, ranks: PEFT's name of each module, and its tensors' rank, to name the likelier entry in the error.
     """
-    hits = {name: matches(peft.get("alpha_pattern"), peft_name) for name, peft_name in names.items()}
+    hits = {name: matching_entries(peft.get("alpha_pattern"), peft_name) for name, peft_name in names.items()}
     doubtful = {name: matching for name, matching in hits.items() if len({float(v) for v in matching.values()}) > 1}
     for name in chosen:
         if name not in names:
@@ -218,7 +205,7 @@ def find_alphas(
     if unanswered := [name for name in doubtful if name not in chosen]:
         first = unanswered[0]
         entries = " and ".join(f"'{key}' ({value:g})" for key, value in doubtful[first].items())
-        by_rank = [k for k, r in matches(peft.get("rank_pattern"), names[first]).items() if r == ranks[first]]
+        by_rank = [k for k, r in matching_entries(peft.get("rank_pattern"), names[first]).items() if r == ranks[first]]
         likely = [key for key in by_rank if key in doubtful[first]]
         evidence = f"; in rank_pattern '{likely[0]}' won, by the tensors' rank" if len(likely) == 1 else ""
         raise AdapterError(
@@ -253,7 +240,7 @@ def token_ids(peft: Mapping[str, Any], name: str) -> list[int]:
     """The token numbers of an embedding's rows in the file's order; an AdapterError where the config has none."""
     indices = peft.get("trainable_token_indices")
     if isinstance(indices, dict):
-        indices = next((numbers for entry, numbers in indices.items() if peft_selects([entry], name)), None)
+        indices = next((numbers for entry, numbers in indices.items() if matches([entry], name)), None)
     if not indices:
         raise AdapterError(f"the adapter has token rows for '{name}' and its config no trainable_token_indices for it")
     return [int(number) for number in indices]

@@ -124,7 +124,10 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
         scale, partner = layer.lora_settings.scale, None
         if isinstance(layer, LoRAParameter):
             name = peft_name = layer.lora_name(path)
-            prefix = parent + ".base_layer" * _count_later(layer, modules[parent])
+            holder = modules[parent]  # each adapted parameter that was registered later adds a wrapper in PEFT
+            adapted = [name for name in holder._parameters if CHILD + name in holder._modules]
+            later = len(adapted) - 1 - adapted.index(layer.lora_settings.parameter)
+            prefix = parent + ".base_layer" * later
         elif isinstance(modules[parent], nn.MultiheadAttention) and last == "out_proj":
             peft_name, prefix, partner = parent, full_name(parent, "base_layer.out_proj"), layers.get(parent)
             scale = partner.lora_settings.scale if partner else scale
@@ -134,12 +137,6 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
         rank = max(one.peft_rank() * (1 + (inits and one.lora_A0 is not None)) for one in (layer, partner or layer))
         layouts.append(LayerLayout(name, path, peft_name, prefix, layer, has_init, rank, scale))
     return layouts
-
-
-def _count_later(layer: LoRAParameter, holder: nn.Module) -> int:
-    """The number of adapted parameters of the same module that were registered later: each adds a wrapper in PEFT."""
-    adapted = [name for name in holder._parameters if CHILD + name in holder._modules]
-    return len(adapted) - 1 - adapted.index(layer.lora_settings.parameter)
 
 
 def zero_factors(layouts: list[LayerLayout]) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ from lora_lightning.lora.formats.peft.config import (
     WEIGHTS,
     find_alphas,
     peft_adapts,
-    peft_selects,
     refuse_other_rank,
     subtracted_init,
     token_ids,
@@ -38,6 +37,7 @@ from lora_lightning.lora.formats.provenance import Record
 from lora_lightning.lora.frozen.tensors import get_module, named_modules, plain_state
 from lora_lightning.lora.layers import kind_of
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
+from lora_lightning.lora.targets.patterns import matches
 
 Read = Callable[[str], Tensor | None]
 """A function of a name in the model that returns W0's tensor, None where there is none."""
@@ -174,7 +174,7 @@ def _add_adapted(
         return
     entries = peft.get("target_parameters") or []
     full = {f"{plain}.{n}".removeprefix("."): n for n in holder._parameters}
-    adapted = [name for name in full if peft_selects(entries, name)]
+    adapted = [name for name in full if matches(entries, name)]
     if depth < len(adapted):
         name = adapted[len(adapted) - 1 - depth]
         parameter = holder._parameters[full[name]]
@@ -217,11 +217,11 @@ def _saved_modules(keys: list[str], listed: list[str], modules: Mapping[str, nn.
 def refuse_other_targets(peft: Mapping[str, Any], contents: Contents, model: nn.Module) -> None:
     """Raise an AdapterError where the config and the file's tensors name different modules, parameters or rows."""
     for entry in peft.get("target_parameters") or []:
-        if not any(peft_selects([entry], name) for name in contents.parameters):
+        if not any(matches([entry], name) for name in contents.parameters):
             raise AdapterError(f"{CONFIG} lists '{entry}' in target_parameters and {WEIGHTS} has no tensors for it")
     tokens = peft.get("trainable_token_indices") or []
     for entry in tokens if isinstance(tokens, dict) else [""] if tokens else []:
-        if not any(not entry or peft_selects([entry], name) for name in contents.tokens):
+        if not any(not entry or matches([entry], name) for name in contents.tokens):
             raise AdapterError(
                 f"{CONFIG} has trainable_token_indices '{entry}' and {WEIGHTS} has no rows for them: leave that entry"
                 " out if its module shares the weight of another that has rows"

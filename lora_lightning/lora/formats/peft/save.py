@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few, warn
 from lora_lightning.lora.formats.atomic_dir import write_together
-from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS, dotted_ends
+from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.layout import LayerLayout, layer_layouts, to_peft
 from lora_lightning.lora.formats.peft.load import refuse_meta
 from lora_lightning.lora.formats.peft.resolve import exact_pattern
@@ -35,6 +35,7 @@ from lora_lightning.lora.layers import (
 from lora_lightning.lora.layers.attention import OutProj
 from lora_lightning.lora.targets.bypass import bypassed_modules
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
+from lora_lightning.lora.targets.patterns import matches
 
 CLASSIFIERS = ("classifier", "score")
 TASKS: dict[str, tuple[str, ...]] = {
@@ -166,11 +167,8 @@ def _bias(model: nn.Module, layouts: list[LayerLayout]) -> str:
 
 def _selection(names: list[str], model: nn.Module) -> list[str] | str:
     """The full names; where one is also the dotted end of another module's name, one regular expression instead."""
-    chosen = set(names)
-    everything = [name for name, _ in named_modules(model, remove_duplicate=False)]
-    if any(other not in chosen and not chosen.isdisjoint(dotted_ends(other)) for other in everything):
-        return "|".join(map(re.escape, names))
-    return sorted(names)
+    others = {name for name, _ in named_modules(model, remove_duplicate=False)} - {*names}
+    return "|".join(map(re.escape, names)) if any(matches(names, other) for other in others) else sorted(names)
 
 
 def common_dropout(layouts: list[LayerLayout]) -> float:
