@@ -19,7 +19,14 @@ def matches(pattern: str | list[str], name: str) -> str | None:
     """The entry that selects `name`: a list's entry equals it or its dotted end, a string is a full-match regex."""
     if isinstance(pattern, str):
         return pattern if re.fullmatch(pattern, name) else None
-    return next((entry for entry in pattern if name == entry or name.endswith(f".{entry}")), None)
+    ends = set(dotted_ends(name))
+    return next((entry for entry in pattern if entry in ends), None)
+
+
+def dotted_ends(name: str) -> list[str]:
+    """`c`, `b.c` and `a.b.c` of `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
 def matches_any(pattern: str | list[str], names: list[str]) -> list[str]:

@@ -25,6 +25,7 @@ from lora_lightning.lora.targets.patterns import (
     all_names,
     block_number,
     by_pattern,
+    dotted_ends,
     has_match,
     matches,
     matches_any,
@@ -415,10 +416,8 @@ def _shortest_ends(names: list[str], selected: Iterable[str]) -> dict[str, list[
     others = set(selected) - set(names)
     ends: dict[str, list[str]] = {}
     for name in names:
-        parts = name.split(".")
-        tails = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-        fitting = [tail for tail in tails if not any(matches([tail], other) for other in others)]
-        ends.setdefault(fitting[0] if fitting else name, []).append(name)
+        fitting = (end for end in dotted_ends(name) if not any(matches([end], other) for other in others))
+        ends.setdefault(next(fitting, name), []).append(name)
     return ends
 
 
