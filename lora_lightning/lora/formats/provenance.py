@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,16 +63,7 @@ class Record:
 
     def to_metadata(self) -> dict[str, str]:
         """The metadata of the file, with a checksum of the record itself."""
-        record = {
-            "version": version("lora_lightning"),
-            "base": json.loads(self.base.to_json()),
-            "adapter": self.adapter,
-            "settings": self.settings,
-            "dropouts": self.dropouts,
-            "config": self.config,
-            "slices": self.slices,
-        }
-        text = json.dumps(record, sort_keys=True)
+        text = json.dumps({"version": version("lora_lightning"), **asdict(self)}, sort_keys=True)
         return {"format": "pt", PROVENANCE: text, CHECKSUM: _sha256(text)}
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,7 @@ class Fingerprint:
 
     def to_json(self) -> str:
         """As text, for a file's metadata."""
-        values = {"digest": self.digest, "tensors": self.tensors, "format": self.format}
-        return json.dumps(values, sort_keys=True)
+        return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Fingerprint:
@@ -107,19 +106,15 @@ def _digest(tensor: Tensor, pool: Executor) -> tuple[bytes, list[Future[bytes]]]
     header = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
     if not tensor.is_contiguous():  # one worker makes its contiguous copy, so that few copies are in memory
         return header, [pool.submit(_hash_pieces, tensor)]
-    return header, [pool.submit(_hash_piece, piece) for piece in _pieces(tensor)]
+    return header, [pool.submit(_hash_pieces, piece) for piece in _pieces(tensor)]
+
+
+def _hash_pieces(tensor: Tensor) -> bytes:
+    return b"".join(_sha256(piece.cpu().numpy().data) for piece in _pieces(tensor))
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     return torch.split(tensor.contiguous().reshape(-1).view(torch.uint8), CHUNK) if tensor.numel() else []
-
-
-def _hash_pieces(tensor: Tensor) -> bytes:
-    return b"".join(_hash_piece(piece) for piece in _pieces(tensor))
-
-
-def _hash_piece(piece: Tensor) -> bytes:
-    return _sha256(piece.cpu().numpy().data)
 
 
 def _sha256(*parts: bytes | memoryview) -> bytes:

@@ -38,8 +38,8 @@ def on_meta(make: Callable[[], nn.Module], weights: str | Path) -> nn.Module:
     with _parameters_on_meta():
         model = make()
     path = Path(weights)
-    names = _files(path)
-    files = WeightFiles(names)
+    folder = path.parent if path.name == INDEX else path
+    files = WeightFiles([folder / name for name in Checkpoint(folder).files] if folder.is_dir() else [path])
     _check(model, files.checkpoint, path)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
@@ -47,14 +47,6 @@ def on_meta(make: Callable[[], nn.Module], weights: str | Path) -> nn.Module:
                 buffer.copy_(files.checkpoint.read(name))
     keep_files(model, files)
     return model.eval()
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return [path / name for name in Checkpoint(path).files]
-    if path.name == INDEX:
-        return [path.parent / name for name in Checkpoint(path.parent).files]
-    return [path]
 
 
 @contextmanager

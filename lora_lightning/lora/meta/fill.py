@@ -140,15 +140,12 @@ def _read_rows(checkpoint: Checkpoint, key: str, into: Tensor, offset: tuple[int
 
 def _put(slot: Empty, value: Tensor) -> None:
     """Put the real tensor into each of its places."""
-    tensor = slot.tensor
+    tensor: Any = slot.tensor
     if type(tensor) not in (Tensor, nn.Parameter):
         from torch.distributed.tensor import DTensor
 
-        assert isinstance(tensor, DTensor)
-        shape, stride = tensor.shape, tensor.stride()
-        value = DTensor.from_local(
-            value, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride
-        )
+        whole = {"shape": tensor.shape, "stride": tensor.stride()}
+        value = DTensor.from_local(value, tensor.device_mesh, tensor.placements, run_check=False, **whole)
     if isinstance(tensor, nn.Parameter):
         value = nn.Parameter(value, requires_grad=tensor.requires_grad)
     for store, name in slot.places:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import TypeVar
 
+from torch import nn
+
 from lora_lightning.lora.errors import TargetError, did_you_mean, near_misses
 from lora_lightning.lora.targets.fused_projections import SliceSpec
 
@@ -34,6 +36,18 @@ def matches_any(pattern: str | list[str], names: list[str]) -> list[str]:
     entries = [pattern] if isinstance(pattern, str) else [[entry] for entry in pattern]
     hits = (next((hit for name in names if name and (hit := matches(entry, name))), None) for entry in entries)
     return [hit for hit in hits if hit is not None]
+
+
+def find_module(field_name: str, entry: str, names: dict[nn.Module, list[str]]) -> nn.Module:
+    """The module with this name, or the one whose name ends in it; a TargetError where there is none or several."""
+    exact = [m for m, group in names.items() if entry in group]
+    hits = exact or [m for m, group in names.items() if any(matches([entry], name) for name in group)]
+    if not hits:
+        raise TargetError(no_match(field_name, entry, all_names(names.values())))
+    if len(hits) > 1:
+        several = ", ".join(f"'{names[m][0]}'" for m in hits[:4])
+        raise TargetError(f"{field_name}: '{entry}' is the end of several names: write in full {several}")
+    return hits[0]
 
 
 def regex_refusal(pattern: str, *, is_end: bool = True) -> str | None:

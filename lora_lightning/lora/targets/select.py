@@ -26,6 +26,7 @@ from lora_lightning.lora.targets.patterns import (
     block_number,
     by_pattern,
     dotted_ends,
+    find_module,
     has_match,
     matches,
     matches_any,
@@ -140,14 +141,8 @@ def _modules_to_save(names: Names, config: LoRAConfig, bypassed: dict[nn.Module,
     """The outermost modules of `modules_to_save`: the copy of a module contains the modules inside it."""
     chosen: dict[str, nn.Module] = {}
     for entry in config.modules_to_save or []:
-        exact = [m for m, group in names.items() if entry in group]
-        hits = exact or [m for m, group in names.items() if any(matches([entry], n) for n in group)]
-        if not hits:
-            raise TargetError(no_match("modules_to_save", entry, all_names(names.values())))
-        if len(hits) > 1:
-            several = ", ".join(f"'{names[m][0]}'" for m in hits[:4])
-            raise TargetError(f"modules_to_save: '{entry}' is the end of several names: write in full {several}")
-        chosen[names[hits[0]][0]] = hits[0]
+        module = find_module("modules_to_save", entry, names)
+        chosen[names[module][0]] = module
     outermost = [(name, m) for name, m in chosen.items() if not any(name.startswith(f"{outer}.") for outer in chosen)]
     for name, module in outermost:
         if module in bypassed:

@@ -9,6 +9,9 @@ from torch import nn
 from lora_lightning.lora.errors import TargetError, did_you_mean
 from lora_lightning.lora.layers.trained.token_rows import token_refusal
 from lora_lightning.lora.targets.output_heads import input_embedding
+from lora_lightning.lora.targets.patterns import find_module
+
+FIELD = "trainable_token_indices"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ def token_targets(
     if not wanted:
         return []
     if isinstance(wanted, dict):
-        requests = [(_by_name(entry, names), numbers) for entry, numbers in wanted.items()]
+        requests = [(find_module(FIELD, entry, names), numbers) for entry, numbers in wanted.items()]
     else:
         requests = [(_input_embedding(model, names), wanted)]
     targets = []
@@ -51,17 +54,6 @@ def _number(model: nn.Module, token: int | str) -> int:
         there = did_you_mean(token, added) or ": add_tokens of lora_lightning.huggingface makes rows that have names"
         raise TargetError(f"trainable_token_indices: the backbone was given no token '{token}'{there}")
     return added[token]
-
-
-def _by_name(entry: str, names: dict[nn.Module, list[str]]) -> nn.Module:
-    hits = [m for m, group in names.items() if any(n == entry or n.endswith(f".{entry}") for n in group)]
-    if len(hits) == 1:
-        return hits[0]
-    if hits:
-        several = ", ".join(names[m][0] for m in hits[:4])
-        raise TargetError(f"trainable_token_indices: '{entry}' is several modules ({several}): write the full name")
-    embeddings = [n for m, group in names.items() if isinstance(m, nn.Embedding) for n in group]
-    raise TargetError(f"trainable_token_indices: no module matches '{entry}'{did_you_mean(entry, embeddings)}")
 
 
 def _input_embedding(model: nn.Module, names: dict[nn.Module, list[str]]) -> nn.Module:
