@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -92,33 +92,24 @@ class InjectionReport:
         """Plain data, for JSON and loggers."""
         return {**asdict(self), "total": self.total, "share": self.share}
 
-    def groups(self) -> Iterator[tuple[str, int, AdaptedModule, int]]:
-        """Rows that differ in block numbers only, as (name with `*`, count, the first of them, parameters of all)."""
-        groups: dict[tuple[Any, ...], list[AdaptedModule]] = {}
-        for row in self.modules:
-            name = without_numbers(row.module)
-            groups.setdefault((name, row.kind, row.r, row.alpha, row.dropout), []).append(row)
-        for (name, *_), rows in groups.items():
-            yield name, len(rows), rows[0], sum(row.parameters for row in rows)
-
-    def lines(self) -> list[tuple[str, ...]]:
-        """The grouped table, in the order of `HEADER`."""
-        table: list[tuple[str, ...]] = [
-            (name, f"{count}", row.kind, f"{row.r}", f"{row.alpha:g}", f"{row.dropout:g}", f"{parameters:,}")
-            for name, count, row, parameters in self.groups()
-        ]
-        table += [(name, "1", "in full", "", "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
-        table += [(name, "1", "rows in full", "", "", "", f"{n:,}") for name, n in self.tokens.items()]
-        if self.biases:
-            table.append(("biases", "", "in full", "", "", "", f"{self.biases:,}"))
-        return table
-
     def table(self) -> list[tuple[str, ...]]:
-        """`HEADER` and `lines`, without the column of dropouts where all are 0."""
-        lines, dropout = self.lines(), self.HEADER.index("dropout")
-        if any(line[dropout] not in ("", "0") for line in lines):
+        """`HEADER` and a row for layers that differ in block numbers only (`*`); no column of dropouts if all are 0."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for row in self.modules:
+            key = (without_numbers(row.module), row.kind, row.r, row.alpha, row.dropout)
+            groups.setdefault(key, []).append(row.parameters)
+        lines: list[tuple[str, ...]] = [
+            (name, f"{len(sizes)}", kind, f"{r}", f"{alpha:g}", f"{dropout:g}", f"{sum(sizes):,}")
+            for (name, kind, r, alpha, dropout), sizes in groups.items()
+        ]
+        lines += [(name, "1", "in full", "", "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
+        lines += [(name, "1", "rows in full", "", "", "", f"{n:,}") for name, n in self.tokens.items()]
+        if self.biases:
+            lines.append(("biases", "", "in full", "", "", "", f"{self.biases:,}"))
+        at = self.HEADER.index("dropout")
+        if any(line[at] not in ("", "0") for line in lines):
             return [self.HEADER, *lines]
-        return [(*row[:dropout], *row[dropout + 1 :]) for row in (self.HEADER, *lines)]
+        return [(*row[:at], *row[at + 1 :]) for row in (self.HEADER, *lines)]
 
     def exclusions(self) -> list[str]:
         """A line for each kind of layer that `all-linear` left out, with the reason; none for the output head."""

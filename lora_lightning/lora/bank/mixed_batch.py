@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from lora_lightning.lora.bank.detached import Share, twin_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers import (
+    AdaptedLayer,
     Grafted,
     LoRAConv1D,
-    LoRAConv1d,
-    LoRAConv2d,
-    LoRAConv3d,
     LoRALinear,
     ParameterHost,
     SavedCopy,
@@ -136,7 +134,7 @@ class MixedForward(Grafted):
 
 def _adds_update(twin: Grafted) -> bool:
     """Whether the adapted twin computes the plain module's output plus an update."""
-    has_update = isinstance(twin, (LoRALinear, LoRAConv1D, LoRAConv1d, LoRAConv2d, LoRAConv3d))
+    has_update = isinstance(twin, AdaptedLayer) and isinstance(twin, (LoRALinear, LoRAConv1D, *CONVS))
     is_outermost = issubclass(type(twin).__bases__[0], Grafted)  # else a subclass changes the sum
     return has_update and is_outermost and not isinstance(twin, TrainedBias | SavedCopy)
 

@@ -14,8 +14,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from rich.filesize import decimal
-
 from lora_lightning.lora.errors import AdapterError, LoRAError
 
 Content = bytes | Iterable[bytes | memoryview]
@@ -227,4 +225,8 @@ def _disk_advice(error: Exception, target: Path, needed: int) -> str | None:
 
 def human_size(size: float) -> str:
     """`22.7 MB`; 1 kB is 1000 bytes."""
-    return decimal(int(size))
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
