@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -212,8 +212,13 @@ class TableData(LightningDataModule, ABC):
         Their loaders come in this order. The first one's figures are logged as `val/...` and choose the best
         checkpoint, those of `validation_mismatched` as `val_mismatched/...`.
         """
-        further = [name for name in self.tables if name.startswith(f"{split}_")]
-        return [split, *further] if split in self.tables else []
+        further = [name for name in self.splits if name.startswith(f"{split}_")]
+        return [split, *further] if split in self.splits else []
+
+    @property
+    def splits(self) -> Collection[str]:
+        """The names of all sets."""
+        return self.tables
 
     def rows_of(self, split: str) -> int | None:
         """The number of rows of all sets of a split; None where it is unknown before they are read."""
@@ -275,7 +280,7 @@ class TableData(LightningDataModule, ABC):
     @property
     def has_validation(self) -> bool:
         """Whether there is a validation set."""
-        return "validation" in self.tables
+        return "validation" in self.splits
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         fitting = self.trainer is None or str(self.trainer.state.fn) != "validate"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.io.splits import rename_first_sets
+from lora_lightning.data.io.splits import kind_of, rename_first_sets
 from lora_lightning.data.io.streams import (
     AT_ONCE,
     StreamLoader,
@@ -26,22 +26,19 @@ from lora_lightning.data.loading.sampler import seeded_generator
 from lora_lightning.data.text import (
     GivesPrompts,
     Prompt,
-    TextData,
     beginning_of,
     held_out_split,
     rows_from_all_over,
 )
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, first_few
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
 DOCUMENT = "document"
 """The column with the row's number in its file, counted from 1, also for a piece of it."""
 IN_PIECES = "documents in pieces"
-MOST_NAMED = 5
-"""Rows at most that a warning names."""
 
 
-class LanguageModellingData(TextData, GivesPrompts):
+class LanguageModellingData(GivesPrompts):
     """Texts of files or of a Hugging Face set, one document per row, to batches for `CausalLM`.
 
     Each document ends with the tokenizer's end of text. One that is longer than `max_length` is cut into pieces, so
@@ -65,7 +62,6 @@ class LanguageModellingData(TextData, GivesPrompts):
     """
 
     cut_by: Mapping[str, str | None] = {IN_PIECES: None}
-    padding_side = "right"
     predicts_rows = False  # it predicts pieces of documents, each with the number of its `document`
 
     def __init__(
@@ -127,14 +123,13 @@ class LanguageModellingData(TextData, GivesPrompts):
         """The documents with a token to train on: nothing predicts a single token."""
         lengths, numbers = lengths_of(documents), list(documents[DOCUMENT])
         trainable = [i for i, length in enumerate(lengths) if length > 1]
-        left_out = [number for number, length in zip(numbers, lengths, strict=True) if length < 2]
+        left_out = [str(number) for number, length in zip(numbers, lengths, strict=True) if length < 2]
         if not trainable:
             raise LoRAError(f"{self.place(split)}: no row has two tokens, so there is nothing to train on")
         if left_out:
-            named = ", ".join(map(str, left_out[:MOST_NAMED])) + (", ..." if len(left_out) > MOST_NAMED else "")
             rank_zero_warn(
                 f"{self.place(split)}: {len(left_out)} of {len(documents)} rows have a single token, of which nothing"
-                f" can be learnt, and are left out: row {named}"
+                f" can be learnt, and are left out: row {first_few(left_out)}"
             )
         return documents.select(trainable) if left_out else documents
 
@@ -154,11 +149,9 @@ class LanguageModellingData(TextData, GivesPrompts):
             self._streams = {split: self._prepare_stream(stream, split) for split, stream in renamed.items()}
         return self._streams
 
-    def sets(self, split: str) -> list[str]:
-        if not self.streaming:
-            return super().sets(split)
-        further = [name for name in self.streams if name.startswith(f"{split}_")]
-        return [split, *further] if split in self.streams else []
+    @property
+    def splits(self) -> Collection[str]:
+        return self.streams if self.streaming else self.tables
 
     def _prepare_stream(self, stream: datasets.IterableDataset, split: str) -> datasets.IterableDataset:
         names = list(first_row(stream, self.place(split)))
@@ -186,10 +179,6 @@ class LanguageModellingData(TextData, GivesPrompts):
         if not self.streaming:
             super().setup(stage)
 
-    @property
-    def has_validation(self) -> bool:
-        return "validation" in self.streams if self.streaming else super().has_validation
-
     def train_dataloader(self) -> DataLoader[Any]:
         if not self.streaming:
             return super().train_dataloader()
@@ -197,21 +186,18 @@ class LanguageModellingData(TextData, GivesPrompts):
         if "train" not in self.streams:
             self.encoded_rows("train")  # raises
         rows = endless(self.streams["train"], self.trainer)
-        return StreamLoader(rows, self.trainer, ends=False, batch_size=self.batch_size, **self._loader_options())
+        return StreamLoader(rows, self.trainer, ends=False, batch_size=self.batch_size, **self._stream_options())
 
     def _loaders(self, split: str) -> DataLoader[Any] | list[Any]:
         if not self.streaming:
             return super()._loaders(split)
-        options = {"batch_size": self.eval_batch_size, **self._loader_options()}
-        loaders = [DataLoader(self._share(s), **options) for s in self.sets(split) or [split]]  # type: ignore[arg-type]
-        return loaders if len(loaders) > 1 else loaders[0]
-
-    def _share(self, split: str) -> datasets.IterableDataset:
         if split not in self.streams:
             self.encoded_rows(split)  # raises
-        return share_of(self.streams[split], self.trainer)
+        shares: list[Any] = [share_of(self.streams[name], self.trainer) for name in self.sets(split)]
+        loaders = [DataLoader(s, batch_size=self.eval_batch_size, **self._stream_options()) for s in shares]
+        return loaders if len(loaders) > 1 else loaders[0]
 
-    def _loader_options(self) -> dict[str, Any]:
+    def _stream_options(self) -> dict[str, Any]:
         return {
             "collate_fn": self.collate,
             "num_workers": self.num_workers,
@@ -229,7 +215,9 @@ class LanguageModellingData(TextData, GivesPrompts):
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Pieces of documents in the order of the file, never packed and never streamed."""
-        names = TextData.sets(self, "predict") or TextData.sets(self, "test")
+        tables = sorted(self.tables, key=lambda name: "_" in name)  # the first set, then those of a name
+        predict, test = ([name for name in tables if kind_of(name) == kind] for kind in ("predict", "test"))
+        names = predict or test
         if not names:
             self.encoded_rows("test")  # says what is missing
         pieces = [self._cut(self.documents(self.tables[name], name), name) for name in names]
@@ -259,11 +247,7 @@ def encode_texts(
 def encode_stream(
     rows: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, column: str, end: int | None, place: str
 ) -> dict[str, Any]:
-    """The same for rows that nothing has looked at yet; those that are blank or of a single token are left out.
-
-    Raises:
-        LoRAError: a value is no text.
-    """
+    """The same for rows that nothing has checked yet; those that are blank or of a single token are left out."""
     for number, text in zip(rows[ROW], rows[column], strict=True):
         if not isinstance(text, str):
             raise LoRAError(f"{place}, row {number}, column '{column}': expected text, got {text!r:.80}")
@@ -276,11 +260,7 @@ def encode_stream(
 
 
 def end_of(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    """The token that ends a text.
-
-    Raises:
-        LoRAError: the tokenizer has none.
-    """
+    """The token that ends a text; a tokenizer without one is refused."""
     if tokenizer.eos_token_id is None:
         raise LoRAError(f"the tokenizer '{name}' has no end-of-text token: set data.init_args.end_of_text to false")
     return int(tokenizer.eos_token_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -180,13 +180,10 @@ class Prompt:
     """The text that follows it in the set."""
 
 
-class GivesPrompts(ABC):
-    """A DataModule with prompts for a language model."""
+class GivesPrompts(TextData):
+    """A `TextData` with prompts for a language model."""
 
-    @property
-    @abstractmethod
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the prompts."""
+    padding_side = "right"
 
     @abstractmethod
     def prompts(self, count: int) -> list[Prompt]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, distributed, nn
@@ -80,14 +80,11 @@ class ContrastiveEmbedding(Task):
         parts, groups = self._embed_parts(backbone, batch)
         anchors, positives = parts[0], parts[1]
         scale = self._scale(backbone)
-        gathered = gather_rows(positives) if self.gather else (positives, 0)
-        positive_rows = torch.arange(len(positives), device=positives.device) + gathered[1]
-        numbers = gather_rows(groups)[0] if self.gather else groups
-        candidates = [gathered[0]]
-        if len(parts) > 2:
-            candidates.append(gather_rows(parts[2])[0] if self.gather else parts[2])
-        right = number_singles(numbers.T.flatten())
-        losses = info_nce(anchors, torch.cat(candidates), positive_rows, right, 1 / scale)
+        everyone = [gather_rows(part) if self.gather else (part, 0) for part in (*parts[1:], groups)]
+        positive_rows = torch.arange(len(positives), device=positives.device) + everyone[0][1]
+        right = number_singles(everyone[-1][0].T.flatten())
+        candidates = torch.cat([rows for rows, _ in everyone[:-1]])
+        losses = info_nce(anchors, candidates, positive_rows, right, 1 / scale)
         if self.symmetric:
             others = gather_rows(anchors)[0] if self.gather else anchors
             losses = (losses + info_nce(positives, others, positive_rows, right[: len(others)], 1 / scale)) / 2
@@ -315,27 +312,17 @@ def _in_parts(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, positi
     )
 
 
-class Gathered(NamedTuple):
-    """Rows of all processes, in the order of their ranks."""
-
-    rows: Tensor
-    """(N, ...)."""
-    start: int
-    """The index of this process's first row."""
-
-
-def gather_rows(rows: Tensor) -> Gathered:
-    """The concatenated `rows` (n, ...) of all processes; n may differ.
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """The `rows` (n, ...) of all processes, in the order of ranks, and the index of this one's first; n may differ.
 
     Backward sums the gradients of all processes' losses for this process's rows. Every process must call both.
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return Gathered(rows, 0)
+        return rows, 0
     counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(distributed.get_world_size())]
     distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
     sizes = [int(count) for count in counts]
-    gathered = _Gather.apply(rows, sizes)  # type: ignore[no-untyped-call]
-    return Gathered(gathered, sum(sizes[: distributed.get_rank()]))
+    return _Gather.apply(rows, sizes), sum(sizes[: distributed.get_rank()])  # type: ignore[no-untyped-call]
 
 
 class _Gather(torch.autograd.Function):

@@ -34,7 +34,7 @@ from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import ROW, cells_of, check_names, values_of
 from lora_lightning.data.loading.packing import pack_table
 from lora_lightning.data.seq2seq import REFERENCES
-from lora_lightning.data.text import GivesPrompts, Prompt, TextData, held_out_split, rows_from_all_over
+from lora_lightning.data.text import GivesPrompts, Prompt, held_out_split, rows_from_all_over
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
@@ -42,7 +42,7 @@ FEW = 50
 """Rows that are read to learn how answers end."""
 
 
-class ChatData(TextData, GivesPrompts):
+class ChatData(GivesPrompts):
     """Files or a Hugging Face set of conversations to batches of token ids and labels, by the model's chat template.
 
     A row is a list of `messages` (OpenAI's role, content and tool_calls, or ShareGPT's from and value), or a prompt
@@ -68,8 +68,6 @@ class ChatData(TextData, GivesPrompts):
         LoRAError: a missing file or column, a row that is no conversation, or one that the template refuses.
     """
 
-    padding_side = "right"
-
     def __init__(
         self,
         *texts: Any,
@@ -88,7 +86,6 @@ class ChatData(TextData, GivesPrompts):
         self.given_columns, self.train_on, self.system = check_chat_columns(columns), train_on, system
         self.packing, self.with_prompts = packing, with_prompts
         self.chat_template, self.template_options = chat_template, dict(template_options or {})
-        self._layouts: dict[str, dict[str, str]] = {}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -109,7 +106,7 @@ class ChatData(TextData, GivesPrompts):
         return [column for part, column in given.items() if part != "answer" or not self._only_prompts(split)]
 
     def text_columns(self, table: datasets.Dataset, split: str) -> tuple[list[str], list[str]]:
-        layout = layout_of(table.column_names, self.given_columns, answers=not self._only_prompts(split))
+        layout = self.layout(table, split)
         parts = (("messages", "prompt", "context"), ("answer",))
         inputs, answers = ([layout[part] for part in group if part in layout] for group in parts)
         return inputs, answers
@@ -117,23 +114,19 @@ class ChatData(TextData, GivesPrompts):
     def _only_prompts(self, split: str) -> bool:
         return self.with_prompts and kind_of(split) == "predict"
 
-    def layout(self, split: str) -> dict[str, str]:
-        """The column of each part of a conversation in a split."""
-        if split not in self._layouts:
-            names, answers = self.tables[split].column_names, not self._only_prompts(split)
-            self._layouts[split] = layout_of(names, self.given_columns, answers=answers)
-        return self._layouts[split]
+    def layout(self, table: datasets.Dataset, split: str) -> dict[str, str]:
+        """The column of each part of a conversation."""
+        return layout_of(table.column_names, self.given_columns, answers=not self._only_prompts(split))
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise for a row that is no conversation."""
-        answers = not self._only_prompts(split)
-        layout = layout_of(table.column_names, self.given_columns, answers=answers)
+        layout = self.layout(table, split)
         check_names(table.column_names, list(layout.values()), self.place(split))
         for row in table:
             try:
                 messages = conversation_of(row, layout)
                 tools_of(row, layout)
-                if answers and last_answer(messages) is None:
+                if not self._only_prompts(split) and last_answer(messages) is None:
                     raise BadRow("messages", "a message of the role assistant", [m["role"] for m in messages])
             except BadRow as bad:
                 raise self.bad_cell(split, row[ROW], layout[bad.part], bad.expected, bad.got, bad.hint) from None
@@ -143,34 +136,33 @@ class ChatData(TextData, GivesPrompts):
         if self.with_prompts and kind != "train":
             return self._with_prompts(table, split)
         conversations = self.conversations(table, split)
-        return (
-            pack_table(conversations, self.max_length, split) if self.packing and kind != "predict" else conversations
-        )
+        packed = self.packing and kind != "predict"
+        return pack_table(conversations, self.max_length, split) if packed else conversations
 
     def conversations(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         """Token ids and labels of the conversations with tokens to train on; a warning counts the others."""
-        encoded = self._encode_rows(
-            encode_conversations, table, split, train_on=self.train_on, max_length=self.max_length
-        )
-        trainable = self._trainable(encoded, table[ROW], split)
-        return encoded.select(trainable).select_columns(["input_ids", "labels"])
+        encoded, trainable = self._encode_conversations(table, split)
+        return encoded.select(trainable)
 
     def _with_prompts(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         answered = kind_of(split) != "predict"
         prompts = self._encode_rows(encode_prompts, table, split, answered=answered).remove_columns("problem")
         if not answered:
             return prompts.remove_columns(REFERENCES)
+        encoded, trainable = self._encode_conversations(table, split)
+        return datasets.concatenate_datasets([encoded, prompts], axis=1).select(trainable)
+
+    def _encode_conversations(self, table: datasets.Dataset, split: str) -> tuple[datasets.Dataset, list[int]]:
+        """Token ids and labels of all conversations, and the numbers of those with tokens to train on."""
         options = {"train_on": self.train_on, "max_length": self.max_length}
         encoded = self._encode_rows(encode_conversations, table, split, **options)
-        trainable = self._trainable(encoded, table[ROW], split)
-        columns = [encoded.select_columns(["input_ids", "labels"]), prompts]
-        return datasets.concatenate_datasets(columns, axis=1).select(trainable)
+        return encoded.select_columns(["input_ids", "labels"]), self._trainable(encoded, table[ROW], split)
 
     def _encode_rows(
         self, function: Callable[..., Any], table: datasets.Dataset, split: str, **options: Any
     ) -> datasets.Dataset:
         """`encode_by` a function of conversations, with an error for the first row that the template refuses."""
-        layout = self.layout(split)
+        layout = self.layout(table, split)
         shared = {"template": self.template, "layout": layout, "system": self.system}
         encoded = self.encode_by(function, table, split, **shared, **options)
         column = layout.get("messages", layout.get("answer", layout.get("prompt", "")))
@@ -218,8 +210,9 @@ class ChatData(TextData, GivesPrompts):
     @property
     def stop_token_ids(self) -> list[int]:
         """Return the tokens that end answers in the first rows, and the tokenizer's end token."""
-        controls, ends, layout = special_ids(self.tokenizer), set(), self.layout("train")
-        for row in self.tables["train"].select(range(min(len(self.tables["train"]), FEW))):
+        train, controls, ends = self.tables["train"], special_ids(self.tokenizer), set()
+        layout = self.layout(train, "train")
+        for row in train.select(range(min(len(train), FEW))):
             messages = conversation_of(row, layout, self.system)
             with contextlib.suppress(TemplateError):  # answers may not be found where all tokens are trained on
                 ids, labels = self.template.encode(messages, tools_of(row, layout), "answers")
@@ -227,13 +220,9 @@ class ChatData(TextData, GivesPrompts):
         return sorted({*ends, *super().stop_token_ids})
 
     def prompts(self, count: int) -> list[Prompt]:
-        """Held-out conversations up to their last answer, spread over the validation set (else test, else train).
-
-        Args:
-            count: how many at most.
-        """
+        """Held-out conversations up to their last answer, spread over the validation set (else test, else train)."""
         split, result = held_out_split(self.tables), []
-        layout = self.layout(split)
+        layout = self.layout(self.tables[split], split)
         for row in rows_from_all_over(self.tables[split], count):
             messages, tools = conversation_of(row, layout, self.system), tools_of(row, layout)
             end = last_answer(messages)

@@ -27,6 +27,12 @@ def image_files(folder: Path) -> list[Path]:
     return files_found
 
 
+def _some_images(folder: Path) -> list[Path]:
+    if files := image_files(folder):
+        return files
+    raise LoRAError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+
+
 def visible_folders(folder: Path) -> list[Path]:
     """The folders in a folder without hidden ones, sorted by name."""
     return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
@@ -61,10 +67,7 @@ def read_class_folders(folder: Path, split: str, columns: Sequence[str]) -> data
     if not folder.is_dir():
         raise LoRAError(f"no folder {folder}")
     if split == "predict":
-        files = image_files(folder)
-        if not files:
-            raise LoRAError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
-        return datasets.Dataset.from_dict({image: [str(file) for file in files]})
+        return datasets.Dataset.from_dict({image: [str(file) for file in _some_images(folder)]})
     classes = visible_folders(folder)
     if not classes:
         loose = " but loose images" if image_files(folder) else ""
@@ -93,9 +96,7 @@ def read_mask_folders(folder: Path, split: str, columns: Sequence[str], names: S
     images, masks = (folder / name for name in names)
     if not images.is_dir() and split == "predict":
         images = folder
-    images_by_stem = {_stem(file, images): file for file in image_files(images)}
-    if not images_by_stem:
-        raise LoRAError(f"{images} holds no image ({', '.join(SUFFIXES)})")
+    images_by_stem = {_stem(file, images): file for file in _some_images(images)}
     if split == "predict":
         return datasets.Dataset.from_dict({columns[0]: [str(file) for file in images_by_stem.values()]})
     if not masks.is_dir():

@@ -44,10 +44,7 @@ class Preprocessing:
         if isinstance(self.resize, int):
             shorter = max(round(min(height, width) * self.resize / min(self.size)), height, width)
             return replace(self, size=(height, width), resize=shorter)
-        scaled = (
-            round(height * self.resize[0] / self.size[0]),
-            round(width * self.resize[1] / self.size[1]),
-        )
+        scaled = round(height * self.resize[0] / self.size[0]), round(width * self.resize[1] / self.size[1])
         return replace(self, size=(height, width), resize=scaled)
 
     def whole(self) -> Preprocessing:
@@ -59,18 +56,16 @@ class Preprocessing:
         import transformers
 
         height, width = self.size
-        filters = {name: number for number, name in PIL_FILTERS.items()}
-        shared: dict[str, Any] = {
-            "image_mean": list(self.mean),
-            "image_std": list(self.std),
-            "resample": filters[self.interpolation],
-            "do_convert_rgb": True,
-        }
-        if self.resize == self.size:
-            return transformers.ViTImageProcessor(size={"height": height, "width": width}, **shared)
         resize = self.resize
-        size = {"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]}
-        return transformers.CLIPImageProcessor(size=size, crop_size={"height": height, "width": width}, **shared)
+        return transformers.CLIPImageProcessor(
+            size={"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
+            do_center_crop=resize != self.size,
+            crop_size={"height": height, "width": width},
+            image_mean=list(self.mean),
+            image_std=list(self.std),
+            resample=next(number for number, name in PIL_FILTERS.items() if name == self.interpolation),
+            do_convert_rgb=True,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,21 +119,16 @@ def _to_numbers(p: Preprocessing) -> list[Any]:
 
 
 def preprocessing_of(name: str) -> Preprocessing:
-    """The preprocessing of a backbone's pretraining.
+    """The preprocessing of a backbone's pretraining; one that is not known, or not supported here, is refused.
 
     Args:
         name: `timm:NAME`, `torchvision:WEIGHTS` such as `torchvision:ResNet50_Weights.DEFAULT`, or an argument of
             `AutoImageProcessor.from_pretrained`.
-
-    Raises:
-        LoRAError: there is no such model, or its preprocessing is not supported here.
     """
     kind, _, rest = name.partition(":")
-    if kind == "timm":
-        return _of_timm(rest)
     if kind == "torchvision":
         return _of_torchvision(rest)
-    return _of_transformers(name)
+    return _of_timm(rest) if kind == "timm" else _of_transformers(name)
 
 
 def _of_timm(name: str) -> Preprocessing:
@@ -156,13 +146,10 @@ def _of_timm(name: str) -> Preprocessing:
     except Exception as error:
         raise LoRAError(f"timm does not say how '{name}' prepares images: {error}") from error
     _, height, width = settings["input_size"]
-    exact = settings["crop_mode"] == "squash"
-    shorter = math.floor(min(height, width) / settings["crop_pct"])
+    whole = math.floor(height / settings["crop_pct"]), math.floor(width / settings["crop_pct"])
     return Preprocessing(
         size=(height, width),
-        resize=(math.floor(height / settings["crop_pct"]), math.floor(width / settings["crop_pct"]))
-        if exact
-        else shorter,
+        resize=whole if settings["crop_mode"] == "squash" else min(whole),
         mean=tuple(settings["mean"]),
         std=tuple(settings["std"]),
         interpolation=_interpolation(settings["interpolation"], name),
@@ -247,7 +234,6 @@ def _of_transformers(name: str) -> Preprocessing:
 
 
 def _interpolation(interpolation: str, name: str) -> Interpolation:
-    for known in PIL_FILTERS.values():
-        if interpolation == known:
-            return known
+    if interpolation in PIL_FILTERS.values():
+        return interpolation  # type: ignore[return-value]
     raise LoRAError(f"'{name}' resizes by {interpolation}, which is not known here: give preprocessing by hand")
