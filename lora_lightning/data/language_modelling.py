@@ -23,13 +23,7 @@ from lora_lightning.data.io.streams import (
 from lora_lightning.data.io.tables import ROW, TextBy, check_names, lengths_of, read_tables, values_of
 from lora_lightning.data.loading.packing import cut, cut_to_train, pack_rows, pack_table
 from lora_lightning.data.loading.sampler import seeded_generator
-from lora_lightning.data.text import (
-    GivesPrompts,
-    Prompt,
-    beginning_of,
-    held_out_split,
-    rows_from_all_over,
-)
+from lora_lightning.data.text import GivesPrompts, Prompt, beginning_of, held_out_split, rows_from_all_over
 from lora_lightning.lora.errors import LoRAError, first_few
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 

@@ -14,12 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import CHRFScore, SacreBLEUScore, TranslationEditRate
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedTokenizerBase
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.tasks.base import Stage, StepOutput, inputs_and_labels, inputs_of
@@ -47,10 +42,7 @@ def check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
 
 @torch.no_grad()
 def generate_texts(
-    backbone: nn.Module,
-    inputs: Mapping[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    options: Mapping[str, Any],
+    backbone: nn.Module, inputs: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
 ) -> list[str]:
     """The generated text of each row, without special tokens and blanks at both ends.
 

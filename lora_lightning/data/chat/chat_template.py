@@ -169,12 +169,7 @@ def encode_conversations(
 
 
 def encode_prompts(
-    rows: Mapping[str, list[Any]],
-    *,
-    template: ChatTemplate,
-    layout: dict[str, str],
-    system: str | None,
-    answered: bool,
+    rows: Mapping[str, list[Any]], *, template: ChatTemplate, layout: dict[str, str], system: str | None, answered: bool
 ) -> dict[str, list[Any]]:
     """Return for each row the conversation up to its last answer, and that answer as the only reference.
 

@@ -11,12 +11,7 @@ import numpy as np
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.classification import OneLabel
-from lora_lightning.data.images.files import (
-    folders_by_split,
-    is_imagefolder,
-    read_class_folders,
-    read_imagefolder,
-)
+from lora_lightning.data.images.files import folders_by_split, is_imagefolder, read_class_folders, read_imagefolder
 from lora_lightning.data.images.rows import Rows
 from lora_lightning.data.images.table import ImageTable
 from lora_lightning.data.io.tables import files_read, is_saved, known_split

@@ -120,14 +120,6 @@ class SegmentationData(LabelNames, ImageTable):
         allowed = (self.num_classes, self.ignore_index, self.reduce_labels)
         return MaskRows(images, masks, allowed, **self.transforms)
 
-    def verify_rows(self, table: datasets.Dataset, split: str) -> None:
-        if self.verify != "decode" or split == "predict":
-            super().verify_rows(table, split)
-            return
-        rows = self.encode(table, split)
-        for i in self.with_progress(range(len(table)), split):
-            rows.read(i)
-
 
 class MaskRows(Rows):
     """`Rows` whose labels are masks.

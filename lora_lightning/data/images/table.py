@@ -58,7 +58,13 @@ class ImageCells(TableData):
         """Columns of images."""
 
     def read(self) -> dict[str, datasets.Dataset]:
-        return self._without_decoding(self.read_images())
+        """The tables with images as paths and bytes: `datasets` would decode each row on access."""
+        tables = self.read_images()
+        for split, table in tables.items():
+            for column in self.image_columns:
+                if column in table.column_names and is_image(table.features[column]):
+                    tables[split] = tables[split].cast_column(column, datasets.Image(decode=False))
+        return tables
 
     def read_images(self) -> dict[str, datasets.Dataset]:
         """Tables by split, with images in any form."""
@@ -76,23 +82,14 @@ class ImageCells(TableData):
         file = self.files.get(split, self.files.get("train", []))[row - 1]
         return LoRAError(f"{file}: expected {expected}, got {got!r}{hint}")
 
-    def _without_decoding(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
-        """The tables with images as paths and bytes: `datasets` would decode each row on access."""
-        for split, table in tables.items():
-            for column in self.image_columns:
-                if column in table.column_names and is_image(table.features[column]):
-                    tables[split] = tables[split].cast_column(column, datasets.Image(decode=False))
-        return tables
-
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise for a cell that is neither a path nor an image."""
         for column in self.image_columns:
             if column not in table.column_names:  # rows of predict have no masks
                 continue
             feature = table.features[column]
-            if isinstance(feature, datasets.Image) or (self._arrays and getattr(feature, "dtype", "") == "int64"):
-                continue
-            for row, cell in cells_of(table, ROW, column):
+            inside = isinstance(feature, datasets.Image) or (self._arrays and getattr(feature, "dtype", "") == "int64")
+            for row, cell in () if inside else cells_of(table, ROW, column):
                 if not isinstance(cell, str) or not cell:
                     raise self.bad_cell(split, row, column, "the path of an image", cell)
 
@@ -102,24 +99,26 @@ class ImageCells(TableData):
         if self.verify == "none" or self._verified:
             return
         for split, table in self.tables.items():
-            self.verify_rows(table, split)
+            with self._kind_of_set(split) as kind:
+                self.verify_rows(table, kind)
         self._verified = True
 
     def verify_rows(self, table: datasets.Dataset, split: str) -> None:
-        """Raise for the first image of a split that cannot be opened or decoded."""
-        decode = self.verify == "decode"
+        """Raise for the first image of a split that cannot be opened or, where asked for, decoded with its mask."""
+        bar: Iterable[int] = tqdm(
+            range(len(table)), desc=f"check images, {split}", disable=len(table) < SHOWN_FROM, leave=False
+        )
+        if self.verify == "decode":
+            rows = self.encode(table, split)
+            for i in bar:
+                _ = rows[i]
+            return
         for column in self.image_columns:
             inside = isinstance(table.features.get(column), datasets.Image) and not self.files
-            if column not in table.column_names or (inside and not decode):
-                continue  # it would have to read all images inside a table
-            cells = self.cells(table, split, column)
-            for i in self.with_progress(range(len(table)), split):
-                cells.verify(i, decode=decode)
-
-    def with_progress(self, rows: range, split: str) -> Iterable[int]:
-        """The rows, with a progress bar where there are many."""
-        bar: Iterable[int] = tqdm(rows, desc=f"check images, {split}", disable=len(rows) < SHOWN_FROM, leave=False)
-        return bar
+            if column in table.column_names and not inside:  # it would have to read all images inside a table
+                cells = self.cells(table, split, column)
+                for i in bar:
+                    cells.verify(i)
 
     def cells(self, table: datasets.Dataset, split: str, column: str) -> Cells:
         """A column of images of a split."""
@@ -146,7 +145,6 @@ class ImageCells(TableData):
         return file if file.is_dir() else file.parent
 
     def lengths(self, table: Any) -> None:
-        """Images have none."""
         return
 
 
@@ -202,7 +200,7 @@ class ImageTable(ImageCells):
             how = Preprocessing() if self.preprocessing_name is None else preprocessing_of(self.preprocessing_name)
             how = how.at(self.image_size)
             if self.crop_share == 1:
-                how = how.whole()
+                how = replace(how, resize=how.size)
             elif self.crop_share is not None:
                 how = replace(how, resize=round(min(how.size) / self.crop_share))
             options: dict[str, Any] = {name: value for name, value in self.given.items() if value is not None}

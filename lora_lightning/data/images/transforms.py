@@ -47,10 +47,6 @@ class Preprocessing:
         scaled = round(height * self.resize[0] / self.size[0]), round(width * self.resize[1] / self.size[1])
         return replace(self, size=(height, width), resize=scaled)
 
-    def whole(self) -> Preprocessing:
-        """The preprocessing without a crop, for tasks that need every pixel."""
-        return replace(self, resize=self.size)
-
     def processor(self) -> Any:
         """An equal transformers image processor, to be saved beside a model."""
         import transformers
