@@ -146,6 +146,11 @@ class OneLabel(LabelNames):
         return counts[max(train, key=train.__getitem__)] / sum(counts.values())
 
 
+def entry_feature(table: datasets.Dataset, column: str) -> Any:
+    """The feature of the entries of a column of lists; None of another column."""
+    return getattr(table.features[column], "feature", None)
+
+
 def numbers_of(names: Sequence[str], values: Sequence[Any], feature: Any = None) -> dict[str, int]:
     """Return the number of each label by its text in the column.
 
@@ -238,16 +243,13 @@ class TextClassificationData(OneLabel, TextPairData):
         if split == "train" and missing:
             unknown = min(missing)
             raise LoRAError(f"drop_labels: no row is labelled '{unknown}'{did_you_mean(unknown, labels)}")
-        seen: set[tuple[str, str | None]] = set()
-        rows = []
-        pairs = values_of(table, self.text_pair_column) if self.text_pair_column else [None] * len(table)
-        for row, (text, pair, label) in enumerate(zip(values_of(table, self.text_column), pairs, labels, strict=True)):
-            if label in self.drop_labels or len(text.split()) < self.min_words:
-                continue
-            if self.drop_duplicates and (text, pair) in seen:
-                continue
-            seen.add((text, pair))
-            rows.append(row)
+        seen, rows = set[tuple[Any, ...]](), []
+        texts = cells_of(table, *filter(None, (self.text_column, self.text_pair_column)))
+        for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+            short = len(text[0].split()) < self.min_words
+            if not short and label not in self.drop_labels and not (self.drop_duplicates and text in seen):
+                seen.add(text)
+                rows.append(row)
         if not rows:
             raise LoRAError(f"no row of the {split} set is left after drop_labels, drop_duplicates and min_words")
         return table if len(rows) == len(table) else table.select(rows)
@@ -294,7 +296,7 @@ class MultiLabelTextData(LabelNames, TextPairData):
         return self.label_columns or [self.label_column]
 
     def names_in_train(self) -> list[str]:
-        feature = getattr(self.tables["train"].features[self.label_column], "feature", None)
+        feature = entry_feature(self.tables["train"], self.label_column)
         if isinstance(feature, datasets.ClassLabel):
             return list(feature.names)
         labels = {label for row in self._rows(self.tables["train"]) for label in row}
@@ -314,7 +316,7 @@ class MultiLabelTextData(LabelNames, TextPairData):
         if self.label_columns:
             return [[float(flag) for flag in row] for row in cells_of(table, *self.label_columns)]
         rows = self._rows(table)
-        feature = getattr(table.features[self.label_column], "feature", None)
+        feature = entry_feature(table, self.label_column)
         numbers = numbers_of(self.label_names, [label for row in rows for label in row], feature)
         targets = [[0.0] * self.num_classes for _ in rows]
         for row, labels, target in zip(table[ROW], rows, targets, strict=True):

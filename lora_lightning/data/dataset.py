@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sized
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.io.streams import StreamLoader
+from lora_lightning.data.io.tables import is_saved
 from lora_lightning.data.loading.sampler import EpochSampler, ResumableLoader, seeded_generator
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 
@@ -101,12 +103,10 @@ class DatasetData(LightningDataModule):
             "batch_size": batch_size,
             "collate_fn": self.collate_fn,
             "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
             "pin_memory": self.pin_memory,
             "drop_last": self.drop_last and training,
         }
-        if isinstance(data, IterableDataset):
-            options["persistent_workers"] = False  # a new worker knows the epoch
+        if isinstance(data, IterableDataset):  # its workers do not persist: a new one knows the epoch
             stream = data if self.stream_shares_itself else Share(data, *world, even=training)
             return StreamLoader(stream, self.trainer if training else None, **options)
         if not len(data):
@@ -115,8 +115,8 @@ class DatasetData(LightningDataModule):
         sampler = EpochSampler(
             data, batch_size=batch_size, shuffle=shuffle, seed=self.seed, num_replicas=world[0], rank=world[1]
         )
-        loader = ResumableLoader if training else DataLoader
-        return loader(data, sampler=sampler, generator=seeded_generator(self.seed), **options)
+        options |= {"persistent_workers": self.num_workers > 0, "generator": seeded_generator(self.seed)}
+        return (ResumableLoader if training else DataLoader)(data, sampler=sampler, **options)
 
 
 class Share(IterableDataset[Any]):
@@ -181,19 +181,17 @@ def hub_dataset(
     """
     data = _load(path, split, name, streaming, revision)
     names = list(data.column_names or [])
+    for column in columns or ():
+        if names and column not in names:
+            raise LoRAError(
+                f"'{path}' has no column '{column}'{did_you_mean(column, names)} (it has {', '.join(names)})"
+            )
     if columns:
-        for column in columns:
-            if names and column not in names:
-                raise LoRAError(
-                    f"'{path}' has no column '{column}'{did_you_mean(column, names)} (it has {', '.join(names)})"
-                )
         data = data.select_columns(list(columns))
         data = data.rename_columns({old: new for old, new in columns.items() if old != new})
-    if not streaming:
-        return Rows(data.with_format("torch"), transform)
-    if shuffle_buffer:
+    if shuffle_buffer and streaming:
         data = data.shuffle(seed=seed, buffer_size=shuffle_buffer)
-    return Stream(data.with_format("torch"), transform)
+    return (Stream if streaming else Rows)(data.with_format("torch"), transform)
 
 
 class Rows(Dataset[Any]):
@@ -231,20 +229,12 @@ def _load(path: str, split: str, name: str | None, streaming: bool, revision: st
     try:
         return datasets.load_dataset(location, name, split=split, streaming=streaming, revision=revision)
     except Exception as error:  # many kinds: no network, no such set, no such split
-        saved = _from_disk(location, split)
-        if saved is not None:
-            return saved.to_iterable_dataset() if streaming else saved
-        reason = first_line(error)
-        raise LoRAError(f"no set '{path}' with a split '{split}': {reason}") from error
-
-
-def _from_disk(path: str, split: str) -> Any:
-    try:
-        data = datasets.load_from_disk(path)
-    except (OSError, ValueError):
-        return None
-    if not isinstance(data, Mapping):
-        return data
-    if split not in data:
-        raise LoRAError(f"'{path}' has no split '{split}'{did_you_mean(split, list(data))} (it has {', '.join(data)})")
-    return data[split]
+        if not is_saved(Path(location)):
+            raise LoRAError(f"no set '{path}' with a split '{split}': {first_line(error)}") from error
+    data = datasets.load_from_disk(location)
+    if isinstance(data, Mapping):
+        if split not in data:
+            held = ", ".join(data)
+            raise LoRAError(f"'{path}' has no split '{split}'{did_you_mean(split, list(data))} (it has {held})")
+        data = data[split]
+    return data.to_iterable_dataset() if streaming else data

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.backbones.tokenizers import load_tokenizer
-from lora_lightning.data.classification import LabelNames, check_order, numbers_of
+from lora_lightning.data.classification import LabelNames, check_order, entry_feature, numbers_of
 from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import ROW, cells_of, values_of
 from lora_lightning.data.text import TextData, tokenize_cut
@@ -104,7 +104,7 @@ class TokenClassificationData(LabelNames, TextData):
 
     def names_in_train(self) -> list[str]:
         train = self.tables["train"]
-        if (feature := self._tag_feature(train)) is not None:
+        if isinstance(feature := entry_feature(train, self.tags_column), datasets.ClassLabel):
             return list(feature.names)
         seen = {tag for tags in values_of(train, self.tags_column) for tag in tags}
         return [str(tag) for tag in sorted(seen, key=lambda tag: (tag != OUTSIDE, tag))]
@@ -124,14 +124,9 @@ class TokenClassificationData(LabelNames, TextData):
         self._warn_of_unseen_words(table, encoded, split)
         return self.without_cuts(encoded, split)
 
-    def _tag_feature(self, table: datasets.Dataset) -> datasets.ClassLabel | None:
-        """The set's feature of tags, if it is a ClassLabel."""
-        entry = getattr(table.features[self.tags_column], "feature", None)  # of a list's entries
-        return entry if isinstance(entry, datasets.ClassLabel) else None
-
     def _numbers(self, table: datasets.Dataset, split: str) -> dict[str, int]:
         """The number of each tag in the table, by its text; an unknown one is refused with its row."""
-        feature = self._tag_feature(table)
+        feature = entry_feature(table, self.tags_column)
         check_order(self.label_names, feature)
         seen = {tag for tags in values_of(table, self.tags_column) for tag in tags}
         numbers = numbers_of(self.label_names, list(seen), feature)
@@ -176,16 +171,11 @@ def encode_words(
         for word_ids in pieces
     ]
     if numbers is None:
-        encoded["words"] = words
-        return encoded
-    word_numbers = (
-        [[-1 if word is None else word for word in word_ids] for word_ids in pieces]
-        if all_pieces
-        else encoded["word_ids"]
-    )
+        return {**encoded, "words": words}
+    every = [[-1 if word is None else word for word in word_ids] for word_ids in pieces]
     encoded["labels"] = [
         [IGNORED if word < 0 else numbers[str(tags[word])] for word in word_ids]
-        for word_ids, tags in zip(word_numbers, rows[tags_column], strict=True)
+        for word_ids, tags in zip(every if all_pieces else encoded["word_ids"], rows[tags_column], strict=True)
     ]
     return encoded
 

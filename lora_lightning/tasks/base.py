@@ -64,10 +64,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The predictions of one batch for `lora-lightning predict`, by name: tensors or lists, one row each.
-
-        Targets are not needed.
-        """
+        """The predictions of a batch, which needs no targets, by name: tensors or lists, one row each."""
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The backbone's arguments by name: the batch without the targets."""
@@ -103,11 +100,7 @@ class Task(nn.Module, ABC):
         return self.outputs if type(self).step.__module__.startswith("lora_lightning.") else None
 
     def check(self, batch: Any) -> None:
-        """Check a stage's first batch before the loss, whose error on a GPU ends the process without a reason.
-
-        Raises:
-            LoRAError: a label has no output.
-        """
+        """Refuse a label without an output in a stage's first batch; on a GPU the loss would end the process."""
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         count = self.wanted_outputs()
         if count is None or self.output_is == "number" or not isinstance(labels, Tensor):
@@ -163,22 +156,14 @@ def refuse_no_count(value: Any, name: str) -> None:
 
 
 def inputs_of(batch: Mapping[str, Any], *targets: str) -> dict[str, Any]:
-    """The batch without its targets.
-
-    Raises:
-        LoRAError: the batch is not a mapping of names to tensors.
-    """
+    """The batch without its targets; one that is not a mapping of names to tensors is refused."""
     if not isinstance(batch, Mapping):
         raise LoRAError(f"a batch must map names to tensors, such as input_ids and labels; got {type(batch).__name__}")
     return {key: value for key, value in batch.items() if key not in targets}
 
 
 def inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """The backbone's keyword arguments, and `labels`.
-
-    Raises:
-        LoRAError: the batch has no labels.
-    """
+    """The backbone's keyword arguments, and `labels`; a batch without labels is refused."""
     inputs = inputs_of(batch, "labels")
     if "labels" not in batch:
         raise LoRAError(f"the batch has no 'labels', only {', '.join(inputs)}")
@@ -186,27 +171,20 @@ def inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits from a tensor, a transformers output, a mapping with `logits`, or a tuple that starts with them.
-
-    Raises:
-        LoRAError: the backbone's output has no logits.
-    """
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        return output["logits"]  # type: ignore[no-any-return]
-    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
-        return output[0]
+    """Logits from a tensor, a transformers output, a mapping with `logits`, or a tuple that starts with them."""
+    logits = output
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif isinstance(output, tuple | list) and output:
+        logits = output[0]
+    if isinstance(logits, Tensor):
+        return logits
     keys = list(output) if isinstance(output, Mapping) else type(output).__name__
     raise LoRAError(f"the backbone must return logits (a tensor, or an output with `logits`), got {keys}")
 
 
 def logits_each(output: Any, count: int, what: str) -> Tensor:
-    """Logits (n, count) in float32, one for each `what`, such as a class.
-
-    Raises:
-        LoRAError: the head has another number of outputs.
-    """
+    """Logits (n, count) in float32, one for each `what`, such as a class; another number of outputs is refused."""
     logits = logits_of(output)
     if logits.dim() != 2 or logits.shape[1] != count:
         raise LoRAError(
@@ -221,11 +199,7 @@ PIXELS = "pixel_values"
 
 
 def image_inputs(backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The backbone's arguments by name: images under the name of its `forward`'s argument.
-
-    Raises:
-        LoRAError: the batch is no mapping, or `forward` has no named argument.
-    """
+    """The backbone's arguments by name: images under the name of its `forward`'s argument, which it must have."""
     inputs = inputs_of(batch, "labels")
     taken = inspect.signature(backbone.forward).parameters
     if PIXELS not in inputs or PIXELS in taken:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -64,11 +63,7 @@ def refuse_too_long(backbone: nn.Module, batch: Any) -> None:
 
 
 def refuse_long_rows(backbone: nn.Module, datamodule: Any) -> None:
-    """Check all encoded rows of a DataModule before the first batch.
-
-    Raises:
-        LoRAError: a split has rows that are too long; names their number.
-    """
+    """Raise before the first batch where a split of a DataModule has rows that are too long, with their number."""
     limit = learned_positions(backbone)
     if limit is None or not hasattr(datamodule, "encoded_lengths"):
         return
@@ -136,11 +131,10 @@ def is_packed(inputs: Mapping[str, Any]) -> bool:
 def as_packed(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the backbone's arguments with which documents of a row do not attend to each other.
 
+    A backbone that mixes them all the same is refused, by one check for each.
+
     Args:
         inputs: `input_ids` and `position_ids` (b, t), which restart at 0 where a document begins.
-
-    Raises:
-        LoRAError: the backbone mixes documents, which is checked once for each backbone.
     """
     if backbone not in _PROVEN and not is_traced():
         refuse_mixing(backbone, inputs["input_ids"])
@@ -164,8 +158,7 @@ def unpack(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     For code that needs the backbone's inputs in their usual form, such as the check of an export.
     """
     ids, positions = inputs["input_ids"].flatten(), inputs["position_ids"].flatten()
-    starts = (positions == 0).nonzero().squeeze(1).tolist()
-    documents = [ids[a:b] for a, b in pairwise([*starts, len(ids)])]
+    documents = ids.tensor_split((positions == 0).nonzero().squeeze(1).cpu())[1:]
     rows, longest = list[Tensor](), 0
     for document in documents:
         longest = max(longest, len(document))
@@ -186,14 +179,7 @@ def flash_lengths(position_ids: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def refuse_mixing(backbone: nn.Module, input_ids: Tensor) -> None:
-    """Raise unless the backbone gives two documents in one row the same results as alone.
-
-    Args:
-        input_ids: any valid ones: the documents are made of their tokens.
-
-    Raises:
-        LoRAError: documents depend on each other, or positions are ignored.
-    """
+    """Raise unless the backbone gives two documents of these tokens in one row the same results as alone."""
     first, other, second = _documents(input_ids)
     rows = torch.stack([torch.cat([first, second]), torch.cat([other, second])])
     positions = torch.arange(LENGTH, device=rows.device).repeat(2, 2)

@@ -104,11 +104,8 @@ class Supervised(Task):
         return batch[0], batch[1] if len(batch) == 2 else None
 
     def _outputs(self, backbone: nn.Module, inputs: Any) -> Tensor:
-        made: Any
-        if isinstance(inputs, Mapping):
-            made = backbone(**inputs)
-        else:
-            made = backbone(*inputs) if isinstance(inputs, tuple | list) else backbone(inputs)
+        several = isinstance(inputs, tuple | list)
+        made: Any = backbone(**inputs) if isinstance(inputs, Mapping) else backbone(*inputs if several else [inputs])
         if isinstance(made, Mapping):
             if self.output not in made:
                 raise LoRAError(f"the backbone returns no '{self.output}'{_near(self.output, made)}: name its output")
@@ -133,13 +130,11 @@ def _fit_target(outputs: Tensor, value: Any) -> Tensor:
     target: Tensor = torch.as_tensor(value).to(outputs.device)
     if not target.is_floating_point():
         return target
-    if target.shape != outputs.shape:
-        if target.numel() != outputs.numel() or target.squeeze().shape != outputs.squeeze().shape:
-            raise LoRAError(
-                f"a target of numbers must have the outputs' shape {tuple(outputs.shape)}, got {tuple(target.shape)}"
-            )
-        target = target.reshape(outputs.shape)
-    return target.to(outputs)
+    if target.squeeze().shape != outputs.squeeze().shape:
+        raise LoRAError(
+            f"a target of numbers must have the outputs' shape {tuple(outputs.shape)}, got {tuple(target.shape)}"
+        )
+    return target.reshape(outputs.shape).to(outputs)
 
 
 def _near(name: str, held: Any) -> str:

@@ -12,7 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import StepOutput, Task, inputs_of, logits_of, refuse_no_count
+from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, inputs_of, logits_of, refuse_no_count
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
 NOT_INPUTS = ("labels", "word_ids", "words")
@@ -42,12 +42,12 @@ class TokenClassification(Task):
         if len(label_names) < 2:
             raise LoRAError(f"token classification needs at least 2 labels, got {label_names}")
         accuracy = MulticlassAccuracy(len(label_names), average="micro", ignore_index=IGNORED)
-        metrics: dict[str, Metric] = {"accuracy": accuracy}
+        metrics: dict[str, Metric | MetricCollection] = {"accuracy": accuracy}
         if entities:
             metrics["precision"] = EntityPrecision(label_names, strict=strict)
             metrics["recall"] = EntityRecall(label_names, strict=strict)
             metrics["f1"] = EntityF1(label_names, strict=strict)
-        super().__init__(MetricCollection(dict(metrics)))
+        super().__init__(MetricCollection(metrics))
         self.label_names, self.outputs = list(label_names), len(label_names)
         self.tagging = Tagging(label_names, strict=strict) if entities else None
         self.label_smoothing = label_smoothing
@@ -62,13 +62,8 @@ class TokenClassification(Task):
 
         With `word_ids` (n, t), which has each word's number at its first token and -1 elsewhere, metrics count words,
         though all tokens may be labeled. Without it they count labeled tokens.
-
-        Raises:
-            LoRAError: no token of a batch to train on has a label.
         """
-        if "labels" not in batch:
-            raise LoRAError(f"the batch has no 'labels', only {', '.join(inputs_of(batch))}")
-        labels = batch["labels"]
+        _, labels = inputs_and_labels(batch)
         logits = self._logits(backbone, self.inputs(backbone, batch), labels.shape)
         labelled = labels != IGNORED
         count = int(labelled.sum())

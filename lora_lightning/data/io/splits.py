@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from lora_lightning.lora.errors import LoRAError
 
 SPLITS = ("train", "validation", "test")
-CALLED = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation"}
-CALLED |= {"validation": "validation", "test": "test", "predict": "predict"}
+CALLED = {**dict.fromkeys(("val", "valid", "dev"), "validation"), "predict": "predict"} | {s: s for s in SPLITS}
 """Splits by their names in files and sets."""
 
 
@@ -64,11 +63,7 @@ class SplitConfig:
 
 
 def split_rows(groups: Sequence[object], config: SplitConfig) -> dict[str, list[int]]:
-    """Row numbers by split, in the table's order. `groups` has each row's group.
-
-    Raises:
-        LoRAError: there are too few groups for each split.
-    """
+    """Row numbers by split, in the table's order, from each row's group; too few groups are refused."""
     names = sorted({str(group) for group in groups})
     random.Random(config.seed).shuffle(names)
     n_validation, n_test = round(len(names) * config.validation), round(len(names) * config.test)

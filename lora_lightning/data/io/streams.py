@@ -90,16 +90,11 @@ class Endless(IterableDataset[Any]):
 
 
 def first_row(stream: datasets.IterableDataset, place: str) -> dict[str, Any]:
-    """The first row of a stream, for its columns.
-
-    Raises:
-        LoRAError: there is no row, or it cannot be read.
-    """
+    """The first row of a stream, for its columns; one without rows, or that cannot be read, is refused."""
     try:
         row: dict[str, Any] | None = next(iter(stream), None)
     except Exception as error:  # each reader has its errors
-        cause = error.__cause__ or error
-        raise LoRAError(f"{place} cannot be read: {first_line(cause)}") from error
+        raise LoRAError(f"{place} cannot be read: {first_line(error.__cause__ or error)}") from error
     if row is None:
         raise LoRAError(f"{place} holds no rows")
     return row
@@ -123,7 +118,7 @@ class StreamLoader(DataLoader[Any]):
     ) -> None:
         super().__init__(stream, **options)
         self.trainer, self.ends = trainer, ends
-        self._was: dict[str, int] = {}
+        self._was: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self.trainer is None:
@@ -139,20 +134,16 @@ class StreamLoader(DataLoader[Any]):
             had = batches.total.ready
         else:
             had = batches.current.ready if epochs.started > epochs.completed else 0  # type: ignore[attr-defined]
-        was, self._was = self._was, {}
-        if had and (changed := [name for name in was if was[name] != self._batch_settings()[name]]):
-            differences = ", ".join(f"{name} was {was[name]} and is {self._batch_settings()[name]}" for name in changed)
-            rank_zero_warn(f"{differences}: some rows of the stream come again, or not at all")
+        was, now, self._was = self._was, self.state_dict(), {}
+        changed = [f"{name} was {was[name]} and is {now[name]}" for name in was if was[name] != now[name]]
+        if had and changed:
+            rank_zero_warn(f"{', '.join(changed)}: some rows of the stream come again, or not at all")
         return int(had)
 
-    def _batch_settings(self) -> dict[str, int]:
-        """The settings that determine the batches, beside the stream."""
+    def state_dict(self) -> dict[str, Any]:
+        """The settings that determine the batches, beside the stream; the loops count the batches."""
         processes = 1 if self.trainer is None else self.trainer.world_size
         return {"batch_size": int(self.batch_size or 1), "num_workers": self.num_workers, "processes": processes}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The settings of batches; the loops count the batches."""
-        return self._batch_settings()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the settings, to compare them when the stream is resumed."""

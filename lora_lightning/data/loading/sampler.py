@@ -151,8 +151,7 @@ class ResumableLoader(DataLoader[Any]):
 
     def _skip_to_place(self) -> int:
         """Let the sampler skip to the loaded position, if it is in the epoch that begins and the order is the same."""
-        state = self._loaded_state
-        sampler = self.sampler
+        state, sampler = self._loaded_state, self.sampler
         if state is None or not isinstance(sampler, EpochSampler) or sampler.epoch != state["epoch"]:
             return 0
         was, now = state["order"], self._order()

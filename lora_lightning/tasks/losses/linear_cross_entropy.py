@@ -178,11 +178,9 @@ def loss_in_chunks(
         if by_weight is not None:
             by_weight += logits.t() @ h
         del logits  # before the next chunk
-    dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-    gradients = [
-        None if g is None else g.to(dtype) for g, dtype in zip((by_hidden, by_weight, by_bias), dtypes, strict=True)
-    ]
-    return loss, correct, gradients[0], gradients[1], gradients[2]
+    by_weight = None if by_weight is None else by_weight.to(weight.dtype)
+    by_bias = None if by_bias is None or bias is None else by_bias.to(bias.dtype)
+    return loss, correct, by_hidden, by_weight, by_bias
 
 
 def loss_of_logits_(logits: Tensor, labels: Tensor, terms: Terms, *, gradient: bool) -> tuple[Tensor, Tensor]:
