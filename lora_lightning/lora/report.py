@@ -30,7 +30,6 @@ class AdaptedModule:
     """One row of the injection table."""
 
     module: str
-    """Full name in the backbone."""
     kind: str
     """The kind of layer, with the adapted parts in brackets where it is fused."""
     r: int

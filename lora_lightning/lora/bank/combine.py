@@ -50,7 +50,6 @@ class Combination:
     errors: dict[str, float] = field(default_factory=dict)
     """By module, ||exact - combined||_F / ||exact||_F: the error of the chosen rank."""
     ranks: dict[str, int] = field(default_factory=dict)
-    """By module."""
     error: float = 0.0
     """The same over all modules together."""
 
@@ -60,7 +59,6 @@ class CombinedLayer:
     """One layer of the combination."""
 
     name: str
-    """The name in the backbone."""
     like: AdaptedLayer
     """The first adapter's layer, for its kind and shapes."""
     whole: bool

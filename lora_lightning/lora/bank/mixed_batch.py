@@ -89,7 +89,6 @@ class MixedForward(Grafted):
     lora_batch: Batch
     lora_path: str
     lora_twins: dict[str, Grafted]
-    """The adapted twins of this module, by adapter."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The plain module's output, in which each adapter's rows are replaced, or get the adapter's update."""
@@ -140,7 +139,6 @@ def _adds_update(twin: Grafted) -> bool:
 
 
 def _add_update(out: Tensor, rows: Tensor, layer: Any, x: Tensor) -> None:
-    """Add the layer's update for x to these rows of `out`, in place."""
     update = layer.lora_update(x).to(out.dtype)
     if layer.lora_magnitude_vector is None and layer.lora_B_bias is None:
         out.index_add_(0, rows, update)
@@ -179,7 +177,6 @@ def mixed_batch(model: nn.Module, sources: Mapping[str, list[Share]], batch: Bat
 
 
 def _twins(names: Mapping[nn.Module, str], sources: Mapping[str, list[Share]]) -> dict[nn.Module, dict[str, Grafted]]:
-    """The adapted twins, by plain module and by the adapter's name."""
     hosts: dict[nn.Module, nn.Module] = {
         module.out_proj: module for module in names if isinstance(module, nn.MultiheadAttention)
     }

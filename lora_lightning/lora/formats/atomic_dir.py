@@ -201,7 +201,6 @@ def _runs(pid: int) -> bool:
 
 
 def _free_space(target: Path) -> tuple[int, Path]:
-    """The free bytes for `target`, and the existing folder on its disk."""
     disk = next(path for path in (target, *target.parents) if path.exists())
     return shutil.disk_usage(disk).free, disk
 

@@ -30,7 +30,6 @@ class Record:
     """One adapter's record, by names in the backbone."""
 
     base: Fingerprint
-    """The fingerprint of W0."""
     adapter: str
     """Digest of the file's tensors, in the format of `base`."""
     settings: dict[str, tuple[int, float, float]]

@@ -34,7 +34,6 @@ class WarmStart:
     """What was loaded from the earlier adapter."""
 
     tensors: int
-    """The number of loaded tensors."""
     own_start: dict[str, str]
     """Modules trained in full that keep their own init, and why."""
 

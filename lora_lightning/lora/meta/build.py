@@ -51,7 +51,6 @@ def on_meta(make: Callable[[], nn.Module], weights: str | Path) -> nn.Module:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Within the block, modules register parameters on the meta device."""
     register = nn.Module.register_parameter
     bare: Any = WeakIdKeyDictionary()  # so that a parameter registered twice stays one
 

@@ -139,7 +139,6 @@ def _read_rows(checkpoint: Checkpoint, key: str, into: Tensor, offset: tuple[int
 
 
 def _put(slot: Empty, value: Tensor) -> None:
-    """Put the real tensor into each of its places."""
     tensor: Any = slot.tensor
     if type(tensor) not in (Tensor, nn.Parameter):
         from torch.distributed.tensor import DTensor

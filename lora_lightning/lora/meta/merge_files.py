@@ -45,11 +45,9 @@ class StreamReport:
     changed: int
     """The number of tensors with an update, or that the adapter holds whole."""
     size: int
-    """Bytes of all tensors."""
     base_checked: bool
     """False where the adapter has no fingerprint of its base, or another base was allowed."""
     files: dict[str, list[str]] = field(default_factory=dict)
-    """The keys of each file."""
 
 
 class StreamedMerge:

@@ -337,7 +337,6 @@ def _without_narrow(targets: list[Target], config: LoRAConfig, selection: Select
 
 
 def _refuse_unfit(target: Target) -> None:
-    """Raise a TargetError for a layer that cannot be adapted, or not with these options."""
     if reason := _option_refusal(target):
         raise TargetError(reason)
     if any(p is not None and is_lazy(p) for p in target.module._parameters.values()):

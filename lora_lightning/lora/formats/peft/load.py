@@ -63,7 +63,6 @@ class AdapterFiles:
 
     directory: Path
     peft: dict[str, Any]
-    """PEFT's config."""
     tensors: dict[str, Tensor]
     """By their keys in the file."""
     record: Record | None

@@ -128,9 +128,7 @@ class Contents:
     parameters: dict[str, int] = field(default_factory=dict)
     """Adapted bare parameters, with the rank."""
     tokens: list[str] = field(default_factory=list)
-    """Embeddings with trained rows."""
     saved: list[str] = field(default_factory=list)
-    """Modules saved in full."""
 
 
 def find_contents(tensors: Mapping[str, Tensor], peft: Mapping[str, Any], model: nn.Module) -> Contents:

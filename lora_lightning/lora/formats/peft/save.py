@@ -37,14 +37,10 @@ from lora_lightning.lora.targets.bypass import bypassed_modules
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.lora.targets.patterns import matches
 
-CLASSIFIERS = ("classifier", "score")
 TASKS: dict[str, tuple[str, ...]] = {
-    "SEQ_CLS": CLASSIFIERS,
-    "TOKEN_CLS": CLASSIFIERS,
+    **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")),
     "QUESTION_ANS": ("qa_outputs",),
-    "SEQ_2_SEQ_LM": (),
-    "CAUSAL_LM": (),
-    "FEATURE_EXTRACTION": (),
+    **dict.fromkeys(("SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION"), ()),
 }
 """By PEFT's name of a task, the ends of names that PEFT adds to `modules_to_save` (0.21.2, peft_model.py)."""
 
@@ -114,7 +110,6 @@ def adapter_file_bytes(
 def _config(
     model: nn.Module, layouts: list[LayerLayout], base_model_name_or_path: str | None, task_type: str | None
 ) -> dict[str, Any]:
-    """PEFT's config, with every rank and alpha."""
     settings = [layout.layer.lora_settings for layout in layouts]
     is_folded = any(layout.one_alpha is not None for layout in layouts)
     rslora = not is_folded and any(s.scale != s.alpha / s.r for s in settings)  # at r = 1 the two scales are one
