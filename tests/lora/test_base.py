@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -94,3 +95,22 @@ def test_a_head_that_the_adapter_brings_is_no_other_base(twice, tmp_path):
     inject(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["first"]))
     load_adapter(other, save_adapter(move(model), tmp_path))
     assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module"])
+def test_a_base_that_was_noted_by_the_names_of_a_wrapped_model_is_the_plain_one(wrapper, tmp_path):
+    """As `torch.compile` or `DataParallel` would name it, by a class that is not known as a wrapper."""
+
+    def build(block):
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict({"0": nn.Linear(4, 4), "1": block(nn.Linear(4, 4))}))
+
+    old, model = build(lambda layer: nn.ModuleDict({wrapper: nn.Sequential(layer)})), build(nn.Sequential)
+    other, x = copy.deepcopy(model), torch.randn(2, 4)
+    inject(old, LoRAConfig(r=2, target_modules="0"))
+    load_adapter(model, save_adapter(move(old), tmp_path))
+    assert torch.equal(model[0](x), old[0](x))
+    with torch.no_grad():
+        other[1][0].weight[0, 0] += 1
+    with pytest.raises(AdapterError, match=r"1 of 4 tensors differ, first 1\.0\.weight"):
+        load_adapter(other, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -20,6 +21,9 @@ from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.lora.targets.fused_projections import refuse_spec
 
 PROVENANCE, CHECKSUM = "lora_lightning", "lora_lightning_sha256"
+
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")
+"""The parts that `torch.compile` and `DataParallel` add to names."""
 
 FREE = HARMLESS - {"ensure_weight_tying"}
 """Fields of PEFT's config that may be edited, since they do not change what is loaded."""
@@ -154,6 +158,11 @@ def refuse_other_base(
 
     With `allow_other_base` it warns instead.
     """
+    # Older records of a wrapped model have `_orig_mod.` or `module.` in their names.
+    plain = {WRAPPERS.sub("", name): name for name in here.tensors}
+    renamed = {n: n if n in here.tensors else plain.get(WRAPPERS.sub("", n), n) for n in made_on.tensors}
+    if len({*renamed.values()}) == len(renamed):
+        made_on = replace(made_on, tensors={renamed[name]: digest for name, digest in made_on.tensors.items()})
     # A head that the adapter holds whole may be in one of the fingerprints only, here under each of its names.
     heads = tuple(f"{name}." for name in replaced)
     brought = {digest for name, digest in here.tensors.items() if name.startswith(heads)}
