@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.init.from_weight import eva, loftq, lora_ga
+from lora_lightning.lora.init.from_weight import DATA_INITS, eva, loftq, lora_ga
 from lora_lightning.lora.layers import AdaptedLayer
 from lora_lightning.lora.layers.functional import wide_dtype
 
@@ -20,15 +20,11 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 def refuse_data(init: str, data: Any) -> None:
     """Raise a LoRAError for an init that lacks its data, and for data that the init does not read."""
-    needs = {
-        "eva": "an iterable of batches that the model is called with",
-        "lora_ga": "an iterable of batches that the model is called with and makes a loss of",
-        "loftq": "the model before quantization, or its state dict",
-    }
-    if init in needs and data is None:
-        raise LoRAError(f"init '{init}' needs inject(model, config, data=...): {needs[init]}; got none")
-    if init not in needs and data is not None:
-        raise LoRAError(f"data is read by init {', '.join(needs)} only, and init is '{init}': leave one of them out")
+    if init in DATA_INITS and data is None:
+        raise LoRAError(f"init '{init}' needs inject(model, config, data=...): {DATA_INITS[init]}; got none")
+    if init not in DATA_INITS and data is not None:
+        known = ", ".join(DATA_INITS)
+        raise LoRAError(f"data is read by init {known} only, and init is '{init}': leave one of them out")
 
 
 def init_from_data(model: nn.Module, layers: Layers, init: str, data: Any, loss: Loss | None) -> None:

@@ -17,8 +17,12 @@ from lora_lightning.lora.layers.functional import wide_dtype
 
 Factors = tuple[Tensor, Tensor]
 
-DATA_INITS = ("eva", "lora_ga", "loftq")
-"""Inits that need more than W0: inputs, gradients, the weights before quantization."""
+DATA_INITS = {
+    "eva": "an iterable of batches that the model is called with",
+    "lora_ga": "an iterable of batches that the model is called with and makes a loss of",
+    "loftq": "the model before quantization, or its state dict",
+}
+"""Inits that need more than W0, and what."""
 
 # LoRA-GA's stability constant, as in the paper's experiments and code (Wang et al. 2024, arXiv 2407.05000).
 LORA_GA_GAMMA = 16.0
