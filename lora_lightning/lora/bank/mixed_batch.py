@@ -28,7 +28,7 @@ from lora_lightning.lora.layers import (
     TokenRows,
     TrainedBias,
     graft,
-    ungraft,
+    take_out,
 )
 from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.layers.trained.token_rows import TokenFollower
@@ -170,10 +170,7 @@ def mixed_batch(model: nn.Module, sources: Mapping[str, list[Share]], batch: Bat
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module in twins:
-            if isinstance(module, MixedForward):
-                ungraft(module, MixedForward)
-            for name in ("lora_batch", "lora_path", "lora_twins"):
-                module.__dict__.pop(name, None)
+            take_out(module)
 
 
 def _twins(names: Mapping[nn.Module, str], sources: Mapping[str, list[Share]]) -> dict[nn.Module, dict[str, Grafted]]:

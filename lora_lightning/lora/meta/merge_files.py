@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import LoRAError, MergeError, first_few
 from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
 from lora_lightning.lora.formats.peft.resolve import Read
-from lora_lightning.lora.formats.provenance import Record, check_base
+from lora_lightning.lora.formats.provenance import warn_of_no_fingerprint
 from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, sort_entries, write_file
 from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.frozen.tensors import full_name
@@ -80,18 +80,16 @@ class StreamedMerge:
             self.base.untie_unequal(either)
         options: dict[str, Any] = {"allow_other_base": allow_other_base, "alphas": alphas}
         load_files(model, adapter, read=self.base, make_real=make_adapter_real, **options)
-        self.check = self._base_check(adapter.record, allow_other_base=allow_other_base)
+        self.check: BaseCheck | None = None
+        if adapter.record is None:
+            warn_of_no_fingerprint()
+        else:
+            buffers = {name for name, _ in self.plain.named_buffers()}
+            expected = adapter.record.base.tensors
+            self.check = BaseCheck(expected, self.base, buffers, allow_other_base=allow_other_base)
         self.changes = Changes(model, self.base, dtype)
         self.untied = apply_ties(self.plain, self.changes.parts)
         self._plan()
-
-    def _base_check(self, record: Record | None, *, allow_other_base: bool) -> BaseCheck | None:
-        """The check of the base against the adapter's record; None, with a warning, where there is no record."""
-        if record is None:
-            check_base(None, self.plain, allow_other_base=allow_other_base)
-            return None
-        buffers = {name for name, _ in self.plain.named_buffers()}
-        return BaseCheck(record.base.tensors, self.base, buffers, allow_other_base=allow_other_base)
 
     def _plan(self) -> None:
         """Decide the keys of each file, and which tensors change."""
