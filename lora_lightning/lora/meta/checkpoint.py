@@ -63,8 +63,8 @@ class Checkpoint:
     def blocks(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Rows of a tensor that has at least one dimension, in blocks of about `BLOCK` bytes, (rows, ...)."""
         at, dtype = self.stored[key], self.dtype_of(key)
-        row = max(1, at.size // max(1, at.shape[0]))
-        stop, step = at.shape[0] if stop is None else stop, max(1, BLOCK // row)
+        row = at.size // max(1, at.shape[0])
+        stop, step = at.shape[0] if stop is None else stop, max(1, BLOCK // max(1, row))
         for first in range(start, stop, step):
             rows = min(step, stop - first)
             yield self.read_bytes(key, first * row, rows * row).view(dtype).reshape(rows, *at.shape[1:])
