@@ -57,7 +57,7 @@ class Checkpoint:
         return read_bytes(self.directory / at.file, key, at.start + start, size)
 
     def read(self, key: str) -> Tensor:
-        """The whole tensor."""
+        """The whole tensor; a LoRAError where torch cannot compute with its dtype."""
         return self.read_bytes(key).view(self.dtype_of(key)).reshape(self.stored[key].shape)
 
     def blocks(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:

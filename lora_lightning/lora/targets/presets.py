@@ -69,7 +69,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def preset_pattern(model: nn.Module, target_modules: str | list[str]) -> str | None:
-    """A preset's regular expression on full names for this model; None where `target_modules` is no preset."""
+    """A preset's regular expression for this model, None for no preset; a TargetError where the model has none."""
     if not isinstance(target_modules, str) or target_modules not in PRESETS:
         return None
     model_type = _model_type(model, target_modules)
