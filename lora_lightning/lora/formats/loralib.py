@@ -218,7 +218,7 @@ def _check_rest(
     *,
     allow_other_base: bool,
 ) -> Bias:
-    """Compare the file's base weights with W0 (an AdapterError where they differ); returns which biases were trained."""
+    """Compare the file's base weights with W0 (an AdapterError where they differ); returns which biases trained."""
     state = plain_state(model)
     rest = {k: t for k, t in rest.items() if not any(_is_within(k, name) for name in saved)}
     if strangers := [key for key in rest if key not in state]:

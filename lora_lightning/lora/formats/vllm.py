@@ -46,7 +46,7 @@ def fold_for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLay
 
 
 def vllm_targets(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
-    """The ends of the modules' names, which vLLM compares, or full names; an AdapterError if no list tells them apart."""
+    """The ends of the modules' names, which vLLM compares, or full names; an AdapterError if neither can do."""
     names = {layout.peft_name for layout in layouts}
     others = [n for n, module in named_modules(model, remove_duplicate=False) if n not in names and kind_of(module)]
     ends = {name.rpartition(".")[2] for name in names}

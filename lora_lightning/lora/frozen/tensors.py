@@ -79,9 +79,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A, B, options' tensors, token rows and copies of `modules_to_save` by plain names; an AdapterError if one is
-    lost.
-    """
+    """A, B, options' tensors, token rows and trained copies by plain names; an AdapterError where one is lost."""
     state = plain_state(model)
     grafted = [(name, module) for name, module in named_modules(model) if isinstance(module, Grafted)]
     factors = {full_name(name, tensor) for name, module in grafted for tensor in module.lora_tensors()}

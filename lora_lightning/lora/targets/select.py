@@ -295,7 +295,7 @@ def _biases(model: nn.Module, config: LoRAConfig, selection: Selection, *, requi
 
 
 def _settings(target: Target, config: LoRAConfig, parts: list[str], modules: dict[str, nn.Module]) -> LayerSettings:
-    """One layer's settings, with `parts` where `slices` names none; a TargetError where patterns or parts do not fit."""
+    """One layer's settings, with `parts` where `slices` names none; a TargetError where they do not fit."""
     name, names = target.name, target.names
     r = by_pattern("rank_pattern", config.rank_pattern, names, config.r)
     alpha = by_pattern("alpha_pattern", config.alpha_pattern, names, config.scaling_alpha)
