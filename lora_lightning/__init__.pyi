@@ -6,7 +6,6 @@ from lora_lightning.backbones.vision import torchvision_model as torchvision_mod
 from lora_lightning.cli.main import LoRACLI as LoRACLI
 from lora_lightning.data.base import TableData as TableData
 from lora_lightning.data.chat.data import ChatData as ChatData
-from lora_lightning.data.chat.prompt_completion import PromptCompletionData as PromptCompletionData
 from lora_lightning.data.classification import MultiLabelTextData as MultiLabelTextData
 from lora_lightning.data.classification import TextClassificationData as TextClassificationData
 from lora_lightning.data.classification import TextRegressionData as TextRegressionData
@@ -20,6 +19,7 @@ from lora_lightning.data.language_modelling import LanguageModellingData as Lang
 from lora_lightning.data.loading.sampler import ResumableLoader as ResumableLoader
 from lora_lightning.data.pairs import PairData as PairData
 from lora_lightning.data.preference import PreferenceData as PreferenceData
+from lora_lightning.data.seq2seq import PromptCompletionData as PromptCompletionData
 from lora_lightning.data.seq2seq import SequenceToSequenceData as SequenceToSequenceData
 from lora_lightning.data.token_classification import TokenClassificationData as TokenClassificationData
 from lora_lightning.export.merge_on_disk import merge_on_disk as merge_on_disk

@@ -12,9 +12,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.data.io.streams import StreamLoader
 from lora_lightning.data.io.tables import is_saved
-from lora_lightning.data.loading.sampler import EpochSampler, ResumableLoader, seeded_generator
+from lora_lightning.data.loading.sampler import EpochSampler, ResumableLoader, StreamLoader, seeded_generator
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 
 

@@ -1,30 +1,30 @@
-"""Texts for next-token prediction, one document per row, packed or not, as a table or a stream."""
+"""Texts for next-token prediction, one document per row, packed or not, as a table or a stream.
+
+A stream's rows are shuffled within a buffer, tokenized and packed while they are read. Training's stream has no end:
+after its last row it begins again in another order, and `trainer.max_steps` says when to stop. N processes share a
+stream by datasets' `split_dataset_by_node`. An endless stream without a file for each process is shared by turns, which
+go on over its ends, so that N processes equal one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import count, islice
 from typing import Any
 
 import datasets
+from datasets.distributed import split_dataset_by_node
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.io.splits import kind_of, rename_first_sets
-from lora_lightning.data.io.streams import (
-    AT_ONCE,
-    StreamLoader,
-    endless,
-    first_row,
-    number_rows,
-    refuse_endless,
-    share_of,
-)
 from lora_lightning.data.io.tables import ROW, TextBy, check_names, lengths_of, read_tables, values_of
 from lora_lightning.data.loading.packing import cut, cut_to_train, pack_rows, pack_table
-from lora_lightning.data.loading.sampler import seeded_generator
+from lora_lightning.data.loading.sampler import StreamLoader, seeded_generator
 from lora_lightning.data.text import GivesPrompts, Prompt, beginning_of, held_out_split, rows_from_all_over
-from lora_lightning.lora.errors import LoRAError, first_few
+from lora_lightning.lora.errors import LoRAError, first_few, first_line
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
 DOCUMENT = "document"
@@ -45,8 +45,8 @@ class LanguageModellingData(GivesPrompts):
         max_length: tokens per row at most.
         packing: put several documents into one row.
         end_of_text: end each document with the tokenizer's end-of-text token, so that the model learns to stop.
-        streaming: read the set as it is needed, up to `trainer.max_steps`; see `data/io/streams.py`. No splits are
-            split off. Rows of `predict` are read as a table in any case.
+        streaming: read the set as it is needed, again and again up to `trainer.max_steps`. No splits are split off.
+            Rows of `predict` are read as a table in any case.
         shuffle_buffer: documents in memory among which a stream is shuffled.
         batch_size: rows per batch and process in training.
         texts: arguments of `TextData`.
@@ -258,3 +258,83 @@ def end_of(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
     if tokenizer.eos_token_id is None:
         raise LoRAError(f"the tokenizer '{name}' has no end-of-text token: set data.init_args.end_of_text to false")
     return int(tokenizer.eos_token_id)
+
+
+AT_ONCE = 1000
+"""Rows that are tokenized and packed together."""
+
+
+def number_rows(stream: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
+    """Add a column with each row's number in its file, counted from 1."""
+    return stream.map(_with_number, with_indices=True, fn_kwargs={"column": column})
+
+
+def _with_number(row: dict[str, Any], i: int, column: str) -> dict[str, Any]:
+    """A function of the module, which can be pickled for workers."""
+    return {**row, column: i + 1}
+
+
+def share_of(stream: datasets.IterableDataset, trainer: Trainer | None) -> datasets.IterableDataset:
+    """This process's share of a stream."""
+    if trainer is None or trainer.world_size == 1:
+        return stream
+    return split_dataset_by_node(stream, rank=trainer.global_rank, world_size=trainer.world_size)
+
+
+def endless(stream: datasets.IterableDataset, trainer: Trainer | None) -> Endless:
+    """This process's share of a stream without end."""
+    if trainer is None:
+        return Endless(stream)
+    if stream.num_shards % trainer.world_size == 0:  # equally many files for all: none is read twice
+        return Endless(share_of(stream, trainer))
+    return Endless(stream, trainer.global_rank, trainer.world_size)
+
+
+def refuse_endless(trainer: Trainer | None, *, validates: bool) -> None:
+    """Raise where the trainer's options need the end of a stream that has none."""
+    if trainer is None:
+        return
+    if trainer.max_steps == -1:
+        raise LoRAError("a stream has no end: set trainer.max_steps to the number of optimizer steps to train for")
+    if validates and trainer.limit_val_batches and not isinstance(trainer.val_check_interval, int):
+        raise LoRAError(
+            "a stream has no end at which to validate: set trainer.val_check_interval to a number of batches, or"
+            " trainer.limit_val_batches to 0"
+        )
+
+
+class Endless(IterableDataset[Any]):
+    """A stream that is repeated without end, in another order each time.
+
+    Args:
+        stream: of rows; a shuffled one has an order for each epoch.
+        rank: this process's number; the processes take turns in one order, also over the ends of the stream.
+        world_size: the number of processes.
+    """
+
+    def __init__(self, stream: datasets.IterableDataset, rank: int = 0, world_size: int = 1) -> None:
+        self.stream, self.rank, self.world_size = stream, rank, world_size
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self._rows(), self.rank, None, self.world_size)
+
+    def _rows(self) -> Iterator[Any]:
+        for epoch in count():
+            self.stream.set_epoch(epoch)
+            any_row = False
+            for row in self.stream:
+                any_row = True
+                yield row
+            if not any_row:  # this worker has none of the set's files
+                return
+
+
+def first_row(stream: datasets.IterableDataset, place: str) -> dict[str, Any]:
+    """The first row of a stream, for its columns; one without rows, or that cannot be read, is refused."""
+    try:
+        row: dict[str, Any] | None = next(iter(stream), None)
+    except Exception as error:  # each reader has its errors
+        raise LoRAError(f"{place} cannot be read: {first_line(error.__cause__ or error)}") from error
+    if row is None:
+        raise LoRAError(f"{place} holds no rows")
+    return row

@@ -1,8 +1,9 @@
-"""Source texts with target texts: articles and summaries, sentences and translations."""
+"""Source texts with target texts, for an encoder and a decoder, or as prompts with completions for a decoder alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from string import Formatter
 from typing import Any
 
 import datasets
@@ -12,6 +13,7 @@ from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import ROW, cells_of, values_of
 from lora_lightning.data.text import TextData, pad_batch, tokenize_cut
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
 
@@ -148,6 +150,131 @@ def encode_pairs(
     if target is not None:
         targets, encoded["target_cut"] = tokenize_cut(tokenizer, max_lengths[1], text_target=rows[target])
         encoded["labels"] = targets["input_ids"]
+    if REFERENCES in rows:
+        encoded[REFERENCES] = rows[REFERENCES]
+    return encoded
+
+
+class PromptCompletionData(TargetData):
+    """Files or a Hugging Face set to batches of prompts with their completions; the loss is on the completions alone.
+
+    A completion ends with the tokenizer's end token, which is trained on too. Prompt and completion are tokenized
+    separately, so that a prompt's tokens do not depend on the completion. In evaluation a text is generated once for
+    each prompt and compared with all of its completions.
+
+    Args:
+        prompt: a template with columns in braces, such as `{meaning_representation} || `. Special tokens may be
+            written out. `{{` is a brace.
+        completion: a template of the completion. Its column may have a list of equally good texts. Byte-level
+            tokenizers such as GPT-2's need a blank before the first word.
+        max_length: tokens of prompt and completion at most; first the prompt's beginning is cut, then the completion's
+            end.
+        texts: arguments of `TextData`.
+
+    Raises:
+        LoRAError: a missing file or column, a value that is no text, a prompt without tokens, or a tokenizer without
+            an end token.
+    """
+
+    def __init__(
+        self,
+        *texts: Any,
+        prompt: str = "{prompt}",
+        completion: str = "{completion}",
+        max_length: int = 512,
+        **table: Any,
+    ) -> None:
+        super().__init__(*texts, max_length=max_length, **table)
+        if max_length < 2:
+            raise LoRAError(f"max_length must be at least 2, a token of the prompt and the end, got {max_length}")
+        self.prompt, self.completion = prompt, completion
+        self.prompt_columns, completion_columns = columns_of("prompt", prompt), columns_of("completion", completion)
+        if not self.prompt_columns:
+            raise LoRAError(f"prompt must have a column in braces, such as '{{source}} || ', got {prompt!r}")
+        if len(completion_columns) != 1:
+            raise LoRAError(f"completion must have one column in braces, such as ' {{target}}', got {completion!r}")
+        (self.completion_column,) = completion_columns
+
+    def columns(self, split: str) -> Sequence[str | None]:
+        return [*self.prompt_columns, None if kind_of(split) == "predict" else self.completion_column]
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        for column in self.prompt_columns:
+            for row, value in cells_of(table, ROW, column):
+                if not isinstance(value, str | int | float):
+                    raise self.bad_cell(split, row, column, "text or a number", value)
+        if kind_of(split) != "predict":
+            self.check_targets(table, split, self.completion_column)
+
+    def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        return table if kind_of(split) == "predict" else one_target_each(table, self.completion_column)
+
+    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        if self.tokenizer.eos_token_id is None:
+            raise LoRAError(f"the tokenizer '{self.tokenizer_name}' has no end token (eos_token) to end completions by")
+        if kind_of(split) in ("validation", "test"):
+            rows = {name: list(values_of(table, name)) for name in (*self.prompt_columns, self.completion_column)}
+            texts = [text.strip() for text in fill_template(self.completion, rows)]
+            pairs = list(zip(fill_template(self.prompt, rows), texts, strict=True))
+            table = table.add_column(REFERENCES, references_of(pairs))
+        templates = (self.prompt, None if kind_of(split) == "predict" else self.completion)
+        options = {"tokenizer": self.tokenizer, "max_length": self.max_length, "with_prompts": split != "train"}
+        encoded = self.encode_by(encode_prompts, table, split, templates=templates, **options)
+        for row, length in zip(values_of(table, ROW), values_of(encoded, "prompt_length"), strict=True):
+            if not length:
+                raise self.bad_cell(split, row, ", ".join(self.prompt_columns), "a prompt of at least one token", "")
+        return self.without_cuts(encoded, split).remove_columns("prompt_length")
+
+
+def columns_of(what: str, template: str) -> list[str]:
+    """The names of columns in a template, each once; no template, and more than a name in braces, are refused."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise LoRAError(
+            f"{what} is no template: {error}, in {template!r}; a brace of its own is written twice"
+        ) from error
+    for _, column, form, conversion in parts:
+        if column is not None and (not column or form or conversion or set(column) & set(".[")):
+            raise LoRAError(f"{what}: braces must hold a column's name and nothing else, got {template!r}")
+    return list(dict.fromkeys(column for _, column, _, _ in parts if column))
+
+
+def fill_template(template: str, rows: Mapping[str, list[Any]]) -> list[str]:
+    """The template with each row's values in its braces."""
+    columns = columns_of("template", template)
+    values = zip(*(rows[column] for column in columns), strict=True)
+    return [template.format(**dict(zip(columns, cells, strict=True))) for cells in values]
+
+
+def encode_prompts(
+    rows: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    templates: tuple[str, str | None],
+    max_length: int,
+    with_prompts: bool,
+) -> dict[str, Any]:
+    """Token ids of prompt, completion and end, with labels on the latter two; and the prompts alone where wanted.
+
+    `prompt_cut` and `completion_cut` say of each row whether a part of it was lost, `prompt_length` how many tokens its
+    prompt has.
+    """
+    prompts: list[list[int]] = tokenizer(fill_template(templates[0], rows), verbose=False)["input_ids"]  # type: ignore[assignment]
+    encoded: dict[str, Any] = {"prompt_length": [len(ids) for ids in prompts]}
+    encoded["prompt_cut"] = [len(ids) > max_length for ids in prompts]
+    if with_prompts:
+        encoded[f"{PROMPT}input_ids"] = [ids[-max_length:] for ids in prompts]
+    if templates[1] is not None:
+        texts = fill_template(templates[1], rows)
+        plain: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[assignment]
+        ended = [[*ids, int(tokenizer.eos_token_id)] for ids in plain]  # type: ignore[arg-type]
+        completions = [ids[: max_length - 1] for ids in ended]
+        encoded["completion_cut"] = [len(ids) >= max_length for ids in ended]
+        encoded["prompt_cut"] = [len(ids) + len(o) > max_length for ids, o in zip(prompts, completions, strict=True)]
+        pairs = [(ids[-(max_length - len(o)) :], o) for ids, o in zip(prompts, completions, strict=True)]
+        encoded["input_ids"] = [[*prompt, *completion] for prompt, completion in pairs]
+        encoded["labels"] = [[*([IGNORED] * len(prompt)), *completion] for prompt, completion in pairs]
     if REFERENCES in rows:
         encoded[REFERENCES] = rows[REFERENCES]
     return encoded

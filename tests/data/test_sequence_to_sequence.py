@@ -2,9 +2,8 @@
 
 import pytest
 
-from lora_lightning.data.chat.prompt_completion import PromptCompletionData
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.data.seq2seq import SequenceToSequenceData
+from lora_lightning.data.seq2seq import PromptCompletionData, SequenceToSequenceData
 from tests.data.files import ALL, ready, rows_of, write
 
 ROWS = [

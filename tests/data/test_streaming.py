@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from lora_lightning import FreezeBase, LoRAConfig, LoRAError, LoRAModule, Resume
-from lora_lightning.data.io.streams import Endless, endless, share_of
-from lora_lightning.data.language_modelling import LanguageModellingData
+from lora_lightning.data.language_modelling import Endless, LanguageModellingData, endless, share_of
 from lora_lightning.tasks.language_model import CausalLM
 from lora_lightning.training.optim import WarmupDecay
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger

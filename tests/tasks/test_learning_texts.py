@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from lora_lightning import LoRAConfig, LoRAModule, huggingface
-from lora_lightning.data.chat.prompt_completion import PromptCompletionData
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.data.seq2seq import SequenceToSequenceData
+from lora_lightning.data.seq2seq import PromptCompletionData, SequenceToSequenceData
 from lora_lightning.tasks.generation import SequenceToSequence, TextGeneration
 from tests.data.files import write
 from tests.tiny_text import make_model, restaurants

@@ -6,8 +6,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from lora_lightning import LoRAConfig, inject
-from lora_lightning.data.chat.prompt_completion import PromptCompletionData
-from lora_lightning.data.seq2seq import SequenceToSequenceData
+from lora_lightning.data.seq2seq import PromptCompletionData, SequenceToSequenceData
 from lora_lightning.tasks.generation import SequenceToSequence, TextGeneration, generate_texts, generation_config
 from tests.data.files import ALL, ready, write
 from tests.factories import move

@@ -1,4 +1,4 @@
-"""Images with one label each."""
+"""Images with one label each, in tables or in a folder for each label."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import numpy as np
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.classification import OneLabel
-from lora_lightning.data.images.files import folders_by_split, is_imagefolder, read_class_folders, read_imagefolder
-from lora_lightning.data.images.rows import Rows
-from lora_lightning.data.images.table import ImageTable
+from lora_lightning.data.images.rows import SUFFIXES, Rows
+from lora_lightning.data.images.table import ImageTable, folders_by_split, image_files, some_images, visible_folders
 from lora_lightning.data.io.tables import files_read, is_saved, known_split
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, first_few, first_line
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""A folder of images with such a file is an imagefolder of `datasets`."""
 
 
 class ImageData(OneLabel, ImageTable):
@@ -120,3 +122,50 @@ def _describe(value: Any) -> str:
     if isinstance(value, tuple):
         return f"a tuple of lengths {[len(part) if hasattr(part, '__len__') else '?' for part in value]}"
     return f"a {type(value).__name__}"
+
+
+def is_imagefolder(root: Path) -> bool:
+    """Whether a folder or one of its splits has a metadata file."""
+    return any((folder / name).is_file() for folder in (root, *visible_folders(root)) for name in METADATA)
+
+
+def read_class_folders(folder: Path, split: str, columns: Sequence[str]) -> datasets.Dataset:
+    """A table with a row for each image: its path, and the name of its class's folder.
+
+    The builder `imagefolder` of `datasets` is not used: it names a class by the innermost folder, ignores a class
+    without images, and takes a class whose name contains `test` or `val` for a split.
+
+    Args:
+        split: images of `predict` need no folders of classes.
+        columns: names of the two columns.
+
+    Raises:
+        LoRAError: there is no folder of a class, or one without an image.
+    """
+    image, label = columns
+    if not folder.is_dir():
+        raise LoRAError(f"no folder {folder}")
+    if split == "predict":
+        return datasets.Dataset.from_dict({image: [str(file) for file in some_images(folder)]})
+    classes = visible_folders(folder)
+    if not classes:
+        loose = " but loose images" if image_files(folder) else ""
+        raise LoRAError(f"{folder} holds no folders{loose}: expected one for each class, with its images in it")
+    rows = [(str(file), cls.name) for cls in classes for file in image_files(cls)]
+    empty = sorted({cls.name for cls in classes} - {name for _, name in rows})
+    if empty:
+        raise LoRAError(
+            f"{folder} has folders without an image ({', '.join(SUFFIXES)}): {first_few(empty)}; remove them, or put"
+            " the images of that class there"
+        )
+    return datasets.Dataset.from_dict({image: [file for file, _ in rows], label: [name for _, name in rows]})
+
+
+def read_imagefolder(root: Path) -> datasets.DatasetDict:
+    """Read images with a metadata file by `datasets`: tables with the column `image`, undecoded."""
+    try:
+        loaded = datasets.load_dataset("imagefolder", data_dir=str(root))
+    except Exception as error:  # datasets wraps errors in many types
+        raise LoRAError(f"{root} cannot be read as an imagefolder: {first_line(error.__cause__ or error)}") from error
+    assert isinstance(loaded, datasets.DatasetDict)
+    return loaded

@@ -24,8 +24,7 @@ from torchvision import tv_tensors
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.classification import LabelNames
-from lora_lightning.data.images.files import folders_by_split, read_mask_folders
-from lora_lightning.data.images.table import ImageTable
+from lora_lightning.data.images.table import ImageTable, folders_by_split, image_files, some_images
 from lora_lightning.data.io.tables import files_read
 from lora_lightning.lora.errors import LoRAError, first_few
 
@@ -167,3 +166,41 @@ def read_mask(source: Any) -> np.ndarray[Any, Any]:
         if image.mode not in ONE_CHANNEL:
             raise ValueError(f"an image of mode {image.mode}: a mask has one channel, whose values are labels' numbers")
         return np.asarray(image).astype(np.int64)
+
+
+def read_mask_folders(folder: Path, split: str, columns: Sequence[str], names: Sequence[str]) -> datasets.Dataset:
+    """A table with a row for each image: its path, and that of the mask with the same name.
+
+    Args:
+        split: images of `predict` need no masks.
+        columns: names of the two columns.
+        names: of the folders of images and of masks.
+
+    Raises:
+        LoRAError: there is no image, or one without a mask, or a mask without an image.
+    """
+    images, masks = (folder / name for name in names)
+    if not images.is_dir() and split == "predict":
+        images = folder
+    images_by_stem = {_stem(file, images): file for file in some_images(images)}
+    if split == "predict":
+        return datasets.Dataset.from_dict({columns[0]: [str(file) for file in images_by_stem.values()]})
+    if not masks.is_dir():
+        raise LoRAError(f"no folder {masks} beside {images}")
+    mask_files = {_stem(file, masks): file for file in image_files(masks)}
+    for what, first, second in (
+        ("images without a mask", images_by_stem, mask_files),
+        ("masks without an image", mask_files, images_by_stem),
+    ):
+        alone = sorted(str(first[stem]) for stem in first.keys() - second.keys())
+        if alone:
+            raise LoRAError(f"{folder} has {what} of the same name: {first_few(alone)}")
+    rows = {
+        columns[0]: [str(file) for file in images_by_stem.values()],
+        columns[1]: [str(mask_files[stem]) for stem in images_by_stem],
+    }
+    return datasets.Dataset.from_dict(rows)
+
+
+def _stem(file: Path, root: Path) -> str:
+    return str(file.relative_to(root).with_suffix(""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.base import TableData
-from lora_lightning.data.images.rows import AugmentedOrder, Cells
+from lora_lightning.data.images.rows import SUFFIXES, AugmentedOrder, Cells
 from lora_lightning.data.images.transforms import (
     Augmentation,
     Interpolation,
@@ -24,6 +25,7 @@ from lora_lightning.data.images.transforms import (
     preprocessing_of,
     training_transform,
 )
+from lora_lightning.data.io.splits import SPLITS, split_name
 from lora_lightning.data.io.tables import ROW, cells_of, files_read, values_of
 from lora_lightning.lora.errors import LoRAError
 
@@ -241,3 +243,33 @@ def is_image(feature: Any) -> bool:
     if isinstance(feature, datasets.Image) or feature == datasets.Value("binary"):
         return True
     return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All images below a folder at any depth, sorted by name, without hidden files and folders."""
+    files_found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files_found += [
+            Path(parent) / f for f in sorted(files) if not f.startswith(".") and f.lower().endswith(SUFFIXES)
+        ]
+    return files_found
+
+
+def some_images(folder: Path) -> list[Path]:
+    """The same, of which there must be one."""
+    if files := image_files(folder):
+        return files
+    raise LoRAError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+
+
+def visible_folders(folder: Path) -> list[Path]:
+    """The folders in a folder without hidden ones, sorted by name."""
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def folders_by_split(root: Path) -> dict[str, Path]:
+    """The folders of splits (`train`, `val`, `test`, `predict`) in a folder; without `train` the folder itself."""
+    named = {split_name(folder.name.lower()): folder for folder in visible_folders(root)}
+    splits = {split: folder for split, folder in named.items() if split in (*SPLITS, "predict")}
+    return splits if "train" in splits else {"train": root}

@@ -1,13 +1,16 @@
-"""The order of examples, a function of (seed, epoch) alone, and a loader that can resume in the middle of an epoch."""
+"""The order of examples, a function of (seed, epoch) alone, and loaders that resume in the middle of an epoch."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence, Sized
+from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lora_lightning.lora.errors import LoRAError
 
@@ -163,6 +166,56 @@ class ResumableLoader(DataLoader[Any]):
             )
         sampler.skip(int(state["batches"]))
         return int(state["batches"])
+
+
+class StreamLoader(DataLoader[Any]):
+    """A loader that skips what was trained on before, and sets the epoch of a stream that shuffles.
+
+    A stream cannot begin in its middle, and a worker does not know its earlier batches: they are made again and
+    discarded.
+
+    Args:
+        stream: the same rows each time, apart from the epoch.
+        trainer: the training's; None in evaluation.
+        ends: whether each epoch begins the stream anew. A stream without an end goes on over epochs.
+        options: of torch's DataLoader.
+    """
+
+    def __init__(
+        self, stream: IterableDataset[Any], trainer: Trainer | None, *, ends: bool = True, **options: Any
+    ) -> None:
+        super().__init__(stream, **options)
+        self.trainer, self.ends = trainer, ends
+        self._was: dict[str, Any] = {}
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self.trainer is None:
+            return super().__iter__()
+        if callable(method := getattr(self.dataset, "set_epoch", None)):
+            method(self.trainer.current_epoch)
+        return islice(super().__iter__(), self._batches_before(self.trainer), None)
+
+    def _batches_before(self, trainer: Trainer) -> int:
+        """The number of batches before the next one, by the loops' counts: prefetched batches are not trained on."""
+        batches, epochs = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress.current
+        if not self.ends:
+            had = batches.total.ready
+        else:
+            had = batches.current.ready if epochs.started > epochs.completed else 0  # type: ignore[attr-defined]
+        was, now, self._was = self._was, self.state_dict(), {}
+        changed = [f"{name} was {was[name]} and is {now[name]}" for name in was if was[name] != now[name]]
+        if had and changed:
+            rank_zero_warn(f"{', '.join(changed)}: some rows of the stream come again, or not at all")
+        return int(had)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings that determine the batches, beside the stream; the loops count the batches."""
+        processes = 1 if self.trainer is None else self.trainer.world_size
+        return {"batch_size": int(self.batch_size or 1), "num_workers": self.num_workers, "processes": processes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the settings, to compare them when the stream is resumed."""
+        self._was = dict(state_dict)
 
 
 def seeded_generator(seed: int) -> torch.Generator:
