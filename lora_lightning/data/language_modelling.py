@@ -110,7 +110,10 @@ class LanguageModellingData(GivesPrompts):
         return self.encode_by(encode_texts, table, split, **self._options())
 
     def _options(self) -> dict[str, Any]:
-        end = end_of(self.tokenizer, self.tokenizer_name) if self.end_of_text else None
+        end = self.tokenizer.eos_token_id if self.end_of_text else None
+        if self.end_of_text and end is None:
+            who = f"the tokenizer '{self.tokenizer_name}'"
+            raise LoRAError(f"{who} has no end-of-text token: set data.init_args.end_of_text to false")
         return {"tokenizer": self.tokenizer, "column": self.text_column, "end": end}
 
     def _trainable(self, documents: datasets.Dataset, split: str) -> datasets.Dataset:
@@ -150,7 +153,7 @@ class LanguageModellingData(GivesPrompts):
     def _prepare_stream(self, stream: datasets.IterableDataset, split: str) -> datasets.IterableDataset:
         names = list(first_row(stream, self.place(split)))
         check_names(names, self.columns(split), self.place(split), vars(self))
-        stream = number_rows(stream, ROW)
+        stream = stream.map(with_number, with_indices=True)
         if split == "train":
             stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         return self.encode_stream(stream, names, split)
@@ -253,25 +256,13 @@ def encode_stream(
     return {name: [values[i] for i in long_enough] for name, values in encoded.items()}
 
 
-def end_of(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    """The token that ends a text; a tokenizer without one is refused."""
-    if tokenizer.eos_token_id is None:
-        raise LoRAError(f"the tokenizer '{name}' has no end-of-text token: set data.init_args.end_of_text to false")
-    return int(tokenizer.eos_token_id)
-
-
 AT_ONCE = 1000
 """Rows that are tokenized and packed together."""
 
 
-def number_rows(stream: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
-    """Add a column with each row's number in its file, counted from 1."""
-    return stream.map(_with_number, with_indices=True, fn_kwargs={"column": column})
-
-
-def _with_number(row: dict[str, Any], i: int, column: str) -> dict[str, Any]:
-    """A function of the module, which can be pickled for workers."""
-    return {**row, column: i + 1}
+def with_number(row: dict[str, Any], i: int) -> dict[str, Any]:
+    """The row with its number in its file, counted from 1."""
+    return {**row, ROW: i + 1}
 
 
 def share_of(stream: datasets.IterableDataset, trainer: Trainer | None) -> datasets.IterableDataset:

@@ -73,7 +73,6 @@ class PreferenceData(TextData):
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise for a row that has neither texts nor messages, or an answer without words."""
-        columns = [column for column in self.columns(split) if column is not None]
         of_messages = any(isinstance(value, list) for value in values_of(table, self.chosen_column))
         if of_messages and self.as_chat:
             raise LoRAError(
@@ -82,8 +81,8 @@ class PreferenceData(TextData):
         if not of_messages and self.prompt_column is None:
             raise LoRAError("two texts do not say where their prompt ends: name prompt_column, or give messages")
         answers = (self.chosen_column, self.rejected_column)
-        for column in columns:
-            least = 2 if self.prompt_column is None else 1
+        least = 2 if self.prompt_column is None else 1
+        for column in filter(None, self.columns(split)):
             for row, value in cells_of(table, ROW, column):
                 if of_messages and not _are_messages(value, least if column in answers else 1):
                     raise self.bad_cell(split, row, column, ROLES if least == 1 else f"two or more {ROLES}", value)
@@ -174,10 +173,8 @@ def fit_to_length(
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
     """Token ids; with `special` also the special tokens that begin a text, but not those that end it."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    begins = (
-        special and tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    )
-    return [tokenizer.bos_token_id, *ids] if begins else ids
+    first = tokenizer.bos_token_id if special else None
+    return [first, *ids] if first is not None and tokenizer("")["input_ids"][:1] == [first] else ids
 
 
 def _as_messages(prompt: Any, chosen: Any, rejected: Any) -> tuple[list[Message], list[Message], list[Message]]:
@@ -210,10 +207,6 @@ def _render(
 
 
 def _are_messages(value: Any, least: int) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) >= least
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )
-    )
+    if not isinstance(value, list) or len(value) < least or not all(isinstance(message, dict) for message in value):
+        return False
+    return all(isinstance(message.get(key), str) for message in value for key in ("role", "content"))

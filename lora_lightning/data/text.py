@@ -47,8 +47,7 @@ class TextData(TableData):
     @property
     def pad_token_id(self) -> int | None:
         """The id of the padding token."""
-        number = self.tokenizer.pad_token_id
-        return None if number is None else int(number)
+        return self.tokenizer.pad_token_id  # type: ignore[no-any-return]
 
     @property
     def padding_side(self) -> str:

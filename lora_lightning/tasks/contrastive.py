@@ -213,7 +213,8 @@ def info_nce(
     with torch.autocast(anchors.device.type, enabled=False):
         wide = wide_dtype(anchors)
         logits = anchors.to(wide) @ candidates.to(wide).T / temperature
-        logits = logits.masked_fill(_also_right(positive_rows, groups), -torch.inf)
+        also_right = (groups[positive_rows].unsqueeze(1) == groups).scatter(1, positive_rows.unsqueeze(1), False)
+        logits = logits.masked_fill(also_right, -torch.inf)
         return F.cross_entropy(logits, positive_rows, reduction="none")
 
 
@@ -229,12 +230,6 @@ def ranks(anchors: Tensor, candidates: Tensor, positive_rows: Tensor, groups: Te
     nearest.scatter_(1, numbers[positive_rows].unsqueeze(1), -torch.inf)
     right = logits.gather(1, positive_rows.unsqueeze(1))
     return 1 + (nearest > right).sum(1) + (nearest == right).sum(1) / 2
-
-
-def _also_right(positive_rows: Tensor, groups: Tensor) -> Tensor:
-    """(n, m): whether a candidate is of the positive's group, but not the positive."""
-    same = groups[positive_rows].unsqueeze(1) == groups.unsqueeze(0)
-    return same.scatter(1, positive_rows.unsqueeze(1), False)
 
 
 class Retrieval(Metric):

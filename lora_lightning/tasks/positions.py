@@ -79,23 +79,18 @@ def learned_positions(backbone: nn.Module) -> int | None:
 
     RoBERTa and similar models number positions after that of the padding: the first two of their 514 are unused.
     """
-    if backbone not in _FOUND:
-        _FOUND[backbone] = _learned_positions(backbone)
-    return _FOUND[backbone]
-
-
-def _learned_positions(backbone: Any) -> int | None:
-    if not is_a(backbone, HF_MODEL):
-        return None
-    limit = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
+    if backbone in _FOUND or not is_a(backbone, HF_MODEL):
+        return _FOUND.get(backbone)
+    limit = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
     named = ((name.rpartition(".")[2], module) for name, module in backbone.named_modules())
     tables = [m for name, m in named if isinstance(m, nn.Embedding) and OF_POSITIONS.search(name)]
-    if not isinstance(limit, int):
-        return None
-    # (OPT's and BART's tables have two more rows than the config says, which are unused)
-    fitting = [table for table in tables if limit <= table.num_embeddings <= limit + 2]
-    skipped = [t.padding_idx + 1 for t in fitting if t.num_embeddings == limit and t.padding_idx is not None]
-    return limit - max(skipped, default=0) if fitting else None
+    _FOUND[backbone] = None
+    if isinstance(limit, int):
+        # (OPT's and BART's tables have two more rows than the config says, which are unused)
+        fitting = [table for table in tables if limit <= table.num_embeddings <= limit + 2]
+        skipped = [t.padding_idx + 1 for t in fitting if t.num_embeddings == limit and t.padding_idx is not None]
+        _FOUND[backbone] = limit - max(skipped, default=0) if fitting else None
+    return _FOUND[backbone]
 
 
 def _mappings(batch: Any) -> Iterator[Mapping[str, Any]]:

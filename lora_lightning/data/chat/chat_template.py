@@ -87,41 +87,36 @@ class ChatTemplate:
         if train_on == "all":
             ids = self.tokenizer(self.text(messages, tools), add_special_tokens=False)["input_ids"]
             return list(ids), [True] * len(ids)
+        encoded: Any
         if GENERATION.search(self.tokenizer.get_chat_template(tools=tools)):
-            ids, marks = self._by_template(messages, tools)
+            encoded = self.tokenizer.apply_chat_template(
+                list(messages), tools=tools, return_dict=True, return_assistant_tokens_mask=True, **self.options
+            )
+            marks = [bool(mark) for mark in encoded["assistant_masks"]]
         else:
             answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-            ids, marks = self._by_rendering(messages, tools, answers[-1:] if train_on == "last_answer" else answers)
-        marks = up_to_turns_end(marks, ids, special_ids(self.tokenizer), self._is_blank)
+            answers = answers[-1:] if train_on == "last_answer" else answers
+            text, spans = answer_spans(lambda some, prompt: self.text(some, tools, prompt=prompt), messages, answers)
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            marks = tokens_within(encoded["offset_mapping"], spans)
+        ids = list(encoded["input_ids"])
+        blank = lambda number: not str(self.tokenizer.decode([number])).strip()  # noqa: E731
+        marks = up_to_turns_end(marks, ids, special_ids(self.tokenizer), blank)
         if train_on == "last_answer":
             first = runs(marks)[-1][0] if any(marks) else 0
             marks = [mark and number >= first for number, mark in enumerate(marks)]
         return ids, marks
 
-    def _by_template(self, messages: Sequence[Message], tools: Any) -> tuple[list[int], list[bool]]:
-        encoded: Any = self.tokenizer.apply_chat_template(
-            list(messages), tools=tools, return_dict=True, return_assistant_tokens_mask=True, **self.options
-        )
-        return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
-
-    def _by_rendering(
-        self, messages: Sequence[Message], tools: Any, answers: Sequence[int]
-    ) -> tuple[list[int], list[bool]]:
-        def render(some: Sequence[Message], prompt: bool) -> str:
-            return self.text(some, tools, prompt=prompt)
-
-        text, spans = answer_spans(render, messages, answers)
-        encoded: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(encoded["input_ids"]), tokens_within(encoded["offset_mapping"], spans)
-
-    def _is_blank(self, number: int) -> bool:
-        return not str(self.tokenizer.decode([number])).strip()
-
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
     """Set the chat template from a text or a file, or keep the tokenizer's; without one, or offsets, it is refused."""
+    if template is not None and "{%" not in template and "{{" not in template:
+        file = Path(resolve(template))
+        if not file.is_file():
+            raise LoRAError(f"chat_template: expected a Jinja template or a file of one, got '{template}'")
+        template = file.read_text(encoding="utf-8")
     if template is not None:
-        tokenizer.chat_template = template if "{%" in template or "{{" in template else _read_template(template)
+        tokenizer.chat_template = template
     if not tokenizer.chat_template:
         raise LoRAError(
             f"the tokenizer '{tokenizer.name_or_path}' has no chat template: give data.chat_template, a Jinja template"
@@ -132,13 +127,6 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> No
             f"{type(tokenizer).__name__} cannot say which characters its tokens stand for: a fast tokenizer"
             " (a directory with tokenizer.json) is needed to tell answers from prompts"
         )
-
-
-def _read_template(template: str) -> str:
-    file = Path(resolve(template))
-    if not file.is_file():
-        raise LoRAError(f"chat_template: expected a Jinja template or a file of one, got '{template}'")
-    return file.read_text(encoding="utf-8")
 
 
 def encode_conversations(

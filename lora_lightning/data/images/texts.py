@@ -79,8 +79,7 @@ class ImageTextData(ImageCells):
     @property
     def pad_token_id(self) -> int | None:
         """The id of the padding token."""
-        number = self.processor.tokenizer.pad_token_id
-        return None if number is None else int(number)
+        return self.processor.tokenizer.pad_token_id  # type: ignore[no-any-return]
 
     def columns(self, split: str) -> Sequence[str | None]:
         return [self.image_column, self.text_column, None if split == "predict" else self.group_column]

@@ -191,18 +191,13 @@ def _of_transformers(name: str) -> Preprocessing:
         value = getattr(settings, attribute, None)
         return default if value is None else value
 
-    if abs(of("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
-        raise LoRAError(f"the image processor of '{name}' does not scale to [0, 1]: give mean, std and image_size")
     size, crop = dict(of("size", {"height": 224, "width": 224})), of("crop_size", None)
     resize: int | tuple[int, int]
     if "shortest_edge" in size:
         resize = int(size["shortest_edge"])
-        share = of("crop_pct", None)
-        if share is not None:  # ConvNeXt's: a crop below 384 pixels, none from there on
-            target = (resize, resize)
+        target = (resize, resize)
+        if share := of("crop_pct", None):  # ConvNeXt's: a crop below 384 pixels, none from there on
             resize = int(resize / share) if resize < 384 else target
-        else:
-            target = (resize, resize)
     elif {"height", "width"} <= set(size):
         target = resize = (int(size["height"]), int(size["width"]))
     else:

@@ -41,14 +41,13 @@ def summarize(data: Any) -> dict[str, Any]:
         "cut": {split: dict(shares) for split in data.tables if (shares := data.cut_shares(split))},
         "in_two_splits": dict(_in_two(inputs)),
     }
-    lines = [*_of_columns(data), *_of_texts(data, inputs), *_of_texts(data, targets), *_of_splits(data, summary)]
+    lines = [
+        f"{data.place(split)}: the header has {first_few(names)} twice: the first is read; rename one"
+        for split, names in data.doubled_columns.items()
+    ]
+    lines += [*_of_texts(data, inputs), *_of_texts(data, targets), *_of_splits(data, summary)]
     lines += [*_of_cuts(data, summary["cut"]), *_of_labels(summary)]
     return {**summary, "warnings": lines}
-
-
-def _of_columns(data: Any) -> Iterator[str]:
-    for split, names in data.doubled_columns.items():
-        yield f"{data.place(split)}: the header has {first_few(names)} twice: the first is read; rename one"
 
 
 def _of_texts(data: Any, texts: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -130,15 +129,11 @@ def _in_two(texts: dict[str, dict[str, Any]]) -> Iterator[tuple[str, int]]:
     for split, columns in texts.items():
         parts = [column.cast(pa.large_binary()) for column in columns.values()]
         if parts:
-            keys[split] = (set(columns), parts[0] if len(parts) == 1 else _join(parts))
+            whole = [part.combine_chunks() for part in parts]
+            keys[split] = set(columns), pc.binary_join_element_wise(*whole, pa.scalar(b"\x1e", pa.large_binary()))
     for (first, (names, rows)), (second, (others, later)) in combinations(keys.items(), 2):
-        if names == others and (count := _count(pc.is_in(later, value_set=rows.combine_chunks().unique()))):
+        if names == others and (count := _count(pc.is_in(later, value_set=rows.unique()))):
             yield f"{second} in {first}", count
-
-
-def _join(parts: list[Any]) -> Any:
-    whole = [part.combine_chunks() for part in parts]
-    return pa.chunked_array([pc.binary_join_element_wise(*whole, pa.scalar(b"\x1e", pa.large_binary()))])
 
 
 def _count(mask: Any) -> int:
