@@ -80,6 +80,12 @@ class TextPairData(TextData):
         self.text_column, self.text_pair_column = text_column, text_pair_column
 
     @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        if self.pad_token_id is None:  # a head finds a text's end by it
+            raise LoRAError(f"the tokenizer '{self.tokenizer_name}' has neither a padding token nor an end token")
+        return super().collate
+
+    @property
     @abstractmethod
     def target_columns(self) -> Sequence[str]:
         """Columns of the targets."""
