@@ -246,8 +246,9 @@ class TextClassificationData(OneLabel, TextPairData):
         seen, rows = set[tuple[Any, ...]](), []
         texts = cells_of(table, *filter(None, (self.text_column, self.text_pair_column)))
         for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
-            short = len(text[0].split()) < self.min_words
-            if not short and label not in self.drop_labels and not (self.drop_duplicates and text in seen):
+            if label in self.drop_labels or len(text[0].split()) < self.min_words:  # a dropped row may have no text
+                continue
+            if not self.drop_duplicates or text not in seen:
                 seen.add(text)
                 rows.append(row)
         if not rows:

@@ -67,6 +67,7 @@ def test_where_names_are_numbers_rows_of_another_alone_are_refused(tmp_path, ber
 def test_rows_are_dropped_as_asked_and_groups_stay_together(tmp_path, bert):
     rows = [{**row, "film": f"{i % 10}"} for i, row in enumerate(ROWS)]
     rows += [{"text": "too short", "label": "1", "film": "x"}, {"text": "a plot of it", "label": "plot", "film": "y"}]
+    rows += [{"text": None, "label": "plot", "film": "y"}]  # what is dropped need not be right
     data = data_of(
         write(tmp_path / "set.csv", [*rows, rows[0]]), bert, min_words=3, drop_labels=["plot"], drop_duplicates=True,
         split=SplitConfig(validation=0.2, test=0.2, group_by="film"),
