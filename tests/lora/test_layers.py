@@ -82,10 +82,10 @@ def test_kaiming_start_is_what_loralib_draws():
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
-def test_pefts_update_of_a_grouped_convolution_that_no_weight_can_hold_is_refused(tmp_path):
-    grouped = KINDS["Conv2d grouped"]
-    with pytest.raises(AdapterError, match="reaches across groups"):
-        check_we_open_pefts(grouped.make, grouped.run, peft.LoraConfig(r=2, target_modules=["1"]), tmp_path)
+@pytest.mark.parametrize("kind", ["Conv2d grouped", "Conv2d reflect", "Conv2d same"])
+def test_pefts_update_of_a_convolution_that_no_weight_can_hold_is_refused(tmp_path, kind):
+    with pytest.raises(AdapterError, match=r"reaches across groups|with zeros and does not dilate"):
+        check_we_open_pefts(KINDS[kind].make, KINDS[kind].run, peft.LoraConfig(r=2, target_modules=["1"]), tmp_path)
 
 
 # Bare parameters.

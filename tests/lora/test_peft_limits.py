@@ -43,7 +43,7 @@ CASES = {
         r"read and not called: '.*self_attn.out_proj.weight'",
     ),
     "inside": (MIXTURE, SIX, at("proj", target_parameters=["mix"]), "inside a module.*: '0.proj'"),
-    "padding": (partial(conv, "2d reflect"), IMAGE, at("1"), "padding_mode: '1'"),
+    "padding": (partial(conv, "2d reflect"), IMAGE, at("1"), "and dilation: '1'"),
     "experts": (deepseek, TOKENS, {}, r"fused experts.*: 'model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj'"),
 }
 

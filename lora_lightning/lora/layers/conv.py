@@ -125,3 +125,11 @@ def _weight(module: nn.Module) -> Tensor:
 def _groups(module: nn.Module) -> int:
     assert isinstance(module, CONVS)
     return module.groups
+
+
+def is_conv_unlike_peft(module: nn.Module) -> bool:
+    """Whether PEFT computes another update: its A pads with zeros, whatever W0's mode, and is not dilated."""
+    if not isinstance(module, CONVS):
+        return False
+    is_dilated = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    return is_dilated or module.padding_mode != "zeros"

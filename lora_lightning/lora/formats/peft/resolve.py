@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few
+from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few, warn
 from lora_lightning.lora.formats.peft.config import (
     CONFIG,
     WEIGHTS,
@@ -36,6 +36,8 @@ from lora_lightning.lora.formats.peft.keys import (
 from lora_lightning.lora.formats.provenance import Record
 from lora_lightning.lora.frozen.tensors import get_module, named_modules, plain_state
 from lora_lightning.lora.layers import kind_of
+from lora_lightning.lora.layers.attention import OutProj
+from lora_lightning.lora.layers.conv import is_conv_unlike_peft
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.lora.targets.patterns import matches
 
@@ -240,6 +242,23 @@ def refuse_other_targets(peft: Mapping[str, Any], contents: Contents, model: nn.
             raise AdapterError(f"{CONFIG} adapts '{name}' and {WEIGHTS} has no tensors for it")
 
 
+def refuse_other_arithmetic(contents: Contents, model: nn.Module) -> None:
+    """For a file that PEFT trained: an AdapterError where it trained another update than our layers compute, and an
+    AdapterWarning of its attentions, whose out_proj it computes with twice the update.
+    """
+    modules = {name: get_module(model, name) for name in contents.modules}
+    if unlike := [name for name, module in modules.items() if is_conv_unlike_peft(module)]:
+        raise AdapterError(
+            f"PEFT pads the update of {first_few([repr(name) for name in unlike])} with zeros and does not dilate it,"
+            " whatever the convolution does: no weight of W0's shape holds what it trained; train it anew here"
+        )
+    if twice := [name for name, module in modules.items() if isinstance(module, OutProj)]:
+        warn(
+            f"PEFT (0.21.2) trains with twice the update in {first_few([repr(name) for name in twice])} (its issue"
+            " 3774), here it counts once: double these layers' lora_B for what PEFT computes"
+        )
+
+
 def config_for(
     peft: Mapping[str, Any],
     contents: Contents,
@@ -254,7 +273,7 @@ def config_for(
 
     Raises:
         AdapterError: the config was changed since it was saved, contradicts the tensors' ranks, or leaves an alpha
-            ambiguous.
+            ambiguous; PEFT trained another update than our layers compute.
     """
     r, alpha, rslora = int(peft.get("r", 8)), float(peft.get("lora_alpha", 8)), bool(peft.get("use_rslora"))
     adapted = {**contents.modules, **contents.parameters}
@@ -270,6 +289,8 @@ def config_for(
             if not math.isclose(alphas[name] / (math.sqrt(peft_rank) if rslora else peft_rank), written, rel_tol=1e-9):
                 raise AdapterError(f"{CONFIG} was changed since it was saved: its ranks or alphas")
             adapted[name], alphas[name] = our_r, our_alpha
+    else:
+        refuse_other_arithmetic(contents, model)
     modules = [name for name in contents.modules if name in adapted]
     dropouts, slices = (record.dropouts, record.slices) if record else ({}, {})
     return LoRAConfig(

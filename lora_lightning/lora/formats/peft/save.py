@@ -33,6 +33,7 @@ from lora_lightning.lora.layers import (
     TrainedBias,
 )
 from lora_lightning.lora.layers.attention import OutProj
+from lora_lightning.lora.layers.conv import is_conv_unlike_peft
 from lora_lightning.lora.targets.bypass import bypassed_modules
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.lora.targets.patterns import matches
@@ -216,9 +217,8 @@ def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str,
     in_attention = [one.name for one in layouts if isinstance(one.layer, LoRALinear) and one.name != one.peft_name]
     yield "counts the update of an attention's out_proj twice (its issue 3774)", in_attention
     owners = {one.name: one.layer.lora_owner for one in layouts}
-    convs = {name: m for name, m in owners.items() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
-    padded = [name for name, module in convs.items() if module.padding_mode != "zeros"]
-    yield "pads an adapted convolution's update with zeros, whatever its padding_mode", padded
+    convs = [name for name, module in owners.items() if is_conv_unlike_peft(module)]
+    yield "pads a convolution's update with zeros and does not dilate it, whatever its padding_mode and dilation", convs
     parameters = {one.name: one.layer.lora_owner for one in layouts if isinstance(one.layer, LoRAParameter)}
     read = {*bypassed_modules({module: [name] for name, module in named_modules(model)})}
     uncalled = [name for name, owner in parameters.items() if owner in read or isinstance(owner, OutProj)]
