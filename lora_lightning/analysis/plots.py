@@ -27,6 +27,8 @@ SHOWN = 7
 """Layers in a figure of phi, where the user names none."""
 MOST_PANELS = 12
 MAP = "viridis"
+SIDE_NAMES = {"A": "A", "update_out": "BA's outputs"}
+"""The sides with figures; tables have all four."""
 
 
 @dataclass(kw_only=True)
@@ -59,7 +61,11 @@ def figures(analysis: Analysis, layers: str | None = None) -> dict[str, Drawing]
             end = f"-{number + 1}" if len(analysis.adapters) > 1 else ""
             title = f"The rank that would do, {adapter.label}"
             drawings[f"ranks{end}"] = Drawing(title, "The smallest rank that holds 95% of the energy.", ranks(adapter))
-        _draw_amplification(analysis, drawings)
+        known = [adapter for adapter in analysis.adapters if any(layer.base for layer in adapter.layers)]
+        if known:
+            caption = "||s B A||_F / ||U^T W0 V||_F in the update's own directions U, V (the paper's Table 7)."
+            panels = by_layer(known, lambda m: m.base.amplification if m.base else math.nan, "amplification factor")
+            drawings["amplification"] = Drawing("How much larger it is than W0 there", caption, panels)
         _draw_pairs(analysis, layers, drawings)
     if analysis.drift is not None and analysis.drift.metric:
         drawings["drift"] = gain_against_drift(analysis.drift)
@@ -102,17 +108,9 @@ def gain_against_drift(strengths: Strengths) -> Drawing:
     return Drawing("Gain against drift", caption, fig)
 
 
-def _draw_amplification(analysis: Analysis, drawings: dict[str, Drawing]) -> None:
-    adapters = [adapter for adapter in analysis.adapters if any(layer.base for layer in adapter.layers)]
-    if adapters:
-        caption = "||s B A||_F / ||U^T W0 V||_F in the update's own directions U, V (the paper's Table 7)."
-        panels = by_layer(adapters, lambda m: m.base.amplification if m.base else math.nan, "amplification factor")
-        drawings["amplification"] = Drawing("How much larger it is than W0 there", caption, panels)
-
-
 def _draw_pairs(analysis: Analysis, layers: str | None, drawings: dict[str, Drawing]) -> None:
     for number, pair in enumerate(analysis.pairs[:MOST_PAIRS]):
-        for side, name in (("A", "A"), ("update_out", "BA's outputs")):
+        for side, name in SIDE_NAMES.items():
             candidates = [layer for layer in pair.layers if layer.side == side and layer.phi and layer.phi[0]]
             if not candidates:
                 continue
@@ -246,7 +244,9 @@ def overlaps(pair: PairSimilarity, shown: Sequence[LayerSimilarity]) -> Figure:
         axis.spines[:].set_visible(False)
     _hide(axes[len(panels) :])
     fig.colorbar(image, ax=axes, shrink=0.8, label=r"$\phi(i, j)$")
-    fig.suptitle(f"directions of {_side(shown[0].side)} that {pair.labels[0]} and {pair.labels[1]} share", fontsize=8)
+    fig.suptitle(
+        f"directions of {SIDE_NAMES[shown[0].side]} that {pair.labels[0]} and {pair.labels[1]} share", fontsize=8
+    )
     return fig
 
 
@@ -258,10 +258,6 @@ def _random_like(layer: LayerSimilarity) -> torch.Tensor:
     frames = [torch.randn(n, q, generator=generator, dtype=torch.float64) for q in shape]
     U, V = (torch.linalg.qr(frame)[0] for frame in frames)
     return similarity(U, V)
-
-
-def _side(side: str) -> str:
-    return {"A": "A", "B": "B", "update_in": "BA's inputs", "update_out": "BA's outputs"}[side]
 
 
 def _wrap_title(title: str, width: int = 26) -> str:

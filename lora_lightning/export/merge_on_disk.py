@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,20 +110,13 @@ def _plan(
     return merge, written
 
 
-class _progress:
+@contextmanager
+def _progress(size: int) -> Iterator[Callable[[int], None]]:
     """A progress bar over bytes, hidden for small models."""
-
-    def __init__(self, size: int) -> None:
-        columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, disable=size < 2**29, transient=True)
-        self.task = self.bar.add_task("merging", total=size)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.bar.start()
-        return lambda count: self.bar.advance(self.task, count)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=size < 2**29, transient=True) as bar:
+        task = bar.add_task("merging", total=size)
+        yield lambda count: bar.advance(task, count)
 
 
 def _write_side_files(

@@ -160,14 +160,17 @@ class LoRATrainer(Trainer):
         target = Path(output_dir) if output_dir else folder / run.EXPORT
         model.to(self.strategy.root_device)
         batch = None if datamodule is None else self._probe(model, datamodule)
-        options: dict[str, Any] = {
-            "formats": wanted,
-            "dtype": dtype,
-            "max_shard_size": max_shard_size,
-            "serving": serving,
-            "scale": scale,
-        }
-        result = export_module(model, datamodule, target, batch=batch, **options)
+        result = export_module(
+            model,
+            datamodule,
+            target,
+            batch=batch,
+            formats=wanted,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            serving=serving,
+            scale=scale,
+        )
         show_report(record_export(folder, result), Console())
         log_export(self.loggers, folder, target)
         return result

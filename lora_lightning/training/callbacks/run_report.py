@@ -85,17 +85,7 @@ class RunReport(Callback):
         """Count the classes of the first set's batches."""
         self._count(trainer, outputs, batch, dataloader_idx)
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """As in validation."""
-        self._count(trainer, outputs, batch, dataloader_idx)
+    on_test_batch_end = on_validation_batch_end
 
     def _count(self, trainer: Trainer, outputs: Any, batch: Any, dataloader_idx: int) -> None:
         if self._classes is None or dataloader_idx or not isinstance(outputs, Mapping):

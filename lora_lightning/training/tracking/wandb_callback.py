@@ -14,8 +14,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.lora.formats.peft.save import save_adapter
@@ -27,6 +26,7 @@ from lora_lightning.training.callbacks.prediction_writer import rows
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.strategies.base import is_sharded
 from lora_lightning.training.tracking.wandb_logger import go_on_with
 
 
@@ -86,21 +86,15 @@ class Tracking(Callback):
     def _log_adapters(self, trainer: Trainer, module: LoRAModule, folder: Path) -> None:
         """Log the best first: W&B gives `latest` to what is logged last."""
         loggers, saver = self._loggers(trainer), trainer.checkpoint_callback
-        best = saver.best_model_path if isinstance(saver, ModelCheckpoint) else ""
-        if is_in_parts(module):
+        if is_sharded(module.backbone):  # this process has only a part of the adapter: log the checkpoint in its place
+            best = saver.best_model_path if isinstance(saver, ModelCheckpoint) else ""
             if best and Path(best).exists():
-                log_checkpoint(loggers, Path(best), folder, ["best", "latest"])
+                _log(loggers, "adapter", folder, {Path(best).name: Path(best)}, ["best", "latest"])
             return
-        task = module.task.peft_task_type
         with best_in(trainer, module) as is_last:
-            log_adapter(loggers, module.backbone, folder, ["best", "latest"] if is_last else ["best"], task)
+            log_adapter(loggers, module, folder, ["best", "latest"] if is_last else ["best"])
         if not is_last:
-            log_adapter(loggers, module.backbone, folder, ["latest"], task)
-
-
-def is_in_parts(module: LoRAModule) -> bool:
-    """Whether this process has only a part of the adapter's tensors."""
-    return any(isinstance(p, DTensor) for p in module.backbone.parameters())
+            log_adapter(loggers, module, folder, ["latest"])
 
 
 LARGE = 2 * 10**9
@@ -142,34 +136,19 @@ def log_report(loggers: Iterable[Any], folder: Path) -> dict[str, Any]:
     return plain
 
 
-def log_adapter(
-    loggers: Iterable[Any], backbone: nn.Module, folder: Path, aliases: Sequence[str], task_type: str | None = None
-) -> None:
-    """The adapter that is in `backbone` as PEFT reads it, with the run's report, page and config, as one artifact."""
-    ours = wandb_loggers(loggers)
-    if not ours:
-        return
+def log_adapter(loggers: Iterable[Any], module: LoRAModule, folder: Path, aliases: Sequence[str]) -> None:
+    """The adapter that is in the module as PEFT reads it, with the run's report, page and config, as one artifact."""
     with tempfile.TemporaryDirectory() as scratch:
-        files = {file.name: file for file in _run_files(folder)}
-        written = save_adapter(backbone, Path(scratch) / "adapter", task_type=task_type)
-        files |= {file.name: file for file in sorted(Path(written).iterdir())}
-        for logger in ours:
-            _log(logger, "adapter", files, aliases, log_report([], folder))
-
-
-def log_checkpoint(loggers: Iterable[Any], checkpoint: Path, folder: Path, aliases: Sequence[str]) -> None:
-    """Log a checkpoint in the adapter's place, where the adapter is sharded over several processes."""
-    files = {file.name: file for file in (*_run_files(folder), checkpoint)}
-    for logger in wandb_loggers(loggers):
-        _log(logger, "adapter", files, aliases, log_report([], folder))
+        written = save_adapter(module.backbone, Path(scratch) / "adapter", task_type=module.task.peft_task_type)
+        _log(loggers, "adapter", folder, {file.name: file for file in sorted(Path(written).iterdir())}, aliases)
 
 
 def log_export(loggers: Iterable[Any], folder: Path, directory: Path) -> None:
     """Log an export's files, with the run's report and page, as one artifact."""
-    files = {file.name: file for file in _run_files(folder)}
-    files |= {str(p.relative_to(directory)): p for p in sorted(directory.rglob("*")) if p.is_file()}
-    for logger in wandb_loggers(loggers):
-        _log(logger, "export", files, ["best", "latest"], log_report([logger], folder))
+    loggers = wandb_loggers(loggers)
+    files = {str(p.relative_to(directory)): p for p in sorted(directory.rglob("*")) if p.is_file()}
+    log_report(loggers, folder)
+    _log(loggers, "export", folder, files, ["best", "latest"])
 
 
 def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
@@ -186,24 +165,23 @@ def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
         logger.go_on_with(str(version))
 
 
-def _run_files(folder: Path) -> list[Path]:
-    return [folder / name for name in (run.CONFIG, run.REPORT, run.PAGE) if (folder / name).is_file()]
+def _log(loggers: Iterable[Any], kind: str, folder: Path, files: Mapping[str, Path], aliases: Sequence[str]) -> None:
+    """Log files with the run's config, report and page as one artifact.
 
-
-def _log(
-    logger: WandbLogger, kind: str, files: Mapping[str, Path], aliases: Sequence[str], metadata: dict[str, Any]
-) -> None:
-    """`log_artifact` links it to the run; the name carries the run's id, so that aliases are of one run."""
+    `log_artifact` links it to the run; the name carries the run's id, so that aliases are of one run.
+    """
     import wandb
 
-    experiment = logger.experiment
-    artifact = wandb.Artifact(f"{kind}-{experiment.id}", type=kind, metadata=metadata)
-    for name, file in files.items():
-        if file.stat().st_size > LARGE:
-            artifact.add_reference(file.resolve().as_uri(), name=name, checksum=False)
-        else:
-            artifact.add_file(str(file), name=name)
-    experiment.log_artifact(artifact, aliases=list(aliases))
+    of_run = {name: folder / name for name in (run.CONFIG, run.REPORT, run.PAGE) if (folder / name).is_file()}
+    for logger in wandb_loggers(loggers):
+        experiment = logger.experiment
+        artifact = wandb.Artifact(f"{kind}-{experiment.id}", type=kind, metadata=log_report([], folder))
+        for name, file in {**of_run, **files}.items():
+            if file.stat().st_size > LARGE:
+                artifact.add_reference(file.resolve().as_uri(), name=name, checksum=False)
+            else:
+                artifact.add_file(str(file), name=name)
+        experiment.log_artifact(artifact, aliases=list(aliases))
 
 
 SHOWN = 1000
