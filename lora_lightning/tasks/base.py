@@ -24,8 +24,8 @@ class StepOutput:
 
     loss: Tensor
     """Mean over `weight` units, a scalar. Without units it is 0, with a gradient of zeros."""
-    weight: int
-    """Number of units (examples or tokens) of the mean: the batch's weight in an average."""
+    weight: float
+    """Number of units (examples, tokens, or the sum of their weights) of the mean: the batch's weight in an average."""
     predictions: Tensor | None = None
     """With `targets`, the arguments of the metrics' update; None where there are none, or `update` is overridden."""
     targets: Tensor | None = None

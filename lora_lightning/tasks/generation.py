@@ -21,6 +21,7 @@ from lora_lightning.tasks.base import Stage, StepOutput, inputs_and_labels, inpu
 from lora_lightning.tasks.language_model import TokensOutput, TokenTask
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, LinearCrossEntropy
 from lora_lightning.tasks.losses.lm_head import aligned_loss, shifted_loss
+from lora_lightning.tasks.positions import refuse_long_text
 
 MAX_NEW_TOKENS = 64
 """Used where neither the task nor the model's generation config limits the length."""
@@ -61,6 +62,8 @@ def generate_texts(
         )
     config = generation_config(backbone.generation_config, tokenizer, options)
     after = 0 if backbone.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # type: ignore[union-attr]
+    mask = inputs.get("attention_mask")
+    refuse_long_text(backbone, int(mask.sum(1).max()) if after and mask is not None else after, after, config)
     processors = LogitsProcessorList()
     if after and config.no_repeat_ngram_size:
         processors.append(NoRepeatInText(config.no_repeat_ngram_size, after))

@@ -62,6 +62,23 @@ def refuse_too_long(backbone: nn.Module, batch: Any) -> None:
             raise LoRAError(_too_long(f"a row of {longest} tokens is", limit, backbone))
 
 
+def refuse_long_text(backbone: nn.Module, prompts: int, width: int, options: Any) -> None:
+    """Raise where a text may be written beyond the model's last position, which on a GPU would end the process.
+
+    Args:
+        prompts: tokens of the longest prompt; 0 for an encoder-decoder, whose decoder begins anew.
+        width: tokens of the padded prompts, which `max_length` counts.
+        options: the `GenerationConfig`, with `max_new_tokens` or `max_length`.
+    """
+    limit, new = learned_positions(backbone), options.max_new_tokens or options.max_length - width
+    if limit is not None and prompts + new > limit + 1:  # the last token is not read again
+        raise LoRAError(
+            f"a prompt of {prompts} tokens and up to {new} new ones are longer than the {limit} positions of"
+            f" {type(backbone).__name__}: set max_new_tokens of generation to {max(limit + 1 - prompts, 1)} or less,"
+            " or shorten the prompts"
+        )
+
+
 def refuse_long_rows(backbone: nn.Module, datamodule: Any) -> None:
     """Raise before the first batch where a split of a DataModule has rows that are too long, with their number."""
     limit = learned_positions(backbone)

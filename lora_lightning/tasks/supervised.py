@@ -22,7 +22,8 @@ class Supervised(Task):
 
     The loss is a mean over examples, by whose number batches are weighed. A loss with `reduction: sum` is divided by
     it. One with `reduction: none` is averaged over all its values, by whose number batches are weighed then: this is
-    right also where classes have weights or examples have different numbers of values.
+    right also where examples have different numbers of values. torch's `CrossEntropyLoss` and `NLLLoss` of labels are
+    means over the labels y that are not `ignore_index`, each with `weight[y]`: batches are weighed by these sums.
 
     Args:
         loss: called with (outputs, target).
@@ -80,7 +81,7 @@ class Supervised(Task):
             raise LoRAError(f"the batch has no target '{self.target}'{_near(self.target, batch)}")
         outputs = self._outputs(backbone, inputs)
         target = _fit_target(outputs, target)
-        loss, weight = self._mean(self.loss(outputs, target), target)
+        loss, weight = self._mean(self.loss(outputs, target), outputs, target)
         return StepOutput(loss=loss, weight=weight, predictions=outputs, targets=target)
 
     def predict(self, backbone: nn.Module, batch: Any) -> dict[str, Tensor]:
@@ -116,13 +117,20 @@ class Supervised(Task):
             )
         return made
 
-    def _mean(self, value: Any, target: Tensor) -> tuple[Tensor, int]:
+    def _mean(self, value: Any, outputs: Tensor, target: Tensor) -> tuple[Tensor, float]:
+        """The mean, and the units that it is over."""
         if not isinstance(value, Tensor):
             raise LoRAError(f"{type(self.loss).__name__} must return a tensor, got {type(value).__name__}")
         if value.dim():
             return value.sum() / max(value.numel(), 1), value.numel()
         n = len(target)
-        return (value / max(n, 1) if getattr(self.loss, "reduction", None) == "sum" else value), n
+        if getattr(self.loss, "reduction", None) == "sum":
+            return value / max(n, 1), n
+        if not isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss) or target.is_floating_point():
+            return value, n
+        counted = target[target != self.loss.ignore_index]
+        units = counted.numel() if self.loss.weight is None else float(self.loss.weight[counted].sum())
+        return (value if units else outputs.sum() * 0), units
 
 
 def _fit_target(outputs: Tensor, value: Any) -> Tensor:

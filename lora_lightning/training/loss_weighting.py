@@ -38,9 +38,9 @@ class UnitMean:
         self.mean: Tensor | None = None
         """Of the last step, over all its units; None where nothing was weighed."""
         self._share: float | None = None
-        self._parts: list[tuple[Tensor, int]] = []
+        self._parts: list[tuple[Tensor, float]] = []
 
-    def weigh(self, trainer: Trainer, loss: Tensor, units: int, batch_idx: int) -> Tensor:
+    def weigh(self, trainer: Trainer, loss: Tensor, units: float, batch_idx: int) -> Tensor:
         """The value to call backward on, for a `loss` that is the mean over `units`.
 
         Raises:
@@ -81,7 +81,7 @@ class UnitMean:
             factor = self._share * trainer.accumulate_grad_batches * trainer.world_size / units
             multiply_gradients(optimizer, factor)
 
-    def _over_processes(self, trainer: Trainer) -> tuple[Tensor, int]:
+    def _over_processes(self, trainer: Trainer) -> tuple[Tensor, float]:
         """The window's loss, summed over its units where there are several parts, and the units."""
         units = sum(n for _, n in self._parts)
         if not _has_parts(trainer):
@@ -89,9 +89,11 @@ class UnitMean:
         loss = torch.stack([_sum_over_units(loss, n) for loss, n in self._parts]).sum()
         if trainer.world_size == 1:
             return loss, units
-        count = trainer.strategy.reduce(torch.tensor(units, device=loss.device), reduce_op="sum")
+        count = trainer.strategy.reduce(
+            torch.tensor(float(units), dtype=wide_dtype(loss), device=loss.device), reduce_op="sum"
+        )
         total: Tensor = trainer.strategy.reduce(loss, reduce_op="sum")
-        return total, int(count)
+        return total, float(count)
 
 
 def multiply_gradients(optimizer: Optimizer | LightningOptimizer, factor: float) -> None:
@@ -107,7 +109,7 @@ def is_padding(trainer: Trainer, batch_idx: int) -> bool:
     return isinstance(sampler, EpochSampler) and sampler.is_padding(batch_idx)
 
 
-def _sum_over_units(loss: Tensor, units: int) -> Tensor:
+def _sum_over_units(loss: Tensor, units: float) -> Tensor:
     """A batch's loss summed over its units; 0 without units, whatever the task returned."""
     return loss.to(wide_dtype(loss)) * units if units else torch.zeros_like(loss, dtype=wide_dtype(loss))
 
@@ -117,7 +119,7 @@ def _has_parts(trainer: Trainer) -> bool:
     return trainer.accumulate_grad_batches > 1 or trainer.world_size > 1
 
 
-def _share(trainer: Trainer, device: torch.device, units: int) -> float:
+def _share(trainer: Trainer, device: torch.device, units: float) -> float:
     mean = float(units)
     if trainer.world_size > 1:
         mean = float(trainer.strategy.reduce(torch.tensor(mean, device=device), reduce_op="sum")) / trainer.world_size

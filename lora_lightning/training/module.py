@@ -154,7 +154,7 @@ class LoRAModule(LightningModule):
         refuse_too_long(self.backbone, batch)
         out = (self.task.step if stage == "train" else self.task.evaluate)(self.backbone, batch)
         metrics = self.task.update(stage, out)
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=out.weight, add_dataloader_idx=False)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=1, add_dataloader_idx=False)
         return out
 
     def optimizer_step(

@@ -45,7 +45,7 @@ class Case:
     z: Tensor
     y: Tensor
     loss: float
-    weight: int
+    weight: float
     figures: dict[str, float] = field(default_factory=dict)
     monitor: str = "val/accuracy"
     key: str | None = "x"
@@ -133,6 +133,14 @@ def own(reduction):
     return Case(task, z, y, loss, 10, {"accuracy": accuracy_score(y, z.argmax(1))}, key=None)
 
 
+def own_weighted():
+    """The first row's only label is ignored."""
+    z, y, weights = normal(10, 4), torch.tensor([3, 0, 1, 1, 2, 3, 0, 0, 2, 1]), torch.tensor([1.0, 2.5, 0.5, 7])
+    task = lambda: Supervised(nn.CrossEntropyLoss(weights, ignore_index=3))  # noqa: E731
+    each = -z.double().log_softmax(1)[range(10), y] * weights[y] * (y != 3)
+    return Case(task, z, y, each.sum() / 11.5, 11.5, {}, "val/loss", None)
+
+
 def own_numbers():
     """Metrics that start alike are counted apart: the first row's error is 1, so that mae and mse agree."""
     z, y = torch.arange(8.0), torch.arange(8.0) + torch.tensor([1.0, 3, 0, 2, 5, 1, 1, 2])
@@ -153,6 +161,7 @@ CASES = {
     "tags": tagged(),
     "pixels": pixels(),
     **{f"own {reduction}": own(reduction) for reduction in ("mean", "sum", "none")},
+    "own weighted": own_weighted(),
     "own numbers": own_numbers(),
 }
 
@@ -165,7 +174,7 @@ def test_loss_weight_and_figures_are_those_by_hand_however_the_set_is_cut(name):
     assert float(out.loss) == pytest.approx(float(case.loss), rel=1e-6)
     assert out.weight == case.weight
     assert task.monitor == case.monitor
-    assert task.monitor_mode == ("min" if name == "own numbers" else "max")
+    assert task.monitor_mode == ("min" if name in ("own numbers", "own weighted") else "max")
     for start, end in ((0, 1), (1, 4), (4, len(case.y))):
         task.update("train", case.step(task, slice(0, 2)))  # stages are counted apart
         metrics = task.update("val", case.step(task, slice(start, end)))
