@@ -1,6 +1,7 @@
 """What a task cannot take is refused in words that say what it takes, and which entry is meant."""
 
 import re
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lora_lightning.tasks.segmentation import ImageSegmentation
 from lora_lightning.tasks.supervised import Supervised
 from lora_lightning.tasks.token_classification import TokenClassification
 from tests.tasks.test_figures import IOB2, Says, Two
+from tests.tiny_text import make_model
 
 
 class Starred(nn.Module):
@@ -39,7 +41,7 @@ def made(task, *args, **options):
 ONE, SEVERAL, IMAGES = SequenceClassification(2), MultiLabelClassification(3), ImageClassification(3)
 MASKS, NUMBER = ImageSegmentation(3), SequenceRegression()
 OWN, PAIRS = Supervised(nn.MSELoss()), ContrastiveEmbedding()
-Z, X, L = torch.zeros, torch.randn(2, 3), torch.zeros(2).long()
+Z, X, L, PROMPT = torch.zeros, torch.randn(2, 3), torch.zeros(2).long(), {"input_ids": torch.ones(1, 9).long()}
 TEXTS = {"anchor": {"x": torch.randn(7, 5)}, "positive": {"x": torch.randn(7, 5)}}
 ANSWERS = torch.tensor([[1, 1], [1, 1], [1, 1], [1, -100]])
 
@@ -86,6 +88,7 @@ MISFITS = [
     # of texts
     (given(CausalLM(), {"input_ids": Z(1, 4).long()}), "no 'labels', only input_ids"),
     (lambda: generate_texts(nn.Linear(1, 1), {}, None, {}), "Linear has no `generate`"),
+    (lambda: generate_texts(make_model("gpt2"), PROMPT, Mock(eos_token_id=1), {"max_new_tokens": 99}), "to 56 or less"),
     (given(SequenceToSequence(None), {"input_ids": L, "labels": L}, nn.Linear(1, 1)), "put decoder_input_ids into"),
     # of arguments
     (made(SequenceClassification, 1), "at least 2 classes, got 1"),

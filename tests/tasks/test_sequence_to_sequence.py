@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from lora_lightning import LoRAConfig, LoRAError, inject
+from lora_lightning import LoRAConfig, inject
 from lora_lightning.data.seq2seq import PromptCompletionData, SequenceToSequenceData
 from lora_lightning.tasks.generation import SequenceToSequence, TextGeneration, generate_texts, generation_config
 from tests.data.files import ALL, ready, write
@@ -147,12 +147,3 @@ def test_a_text_may_say_what_its_prompt_says_but_not_twice(tmp_path):
     once = generate_texts(model, inputs, tokenizer, {**options, "no_repeat_ngram_size": 3})[0].split()
     assert once[:6] == free[:6], "what the prompt holds may be said"
     assert once[6] != free[6], "what the text holds may not be said again"
-
-
-def test_no_text_is_written_beyond_the_last_position(tmp_path):
-    tokenizer, model = make_tokenizer(tmp_path, ends=False), make_model("gpt2").eval()
-    prompt = torch.full((1, model.config.n_positions - 4), 5)
-    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-    generate_texts(model, inputs, tokenizer, {"max_new_tokens": 5, "min_new_tokens": 5})
-    with pytest.raises(LoRAError, match="set max_new_tokens of generation to 5 or less"):
-        generate_texts(model, inputs, tokenizer, {"max_new_tokens": 6})
