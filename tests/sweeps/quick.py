@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from jsonargparse import Namespace
 from torch import nn
 
-from lora_lightning import LoRAConfig
 from lora_lightning.commands.sweep.base_config import Base
 from lora_lightning.commands.sweep.sweep import Request, Sweep
 
@@ -31,7 +30,6 @@ def base(**config):
     return Base(
         name="quick",
         config={"model": {"lora": {"alpha": None}}, **config},
-        lora=LoRAConfig(),
         backbone=nn.Linear(2, 2),
         metric="val/accuracy",
         goal="max",
@@ -49,10 +47,9 @@ def sweep(file, *, grid=("model.lora.r=1,2,4",), config=None, **asked):
 def run(*args, **kwargs):
     """A sweep to its end: what it came to, and what it said of each trial, in order."""
     said = []
-    outcome = sweep(*args, **kwargs).run(
-        lambda trial, what: said.append((what, trial.values["model.lora.r"], trial.state))
-    )
-    return outcome, said
+    made = sweep(*args, **kwargs)
+    points = made.run(lambda trial, what: said.append((what, trial.values["model.lora.r"], trial.state)))
+    return SimpleNamespace(folder=made.folder, points=points), said
 
 
 def events(folder, what=None):

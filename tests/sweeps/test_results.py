@@ -78,7 +78,7 @@ def test_matrices_at_a_budget_are_table_5_with_bars_between_seeds():
     assert "nearest to 300,000 parameters" in caption
     assert "standard deviation" in caption
     (axis,) = figure.axes
-    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["query\nr = 65\n300k", "query, value\nr = 32\n300k"]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["query\nr = 65\n300K", "query, value\nr = 32\n300K"]
     assert [bar.get_height() for bar in axis.patches] == pytest.approx([0.65, 0.66])
 
 

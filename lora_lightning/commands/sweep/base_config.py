@@ -19,7 +19,6 @@ from torch import nn
 
 from lora_lightning.backbones.huggingface import huggingface
 from lora_lightning.cli.build import build_run
-from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.inject import remove
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.module import LoRAModule
@@ -57,7 +56,6 @@ class Base:
     """The run's name in the config."""
     config: dict[str, Any]
     """Resolved, as plain data."""
-    lora: LoRAConfig
     backbone: nn.Module
     """Plain, without adapters."""
     metric: str
@@ -91,7 +89,6 @@ def open_base(args: Sequence[str], *, trainer: bool = False) -> Base:
     return Base(
         name=str(config.name),
         config=plain_config(config),
-        lora=module.lora,
         backbone=remove(module.backbone),
         metric=metric,
         goal=goal,

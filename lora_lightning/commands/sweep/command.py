@@ -25,7 +25,7 @@ from lora_lightning.commands.sweep.report import PAGE, next_command, table
 from lora_lightning.commands.sweep.runner import LOG, Say, Stopped
 from lora_lightning.commands.sweep.search_space import readable_value, short_names
 from lora_lightning.commands.sweep.study import Trial
-from lora_lightning.commands.sweep.sweep import Outcome, Request, Sweep, prepare
+from lora_lightning.commands.sweep.sweep import Request, Sweep, prepare
 from lora_lightning.commands.sweep.together import Watch, progress
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.population.population import Population
@@ -53,21 +53,16 @@ def _run(sweep: Sweep) -> None:
         screen.print(line, highlight=False, markup=False)
     try:
         with _lines(screen, sweep) as (say, watch):
-            outcome = sweep.run(say, watch)
+            points = sweep.run(say, watch)
     except (KeyboardInterrupt, Stopped) as stopped:
         number = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
         print(f"lora-lightning: stopped; the same command goes on with '{sweep.folder}'", file=sys.stderr)
         raise SystemExit(128 + number) from None
-    _print_outcome(screen, outcome)
-
-
-def _print_outcome(screen: Console, outcome: Outcome) -> None:
-    rows = table(str(outcome.folder), outcome.points, outcome.keys, outcome.metric, outcome.goal)
-    Console().print(rows)
-    if outcome.points[0].state != "complete":
-        raise LoRAError(f"no fit of the sweep came to its end; what each said is in '{outcome.folder}/*/{LOG}'")
-    screen.print(f"then: {next_command(outcome.points)}", highlight=False)
-    screen.print(f"numbers, page and figures: {outcome.folder / PAGE}", highlight=False)
+    Console().print(table(str(sweep.folder), points, sweep.keys, sweep.metric, sweep.goal))
+    if points[0].state != "complete":
+        raise LoRAError(f"no fit of the sweep came to its end; what each said is in '{sweep.folder}/*/{LOG}'")
+    screen.print(f"then: {next_command(points)}", highlight=False)
+    screen.print(f"numbers, page and figures: {sweep.folder / PAGE}", highlight=False)
 
 
 def _notes(sweep: Sweep) -> Iterator[str]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_lightning.commands.sweep.ranking import Point
 from lora_lightning.commands.sweep.search_space import MATRICES, RANK, number, readable_value, short_names
+from lora_lightning.reports.console import short_count
 from lora_lightning.reports.figures import COLORS, COLUMN, PAGE, Drawing, figure
 
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ def figures(
     done = [point for point in points if point.state == "complete" and point.mean is not None]
     drawings: Figures = {}
     if decisions:
-        caption = (
-            f"{metric} of each member at the rungs; a cross is where it was dropped. The last is its best checkpoint."
-        )
+        caption = f"{metric} of each member at the rungs, and its best checkpoint's; a cross is where it was dropped."
         drawings["halving"] = Drawing("Halving", caption, halving_curves(decisions, points, keys, metric))
     if not done:
         return drawings
@@ -61,11 +60,8 @@ def figures(
         drawings["matrices"] = Drawing("Which matrices", "All at the same rank." + note, figure_of)
     names = short_names(keys)
     for key in others:
-        drawings[names[key].replace(".", "-")] = Drawing(
-            names[key],
-            f"{metric} of every point by {key}.",
-            scatter(done, key, metric),
-        )
+        caption = f"{metric} of every point by {key}."
+        drawings[names[key].replace(".", "-")] = Drawing(names[key], caption, scatter(done, key, metric))
     return drawings
 
 
@@ -79,7 +75,7 @@ def rank_curve(points: Sequence[Point], metric: str) -> Figure:
         if point.trainable is not None:
             top = (float(point.values[RANK]), _mean(point) + (point.deviation or 0))
             style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 6, "color": "#555"}
-            axis.annotate(_count(point.trainable), top, (0, 6), **style)
+            axis.annotate(short_count(point.trainable), top, (0, 6), **style)
     _label_ranks(axis, points)
     axis.set_xlabel("rank r, with the number of parameters that train")
     axis.set_ylabel(metric)
@@ -174,10 +170,7 @@ def halving_curves(
         if not reached:
             continue
         label = ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in point.values.items())
-        style: dict[str, Any] = {
-            "color": COLORS[place % len(COLORS)],
-            "linestyle": "-" if place < len(COLORS) else "--",
-        }
+        style: dict[str, Any] = {"color": COLORS[place % len(COLORS)], "ls": "-" if place < len(COLORS) else "--"}
         label += "" if dropped_at is None else f", dropped at {dropped_at}"
         axis.plot(*zip(*reached, strict=True), marker="o", ms=3, lw=0.9 if dropped_at else 1.8, label=label, **style)
         if dropped_at is not None:
@@ -246,18 +239,12 @@ def _label_ranks(axis: Any, points: Sequence[Point]) -> None:
 def _bar_label(point: Point) -> str:
     lines = [_fold(point.values[MATRICES])]
     lines += [f"r = {point.values[RANK]}"] if RANK in point.values else []
-    lines += [_count(point.trainable)] if point.trainable is not None else []
+    lines += [short_count(point.trainable)] if point.trainable is not None else []
     return "\n".join(lines)
 
 
 def _digits(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
-
-
-def _count(parameters: int) -> str:
-    if parameters >= 1e6:
-        return f"{parameters / 1e6:.2f}M"
-    return f"{parameters / 1e3:.0f}k" if parameters >= 1e3 else str(parameters)
 
 
 def _fold(text: str, width: int = 16) -> str:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,6 @@ class Fit:
             )
         return cls(process, log)
 
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        return self.process.poll()
-
     def ask_to_leave(self) -> None:
         """Send SIGTERM: the fit saves its newest state and ends."""
         self._send(signal.SIGTERM)
@@ -55,9 +52,8 @@ class Fit:
     def end(self) -> None:
         """Wait for the fit to end, and kill it where it does not."""
         try:
-            self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            pass
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(PATIENCE)
         finally:
             self._send(signal.SIGKILL)
             self.process.wait()
@@ -70,10 +66,8 @@ class Fit:
 
     def _send(self, number: int) -> None:
         """Send a signal to the process and its children."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            return
 
 
 def _end_with_parent(parent: int) -> Callable[[], None]:

@@ -43,16 +43,13 @@ def table(name: str, points: Sequence[Point], keys: Sequence[str], metric: str, 
         cells += ["-" if point.minutes is None else f"{point.minutes:.1f}", point.trials[0].name]
         rows.append(cells)
     best = "largest" if goal == "max" else "smallest"
-    below = [f"{NOT_TEST}; the {best} {metric} is the best", *_faults(points)]
+    below = [f"{NOT_TEST}; the {best} {metric} is the best"]
+    below += [f"{trial.name} failed: {trial.error}" for point in points for trial in point.trials if trial.error]
     return Table(title=name, header=header, rows=rows, text=(0, *range(1, 1 + len(keys))), note="\n".join(below))
 
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.3g}"
-
-
-def _faults(points: Sequence[Point]) -> list[str]:
-    return [f"{trial.name} failed: {trial.error}" for point in points for trial in point.trials if trial.error]
 
 
 def next_command(points: Sequence[Point]) -> str:
@@ -69,21 +66,11 @@ def csv_of(points: Sequence[Point], keys: Sequence[str], metric: str) -> str:
     for place, point in enumerate(points, 1):
         for t in point.trials:
             cells = [t.value, point.mean, point.deviation, t.trainable, t.seconds, t.run, t.error]
-            writer.writerow([place, *(point.values[key] for key in keys), t.seed, t.state, *map(_empty, cells)])
+            writer.writerow([place, *(point.values[key] for key in keys), t.seed, t.state, *cells])
     return text.getvalue()
 
 
-def _empty(value: object) -> object:
-    return "" if value is None else value
-
-
-def write(
-    folder: Path,
-    about: dict[str, Any],
-    points: Sequence[Point],
-    *,
-    plots: bool,
-) -> None:
+def write(folder: Path, about: dict[str, Any], points: Sequence[Point], *, plots: bool) -> None:
     """Write all files; figures of an earlier state are removed.
 
     Args:
@@ -99,12 +86,8 @@ def write(
     ranking = [
         {
             "place": place,
-            "values": point.values,
-            "state": point.state,
-            "mean": point.mean,
-            "sd": point.deviation,
-            "trainable": point.trainable,
-            "minutes": point.minutes,
+            **{"values": point.values, "state": point.state, "mean": point.mean, "sd": point.deviation},
+            **{"trainable": point.trainable, "minutes": point.minutes},
             "trials": [asdict(trial) for trial in point.trials],
         }
         for place, point in enumerate(points, 1)

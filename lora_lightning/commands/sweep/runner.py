@@ -95,7 +95,7 @@ class Runner:
             for trial, fit in self._running.values():
                 self.study.beat(trial.number, fit.process.pid)
         for slot, (trial, fit) in list(self._running.items()):
-            code = fit.exit_code()
+            code = fit.process.poll()
             if self.watched:
                 trial.reported = reported_values(self.folder / trial.name, _report_key(self.metric))
             if code is None:
@@ -105,18 +105,16 @@ class Runner:
                 continue
             del self._running[slot]
             if not (code == 0 and take_result(trial, self.folder, self.metric)) and trial.state != "pruned":
-                trial.state, trial.error = "failed", fit.fault() if code else self._no_metric(trial)
+                no_metric = (
+                    f"the fit ended without {self.metric} in '{self.folder / trial.name / REPORT}': the config must"
+                    " validate, keep a log (no trainer.logger: false), and have a metric of that name"
+                )
+                trial.state, trial.error = "failed", fit.fault() if code else no_metric
             self._close(trial)
 
     def _close(self, trial: Trial) -> None:
         self.study.finish(trial)
         self.say(trial, "ends")
-
-    def _no_metric(self, trial: Trial) -> str:
-        return (
-            f"the fit ended without {self.metric} in '{self.folder / trial.name / REPORT}': the config must validate,"
-            " keep a log (no trainer.logger: false), and have a metric of that name"
-        )
 
     def _end_all(self) -> None:
         """End all fits at once, so that they save in parallel, and release their trials."""

@@ -139,7 +139,7 @@ class Study:
 
     def add_proposals(self, number: int, seeds: Sequence[int | None]) -> None:
         """Enter points for the sampler to choose until there are `number`, and again fits that failed."""
-        trials = self._optuna_trials()
+        trials = self.study.get_trials()
         proposals = {t.user_attrs["proposal"] for t in trials if "proposal" in t.user_attrs}
         for proposal in range(number):
             if proposal not in proposals:
@@ -160,7 +160,7 @@ class Study:
             complete: adds values that depend on a proposal's, such as the r of a budget.
         """
         self._take_over()
-        while any(trial.state == self.states.WAITING for trial in self._optuna_trials(deepcopy=False)):
+        while any(trial.state == self.states.WAITING for trial in self.study.get_trials(deepcopy=False)):
             handle = self.study.ask()
             self.owned[handle.number] = handle
             self.beat(handle.number, 0)
@@ -180,7 +180,7 @@ class Study:
                 continue
             if "name" not in attributes:
                 handle.set_user_attr("name", folder_name(handle.number, values, seed))
-            return self._view(self._optuna_trials()[handle.number])
+            return self._view(self.study.get_trials()[handle.number])
         return None
 
     def beat(self, number: int, process: int) -> None:
@@ -216,7 +216,7 @@ class Study:
     def trials(self, *, waiting: bool = False) -> list[Trial]:
         """The newest trial of each fit, in the order of their beginnings; with `waiting`, also fits not yet begun."""
         newest: dict[Any, Trial] = {}
-        for frozen in self._optuna_trials():
+        for frozen in self.study.get_trials():
             attributes = frozen.user_attrs
             hidden = "values" not in attributes or attributes.get("outcome") == "superseded"
             if not hidden and (waiting or frozen.state != self.states.WAITING):
@@ -226,13 +226,7 @@ class Study:
 
     def unfinished(self) -> int:
         """The number of fits that wait or run."""
-        return sum(not trial.state.is_finished() for trial in self._optuna_trials(deepcopy=False))
-
-    # Helpers
-
-    def _optuna_trials(self, *, deepcopy: bool = True) -> list[Any]:
-        trials: list[Any] = self.study.get_trials(deepcopy=deepcopy)
-        return trials
+        return sum(not trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
 
     def _enter(self, params: dict[str, Any], *, name: str | None = None, **attributes: Any) -> None:
         attributes |= {} if name is None else {"name": name}
@@ -240,7 +234,7 @@ class Study:
 
     def _repeat(self, values: Values, seeds: Sequence[int | None]) -> None:
         """Enter a sampler's point with the seeds that are missing."""
-        had = {t.user_attrs["seed"] for t in self._optuna_trials() if t.user_attrs.get("values") == values}
+        had = {t.user_attrs["seed"] for t in self.study.get_trials() if t.user_attrs.get("values") == values}
         for seed in seeds:
             if seed not in had:
                 self._enter(self._params(values), values=values, seed=seed)
@@ -252,7 +246,7 @@ class Study:
 
     def _has_twin(self, number: int, values: Values, seed: int | None) -> bool:
         """Whether the same fit is done, or runs under a smaller number: two processes may both have entered it."""
-        for other in self._optuna_trials():
+        for other in self.study.get_trials():
             differs = other.number == number or other.user_attrs.get("values") != values
             if differs or other.user_attrs.get("seed") != seed or "outcome" in other.user_attrs:
                 continue
@@ -263,7 +257,7 @@ class Study:
 
     def _take_over(self) -> None:
         """Enter again the unfinished fits of processes that died or released them."""
-        for trial in self._optuna_trials():
+        for trial in self.study.get_trials():
             if trial.state != self.states.RUNNING or trial.number in self.owned or not self._is_left(trial):
                 continue
             try:

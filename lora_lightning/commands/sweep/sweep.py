@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +117,6 @@ class Request:
         return len(grid_points(self.swept)) if self.sampler == "grid" else self.trials or 0
 
 
-@dataclass(kw_only=True)
-class Outcome:
-    """The result of a sweep."""
-
-    folder: Path
-    points: list[Point]
-    keys: list[str]
-    metric: str
-    goal: str
-
-
 class Sweep:
     """A request over an opened config."""
 
@@ -166,14 +156,15 @@ class Sweep:
     def follow(self) -> None:
         """Take part in the fits that rank 0 has taken from the study, and write nothing."""
         with suppress(KeyboardInterrupt, Stopped):  # rank 0 reports them
-            Together(folder=self.folder, args=self.request.fit, **self._together).run()
+            self._population().run()
 
-    @property
-    def _together(self) -> dict[str, Any]:
-        return {"metric": self.metric, "goal": self.goal, "eta": self.request.halving, "rungs": self.request.rungs}
+    def _population(self, **options: Any) -> Together:
+        options |= {"metric": self.metric, "goal": self.goal}
+        options |= {"eta": self.request.halving, "rungs": self.request.rungs}
+        return Together(folder=self.folder, args=self.request.fit, **options)
 
-    def run(self, say: Say, watch: Watch = lambda _: None) -> Outcome:
-        """Run the fits that are not done, and write the results, also after an interruption."""
+    def run(self, say: Say, watch: Watch = lambda _: None) -> list[Point]:
+        """Run the fits that are not done, write the results, also after an interruption, and return them ranked."""
         request = self.request
         study = Study(
             self.folder,
@@ -186,24 +177,22 @@ class Sweep:
         )
         study.claim(self.about)
         if request.sampler == "grid":
-            points = [self._complete(values) for values in grid_points(request.swept)]
-            study.add((values, seed) for seed in self.seeds for values in points)
+            wanted = [self._complete(values) for values in grid_points(request.swept)]
+            study.add((values, seed) for seed in self.seeds for values in wanted)
         else:
             study.add_proposals(request.points, self.seeds)
-        shared: dict[str, Any] = {
-            "folder": self.folder,
-            "args": request.fit,
-            "study": study,
-            "claim": lambda: study.next(self.seeds, self._complete),
-            "say": say,
-        }
+        claim = partial(study.next, self.seeds, self._complete)
         runner: Runner | Together
         if request.together:
-            runner = Together(**shared, **self._together, watch=watch)
+            runner = self._population(study=study, claim=claim, say=say, watch=watch)
         else:
             runner = Runner(
-                **shared,
+                folder=self.folder,
+                args=request.fit,
                 metric=self.metric,
+                study=study,
+                claim=claim,
+                say=say,
                 jobs=request.jobs,
                 watched=request.pruner != "none",
                 command=self.command,
@@ -212,9 +201,9 @@ class Sweep:
         try:
             runner.run()
         finally:
-            points_of = rank_points(study.trials(), self.goal)
-            write(self.folder, self.about | {"seeds": list(request.seeds)}, points_of, plots=request.plots)
-        return Outcome(folder=self.folder, points=points_of, keys=self.keys, metric=self.metric, goal=self.goal)
+            points = rank_points(study.trials(), self.goal)
+            write(self.folder, self.about | {"seeds": list(request.seeds)}, points, plots=request.plots)
+        return points
 
     def _complete(self, values: Values) -> Values:
         """The values with the r that the budget chose."""
