@@ -134,15 +134,18 @@ class Supervised(Task):
 
 
 def _fit_target(outputs: Tensor, value: Any) -> Tensor:
-    """A target of numbers in the outputs' shape and dtype: (n,) beside (n, 1) would be broadcast."""
+    """A target of one number for each output in the outputs' shape: (n,) beside (n, 1) would be broadcast.
+
+    Numbers with a point get the outputs' dtype; whole ones, which may be counts or classes, keep theirs.
+    """
     target: Tensor = torch.as_tensor(value).to(outputs.device)
-    if not target.is_floating_point():
-        return target
-    if target.squeeze().shape != outputs.squeeze().shape:
+    if target.squeeze().shape == outputs.squeeze().shape:
+        target = target.reshape(outputs.shape)
+    elif target.is_floating_point():
         raise LoRAError(
             f"a target of numbers must have the outputs' shape {tuple(outputs.shape)}, got {tuple(target.shape)}"
         )
-    return target.reshape(outputs.shape).to(outputs)
+    return target.to(outputs) if target.is_floating_point() else target
 
 
 def _near(name: str, held: Any) -> str:

@@ -246,9 +246,10 @@ def test_the_plain_task_takes_batches_of_either_form_and_names_of_input_target_a
     assert soft["prediction"].tolist() == [[0.25] * 4] * 2
 
 
-def test_a_target_of_numbers_is_not_broadcast():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_a_target_of_numbers_is_not_broadcast(dtype):
     """(n,) beside (n, 1) would be n x n differences, and a loss that looks like one."""
-    x, y = torch.randn(6, 1), torch.randn(6, dtype=torch.float64)
+    x, y = torch.randn(6, 1), (3 * torch.randn(6)).to(dtype)
     task = Supervised(nn.MSELoss(), {"mse": MeanSquaredError()})
     out = task.step(nn.Identity(), (x, y))
     assert float(out.loss) == pytest.approx(float((x.squeeze(1) - y).square().mean()), rel=1e-6)
