@@ -24,7 +24,7 @@ from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.checkpoints.adapter_state import CHECKPOINT_KEY, PREFIX, refuse_foreign
+from lora_lightning.training.checkpoints.adapter_state import CHECKPOINT_KEY, PREFIX, refuse_damaged_fields
 
 MEASURED = ("eva", "lora_ga")
 """Inits that need batches. (`loftq` needs the model before quantization, which no DataModule has.)"""
@@ -84,7 +84,7 @@ def start_from_adapter(backbone: nn.Module, path: str, config: LoRAConfig, *, al
             return start_from_directory(backbone, directory, allow_other_base=allow_other_base)
     file = run.find_checkpoint(folder)
     content = run.load_checkpoint(file)
-    refuse_foreign(content, resumes=False)
+    refuse_damaged_fields(content, resumes=False)
     fields, state = content[CHECKPOINT_KEY], content["state_dict"]
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
     trained, base = LoRAConfig.from_dict(fields["config"]), Fingerprint.from_json(fields["base"])

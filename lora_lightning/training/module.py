@@ -31,7 +31,7 @@ from lora_lightning.training.activations.compilation import TrainingForward
 from lora_lightning.training.checkpoints.adapter_state import (
     CHECKPOINT_KEY,
     adapter_only,
-    refuse_foreign,
+    refuse_damaged_fields,
     refuse_misfits,
     refuse_other_config,
 )
@@ -275,7 +275,7 @@ class LoRAModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another adapter or of another W0 before anything is loaded."""
-        refuse_foreign(checkpoint, resumes=self._in_fit())
+        refuse_damaged_fields(checkpoint, resumes=self._in_fit())
         refuse_other_config(checkpoint, self.lora)
         fields = checkpoint[CHECKPOINT_KEY]
         self._w0 = fingerprint(self.backbone)

@@ -1,5 +1,7 @@
 """A checkpoint is whole or absent; a damaged one is found out, and the one before it is used, aloud."""
 
+import copy
+import functools
 import multiprocessing
 import os
 import pickle
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from lora_lightning import LoRAError
-from lora_lightning.training.checkpoints.adapter_state import refuse_foreign
+from lora_lightning.training.checkpoints.adapter_state import refuse_damaged_fields
 from lora_lightning.training.checkpoints.file_io import (
     PREVIOUS,
     DamagedCheckpointError,
@@ -199,11 +201,25 @@ def last(tiny, tmp_path_factory):
     return load_checkpoint(trainer.checkpoint_callback.last_model_path)
 
 
-def test_a_fit_does_not_go_on_from_weights_alone_nor_from_a_foreign_file(last):
-    for field, words in (("lora_lightning", "was not written by lora_lightning"), ("optimizer_states", "has no '{}'")):
-        content = {key: value for key, value in last.items() if key != field}
-        with pytest.raises(LoRAError, match=words.format(field)):
-            refuse_foreign(content, resumes=True)
+FIELDS = ["loops", "optimizer_states", "lr_schedulers", "callbacks", "global_step", "lora_lightning"]
+FIELDS += ["lora_lightning/config", "lora_lightning/base", "loops/fit_loop", "loops/fit_loop/epoch_progress"]
+FIELDS += ["lora_lightning_resume/processes"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_fit_does_not_go_on_from_a_checkpoint_without_a_field(last, field):
+    content = copy.deepcopy(last)
+    *path, name = field.split("/")
+    del functools.reduce(lambda inner, step: inner[step], path, content)[name]
+    words = "was not written by lora_lightning" if field == "lora_lightning" else f"has no '{field.replace('/', '.')}'"
+    with pytest.raises(LoRAError, match=words):
+        refuse_damaged_fields(content, resumes=True)
+
+
+@pytest.mark.parametrize(("field", "value"), [("optimizer_states", []), ("loops", 3), ("optimizer_states", [{}])])
+def test_a_field_of_another_kind_is_named(last, field, value):
+    with pytest.raises(LoRAError, match=rf"as '{field}', where .* is expected"):
+        refuse_damaged_fields(last | {field: value}, resumes=True)
 
 
 def test_weights_alone_may_be_tested_though_no_fit_goes_on_from_them(tiny, last, tmp_path):

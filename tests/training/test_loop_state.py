@@ -2,7 +2,7 @@
 
 from lightning.pytorch import Trainer
 
-from lora_lightning.training.checkpoints import loop_state
+from lora_lightning.training.checkpoints import adapter_state, loop_state
 
 FIT_LOOP = ["_should_accumulate", "_restarting", "_data_fetcher", "_combined_loader"]
 FIT_LOOP += ["_combined_loader_states_to_load", "_load_combined_loader_states"]
@@ -13,7 +13,8 @@ def test_names_and_fields_of_the_loops_are_there_and_the_step_that_is_logged_is_
     assert [name for name in FIT_LOOP if not hasattr(trainer.fit_loop, name)] == []
     assert hasattr(trainer.fit_loop.epoch_loop, "_should_check_val_fx")
     state = trainer.fit_loop.state_dict()
-    assert {"epoch_progress", "epoch_loop.state_dict", "epoch_loop.batch_progress"} <= state.keys()
+    wanted = [f.removeprefix("loops.fit_loop.") for f in adapter_state.FIT_FIELDS if f.startswith("loops.fit_loop.")]
+    assert set(wanted) <= state.keys()
     assert "_batches_that_stepped" in state["epoch_loop.state_dict"]
     assert set(loop_state.COUNTS) <= state["epoch_progress"]["current"].keys()
     trainer.training = True

@@ -26,26 +26,92 @@ from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 CHECKPOINT_KEY, PREFIX = "lora_lightning", "backbone."
 """The key of the adapter's settings in a checkpoint, and the prefix of its tensors' keys."""
 
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "state_dict": dict,
+    CHECKPOINT_KEY: dict,
+    f"{CHECKPOINT_KEY}.config": dict,
+    f"{CHECKPOINT_KEY}.base": str,
+}
+"""Fields of every checkpoint."""
+FIT_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "epoch": int,
+    "global_step": int,
+    "callbacks": dict,
+    "loops": dict,
+    "loops.fit_loop": dict,
+    "loops.fit_loop.epoch_progress": dict,
+    "loops.fit_loop.epoch_loop.state_dict": dict,
+    "loops.fit_loop.epoch_loop.batch_progress": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
+"""Further fields of a checkpoint that a fit resumes from."""
 RESUME_KEY = "lora_lightning_resume"
-"""The key of what the callback `Resume` writes."""
+RESUME_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "kind": str,
+    "at_step": bool,
+    "validates_next": bool,
+    "processes": list,
+    "metrics": dict,
+    "plateaus": dict,
+    "settings": dict,
+    "ended_early": (list, type(None)),
+}
+"""Fields that the callback `Resume` writes."""
 
 
-def refuse_foreign(checkpoint: Mapping[str, Any], *, resumes: bool) -> None:
-    """Raise where a file's content is not a checkpoint of this package, or not one that a fit can resume from.
+def refuse_damaged_fields(checkpoint: Mapping[str, Any], *, resumes: bool) -> None:
+    """Raise unless a checkpoint has the fields above, with their types.
 
     Args:
         resumes: whether a fit resumes from it, which needs more than its weights.
 
     Raises:
-        AdapterError: the adapter, or the optimizer's state, is not there.
+        AdapterError: the first field that is missing or has another type.
     """
     if CHECKPOINT_KEY not in checkpoint:
         raise AdapterError("this checkpoint was not written by lora_lightning: it has no adapter in it")
-    if resumes and not {"optimizer_states", "loops"} <= checkpoint.keys():
+    _refuse(checkpoint, FIELDS)
+    if not resumes:
+        return
+    if "optimizer_states" not in checkpoint:
         raise AdapterError(
             "the checkpoint has no 'optimizer_states', so that no fit can go on from it: start a new one from its"
             " weights with --model.init_adapter"
         )
+    _refuse(checkpoint, FIT_FIELDS)
+    states = checkpoint["optimizer_states"]
+    if not states or not all(isinstance(state, dict) and state.get("param_groups") for state in states):
+        raise AdapterError(_damage_line("optimizer_states", "the state of an optimizer", states))
+    if RESUME_KEY in checkpoint:
+        _refuse(checkpoint, {f"{RESUME_KEY}.{name}": kind for name, kind in RESUME_FIELDS.items()})
+
+
+def _refuse(checkpoint: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]]) -> None:
+    for path, kind in fields.items():
+        value = _value(checkpoint, path)
+        if value is _MISSING:
+            raise AdapterError(_damage_line(path))
+        if not isinstance(value, kind):
+            wanted = kind if isinstance(kind, type) else kind[0]
+            raise AdapterError(_damage_line(path, f"a {wanted.__name__}", value))
+
+
+_MISSING = object()
+
+
+def _value(checkpoint: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path; Lightning's keys contain dots too."""
+    if path in checkpoint:
+        return checkpoint[path]
+    first, _, rest = path.partition(".")
+    inner = checkpoint.get(first, _MISSING)
+    return _value(inner, rest) if rest and isinstance(inner, Mapping) else _MISSING
+
+
+def _damage_line(path: str, wanted: str | None = None, got: Any = None) -> str:
+    what = f"has no '{path}'" if wanted is None else f"has {got!r:.40} as '{path}', where {wanted} is expected"
+    return f"the checkpoint is damaged: it {what}; take an older one, or its NAME.ckpt.previous"
 
 
 def adapter_only(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
