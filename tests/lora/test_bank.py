@@ -54,6 +54,14 @@ def test_any_adapter_follows_any_other_as_if_it_were_the_only_one(kind, dtype, t
     assert_same(bank.model, snapshot(singles["a"]), but=("attributes",))
 
 
+def test_a_copied_bank_is_one_over_its_own_model(bank):
+    twin = copy.deepcopy(bank)
+    for one in (bank, twin):
+        one.activate("b")
+    assert torch.equal(run_net(twin.model), run_net(bank.model))
+    assert not {*twin.model.parameters()} & {*bank.model.parameters()}
+
+
 def step(model, optimizer, batch):
     optimizer.zero_grad()
     model(batch).square().mean().backward()
@@ -82,7 +90,6 @@ def test_training_goes_on_where_it_stopped(fields, tmp_path):
 
 
 def nbytes(model, *held):
-    """Bytes of the model and of what is held, each storage once."""
     tensors = [*model.parameters(), *model.buffers(), *held]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 

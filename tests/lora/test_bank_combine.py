@@ -48,7 +48,6 @@ def test_a_concatenation_is_the_weighted_sum(name, tmp_path):
 
 
 def stacked(update, name):
-    """A weight's update as the matrices that are factored apart."""
     if name == "groups":
         return list(update.flatten(1).chunk(2))
     if name == "experts" and update.dim() == 3:

@@ -68,6 +68,15 @@ class AdapterBank:
         if find_adapter(model):
             self.add(first)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy`, of a bank whose W0 has not moved: the copy watches the W0 of its own model."""
+        refuse_moved(self.model, self._base)
+        return {name: value for name, value in vars(self).items() if name != "_base"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._base = base_versions(self.model)
+
     @property
     def names(self) -> list[str]:
         """The names of all adapters, in the order in which they were added."""
