@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, save_adapter
-from lora_lightning.lora.errors import AdapterError, MergeError
+from lora_lightning.lora.errors import AdapterError, AdapterWarning, MergeError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.init.random import gaussian_, kaiming_
 from lora_lightning.lora.inject import grafted_modules
@@ -201,7 +201,8 @@ def test_the_starts_are_drawn_for_each_projection():
 def test_pefts_directory_is_read_of_which_peft_itself_counts_out_proj_twice(tmp_path):
     """Its PR 3774."""
     attention, model = of_peft(tmp_path, Attention(), target_modules=["attn"]).base_model.model.attn, Attention()
-    load_adapter(model, tmp_path)
+    with pytest.warns(AdapterWarning, match=r"twice the update in 'attn.out_proj'"):
+        load_adapter(model, tmp_path)
     for name, theirs in (("attn", attention), ("attn.out_proj", attention.base_layer.out_proj)):
         update = 2.5 * theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
         assert torch.allclose(model.get_submodule(name).delta_weight(), update, atol=1e-6)
