@@ -29,7 +29,7 @@ def test_a_workflow_calls_targets_that_exist_on_the_pythons_that_are_promised(pa
         promised = [line.rpartition(" :: ")[2] for line in PROJECT["classifiers"] if " :: 3." in line]
         assert job["strategy"]["matrix"]["python"] == promised
         assert PROJECT["requires-python"] == f">={promised[0]}"
-    assert f"Python {tested[0]} to {tested[-1]}" in MAKEFILE
+        assert f"Python {promised[0]} to {promised[-1]}" in MAKEFILE
 
 
 def test_the_citation_is_of_this_version_and_licence_and_each_dependency_has_a_lower_bound_and_no_pin():
