@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -35,6 +35,7 @@ from lora_lightning.training.checkpoints.adapter_state import (
     refuse_misfits,
     refuse_other_config,
 )
+from lora_lightning.training.checkpoints.resume import Resume
 from lora_lightning.training.initialization import (
     MEASURED,
     refuse_start_on_meta,
@@ -185,7 +186,8 @@ class LoRAModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        entry = schedule_entry(scheduler, self.lr_interval, self.task, lambda: self.trainer.estimated_stepping_batches)
+        steps = lambda: self.trainer.estimated_stepping_batches  # noqa: E731
+        entry = schedule_entry(scheduler, self.lr_interval, self.task, steps, self.b_lr_ratio)
         return {"optimizer": optimizer, "lr_scheduler": cast("dict[str, LRScheduler]", entry)}
 
     def configure_model(self) -> None:
@@ -277,6 +279,12 @@ class LoRAModule(LightningModule):
         """Refuse a checkpoint of another adapter or of another W0 before anything is loaded."""
         refuse_damaged_fields(checkpoint, resumes=self._in_fit())
         refuse_other_config(checkpoint, self.lora)
+        callbacks = self.trainer.callbacks if self._in_fit() else [Resume()]  # type: ignore[attr-defined]
+        if not any(isinstance(callback, Resume) for callback in callbacks):
+            rank_zero_warn(
+                "this fit has no callback Resume, so it goes on from the checkpoint, and not bit for bit as if it had"
+                " not been interrupted: dropout and shuffling draw other numbers"
+            )
         fields = checkpoint[CHECKPOINT_KEY]
         self._w0 = fingerprint(self.backbone)
         with explain_by_precision(fields.get("precision"), precision_of(self)):

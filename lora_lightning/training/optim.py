@@ -64,7 +64,11 @@ def make_optimizer(
 
 
 def schedule_entry(
-    scheduler: LRScheduler | ReduceLROnPlateau, interval: str, task: Task, count_steps: Callable[[], float]
+    scheduler: LRScheduler | ReduceLROnPlateau,
+    interval: str,
+    task: Task,
+    count_steps: Callable[[], float],
+    b_lr_ratio: float = 1.0,
 ) -> dict[str, Any]:
     """Lightning's entry for a schedule: when it steps, and what it monitors.
 
@@ -72,8 +76,16 @@ def schedule_entry(
         count_steps: returns the optimizer steps of the whole fit; called for `WarmupDecay` alone.
 
     Raises:
-        LoRAError: `WarmupDecay`, in a fit whose number of steps is not known.
+        LoRAError: `WarmupDecay`, in a fit whose number of steps is not known; a schedule with rates of its own, which
+            would undo LoRA+.
     """
+    if b_lr_ratio != 1:
+        starts = {group.get("name"): float(group.get("initial_lr", 0)) for group in scheduler.optimizer.param_groups}
+        if starts.get("B") and starts["B"] == starts.get("matrices"):
+            raise LoRAError(
+                f"b_lr_ratio={b_lr_ratio} is undone by {type(scheduler).__name__}, which sets one rate for A and B:"
+                " give it a rate for each group, or take WarmupDecay"
+            )
     entry: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
     if isinstance(scheduler, WarmupDecay):
         entry["interval"] = "step"

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, strategies
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -48,6 +49,7 @@ COPY = "it keeps another copy of all of W0 and writes it into the checkpoints: l
 CALLBACKS: dict[type[Callback], str] = {
     StochasticWeightAveraging: COPY,
     WeightAveraging: COPY,
+    BackboneFinetuning: "it unfreezes all of W0, which LoRA leaves as it is: leave it out",
     ModelPruning: "it writes zeros into W0, which LoRA leaves as it is: prune the model before, or leave it out",
 }
 

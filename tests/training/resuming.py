@@ -58,8 +58,7 @@ def logged(folder: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
 def trainer_of(*callbacks: Any, folder: Path, **options: Any) -> LoRATrainer:
     """Three epochs on the CPU, with each step in the log."""
     given = {"max_epochs": 3, "logger": ContinuedCSVLogger(folder, name="run", version=0)} | options
-    trainer: LoRATrainer = small.trainer_of(folder, LoRATrainer, callbacks=list(callbacks), **given)
-    return trainer
+    return small.trainer_of(folder, LoRATrainer, callbacks=list(callbacks), **given)
 
 
 def fit(
@@ -72,10 +71,7 @@ def fit(
     data: dict[str, Any] | None = None,
     **options: Any,
 ) -> Trainer:
-    """Three epochs of six or so steps, with dropout, shuffling and grouping by length.
-
-    `more` are callbacks beside those that guard W0, resume and keep every state; `callbacks` are all there are.
-    """
+    """Three epochs with dropout, shuffling and grouping by length; `callbacks` replace the usual ones and `more`."""
     seed_everything(11, verbose=False)
     lora = LoRAConfig(r=4, dropout=0.2, modules_to_save=["classifier"])
     module = LoRAModule(

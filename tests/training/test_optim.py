@@ -9,7 +9,7 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import Adafactor, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from lora_lightning import LoRAConfig, LoRAError, WarmupDecay, inject
-from lora_lightning.training.optim import make_optimizer, parameter_groups
+from lora_lightning.training.optim import make_optimizer, parameter_groups, schedule_entry
 
 
 def rates(make, steps=20):
@@ -84,3 +84,9 @@ def test_a_rate_that_is_a_tensor_is_changed_for_b_alone_and_one_that_the_optimiz
     assert set(of_groups(make_optimizer(model, own), "lr").values()) == {None}
     with pytest.raises(LoRAError, match="b_lr_ratio=16 multiplies B's learning rate, and Adafactor sets its rates"):
         make_optimizer(model, own, b_lr_ratio=16)
+
+
+def test_a_schedule_of_one_rate_does_not_undo_lora_plus():
+    made = make_optimizer(small(target_modules=["0"]), functools.partial(torch.optim.SGD, lr=1e-3), b_lr_ratio=16)
+    with pytest.raises(LoRAError, match="b_lr_ratio=16 is undone by OneCycleLR"):
+        schedule_entry(torch.optim.lr_scheduler.OneCycleLR(made, 0.1, 9), "step", None, None, 16)

@@ -58,9 +58,7 @@ def test_resumed_with_workers_is_uninterrupted(tiny, tmp_path):
     check(tiny, tmp_path, {"data": {"num_workers": 2}}, [3, 6, 11])
 
 
-class Falls(Callback):
-    """The end of the first epoch is the best."""
-
+class Falls(Callback):  # the end of the first epoch is the best
     def on_validation_epoch_end(self, trainer, pl_module):
         pl_module.log("falls", -abs(trainer.global_step - 6.0))
 
@@ -104,6 +102,8 @@ def test_a_checkpoint_without_random_states_and_one_of_other_processes_are_named
     fit(tiny, tmp_path, max_epochs=1)
     file = checkpoints(tmp_path) / "003-batch.ckpt"
     content = load_checkpoint(file)
+    with pytest.warns(UserWarning, match="this fit has no callback Resume"):
+        fit(tiny, tmp_path / "less", ckpt=file, max_epochs=1, callbacks=[FreezeBase(False)])
     content["lora_lightning_resume"]["processes"] *= 2
     torch.save(content, tmp_path / "two.ckpt")
     with pytest.warns(UserWarning, match="written by 2 processes and is read by 1"):
@@ -121,8 +121,6 @@ def test_rows_after_the_checkpoint_are_forgotten_though_no_step_makes_them_anew(
 
 
 def test_an_epoch_that_accumulates_by_a_schedule_resumes_in_its_middle(tiny, tmp_path):
-    """Lightning leaves out the hook in which its scheduler says over how many batches."""
-
     def kept():
         return [FreezeBase(False), Resume(), EveryState(save_every=1), GradientAccumulationScheduler({0: 2, 1: 3})]
 
