@@ -24,7 +24,7 @@ MERGED = {
     "bert": ("AutoModelForSequenceClassification", {"modules_to_save": ["classifier"], "use_dora": True}),
     "gpt2": ("AutoModelForCausalLM", {"slices": {"c_attn": ["q", "v"]}, "target_modules": ["c_attn"]}),
     "llama": ("AutoModelForCausalLM", {"trainable_token_indices": {"embed_tokens": [1, 5]}, "init": "pissa"}),
-    "t5": ("AutoModelForSeq2SeqLM", {"target_modules": ["shared", "q", "wo"], "use_rslora": True}),
+    "t5": ("AutoModelForSeq2SeqLM", {"target_modules": ["encoder.embed_tokens", "q", "wo"], "use_rslora": True}),
     "mixtral": ("AutoModelForCausalLM", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
 }
 

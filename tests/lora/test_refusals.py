@@ -32,6 +32,7 @@ from tests.lora.kinds import (
     net,
     shake,
 )
+from tests.lora.test_families import build
 
 
 class ReadsItself(nn.Embedding):
@@ -92,6 +93,7 @@ REFUSED = [
     (one(lambda: ReadsItself(5, 4)), at("0"), "cannot adapt '0': ReadsItself has a forward of its own"),
     (one(partial(AutoBitLinear, 4, 4, online_quant=True)), at("0"), "'0': AutoBitLinear has a forward of its own"),
     (one(lambda: Standardized(4, 4, 3)), at("0"), "cannot adapt '0': Standardized has a forward of its own"),
+    (partial(build, "t5"), at("shared"), "'shared': the model only calls the embed_tokens that share its weight"),
     (another_out_proj, at("out_proj"), r"attn\.out_proj.*reads its weight"),
     (Mixture, bare("proj.bias"), "cannot adapt 'proj.bias': it is torch.float32 of shape"),
     (Own, at("first", modules_to_save=["inner"]), r"'inner' is a ModuleDict, which is never called.*inner\."),

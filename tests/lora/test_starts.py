@@ -47,8 +47,7 @@ def test_orthogonal_starts_on_orthogonal_halves():
     inject(model, LoRAConfig(r=4, init="orthogonal"))
     for _, layer in adapted_layers(model):
         assert (layer.lora_B @ layer.lora_A).abs().max() < 1e-14
-        assert layer.lora_A.norm() > 0.1
-        assert layer.lora_B.norm() > 0.1
+        assert min(layer.lora_A.norm(), layer.lora_B.norm()) > 0.1
 
 
 class Masked(nn.Module):
@@ -57,7 +56,7 @@ class Masked(nn.Module):
         self.a = nn.Linear(6, 6)
 
     def forward(self, x, attention_mask):
-        return self.a(x)
+        return self.a(input=x)
 
 
 def test_eva_takes_the_main_directions_of_all_the_inputs_but_padding():
@@ -66,8 +65,7 @@ def test_eva_takes_the_main_directions_of_all_the_inputs_but_padding():
     inject(model, LoRAConfig(r=4, init="eva", target_modules=["a"]), data=batches)
     _, _, Vh = torch.linalg.svd(torch.cat([batch["x"][mask.bool()] for batch in batches]))
     torch.testing.assert_close((model.a.lora_A.data @ Vh[:4].T).abs(), torch.eye(4).double(), rtol=0, atol=1e-8)
-    assert not model.a.lora_B.any()
-    assert "lora_A0" not in model.a.lora_tensors()
+    assert (model.a.lora_B.any().item(), "lora_A0" in model.a.lora_tensors()) == (False, False)
 
 
 def test_calibration_leaves_the_model_as_it_was():

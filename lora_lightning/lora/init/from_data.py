@@ -78,7 +78,9 @@ def _main_directions(model: nn.Module, layers: Layers, data: Iterable[Any]) -> d
 
     with ExitStack() as hooks, torch.no_grad():
         for name, layer in layers:
-            hook = layer.register_forward_pre_hook(lambda _, args, n=name, at=layer: update(n, at, args[0]))
+            hook = layer.register_forward_pre_hook(
+                lambda _, args, kwargs, n=name, at=layer: update(n, at, _first(args, kwargs)), with_kwargs=True
+            )
             hooks.callback(hook.remove)
         for batch in _batches(model, data):
             # Padding does not count.
@@ -106,13 +108,20 @@ def _gradients(model: nn.Module, layers: Layers, data: Iterable[Any], loss: Loss
 
     with ExitStack() as hooks, torch.enable_grad():
         for name, layer in layers:
-            hook = layer.register_forward_hook(lambda _, args, out, n=name: watch(n, args[0].detach(), out))
+            hook = layer.register_forward_hook(
+                lambda _, args, kwargs, out, n=name: watch(n, _first(args, kwargs).detach(), out), with_kwargs=True
+            )
             hooks.callback(hook.remove)
         for batch in _batches(model, data):
             value = loss(model, batch) if loss else _model_loss(_call(model, batch))
             # Backward to every B passes every layer's output, and writes no .grad.
             torch.autograd.grad(value, [layer.lora_B for _, layer in layers], allow_unused=True)
     return total
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A layer's input: the first argument, positional or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _model_loss(output: Any) -> Tensor:

@@ -51,10 +51,10 @@ class _Conv(AdaptedLayer):
             return f"it has {groups} groups and r={settings.r} is no multiple: set rank_pattern for it, or exclude it"
         return super().refusal(module, settings)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(n, in, size...) to (n, out, size...), or both without n."""
-        out: Tensor = super().forward(x, *args, **kwargs)
-        return self.lora_finish(out + self.lora_update(x)) if self.lora_enabled else out
+        out: Tensor = super().forward(input, *args, **kwargs)
+        return self.lora_finish(out + self.lora_update(input)) if self.lora_enabled else out
 
     def lora_update(self, x: Tensor) -> Tensor:
         """`s B * (A * x)`, of the output's shape."""

@@ -7,9 +7,11 @@ backward, since a bypassed adapter gets no gradient.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from torch import nn
 
+from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.layers import kind_of
 from lora_lightning.lora.layers.attention import OutProj
 
@@ -50,11 +52,16 @@ BYPASSES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 def _children_read(parent: type[nn.Module]) -> frozenset[str]:
     """Names of the children whose weight the class reads."""
     read: set[str] = set()
-    for cls in parent.__mro__:
-        for package, pattern, children in BYPASSES:
-            if re.fullmatch(rf"{package}\.(?:.+\.)?(?:{pattern})", f"{cls.__module__}.{cls.__qualname__}"):
-                read.update(children)
+    for package, pattern, children in BYPASSES:
+        if _is_a(parent, package, pattern):
+            read.update(children)
     return frozenset(read)
+
+
+def _is_a(cls: type, package: str, pattern: str) -> bool:
+    """Whether the class or one of its bases has such a full name."""
+    full = re.compile(rf"{package}\.(?:.+\.)?(?:{pattern})")
+    return any(full.fullmatch(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
 
 
 def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
@@ -72,6 +79,21 @@ def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
                     child, f"{reason} ignored: name '{name}.weight' in target_parameters, or leave it out"
                 )
     return bypassed
+
+
+def refuse_uncalled(names: dict[nn.Module, list[str]], chosen: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise a TargetError for the `shared` table of transformers' T5, BART and others, which call its twins alone.
+
+    Rows of it can train (`trainable_token_indices`): they train in every module that has the weight.
+    """
+    parents = [module for module in names if _is_a(type(module), "transformers", r"\w+")]
+    tables = [table for parent in parents if isinstance(table := parent._modules.get("shared"), nn.Embedding)]
+    for name, module in chosen:
+        if module in tables and all(place.rpartition(".")[2] == "shared" for place in names[module]):
+            raise TargetError(
+                f"cannot adapt '{name}': the model only calls the embed_tokens that share its weight, so an adapter"
+                " there would be ignored: name one of those, such as 'encoder.embed_tokens'"
+            )
 
 
 def parametrized_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:

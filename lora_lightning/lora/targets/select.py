@@ -18,7 +18,7 @@ from lora_lightning.lora.frozen.tensors import full_name, get_module, named_modu
 from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.layers import AdaptedLayer, LoRAParameter, kind_of
 from lora_lightning.lora.report import OUTPUT_HEAD, STACK
-from lora_lightning.lora.targets.bypass import bypassed_modules, parametrized_modules
+from lora_lightning.lora.targets.bypass import bypassed_modules, parametrized_modules, refuse_uncalled
 from lora_lightning.lora.targets.fused_projections import SliceSpec, resolve_slices
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.lora.targets.patterns import (
@@ -108,6 +108,7 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     targets = _target_modules(model, names, config, selection, parametrized_modules(names) | bypassed)
     parts = preset_parts(model, config.target_modules) if targets else []
     targets = _in_layers(targets + _target_parameters(names, config, selection), config)
+    refuse_uncalled(names, [*selection.saved, *((target.names[0], target.module) for target in targets)])
     if config.target_modules == ALL_LINEAR:
         selection.skipped |= dict.fromkeys(_stacks(targets, names, config, selection), STACK)
     modules = {group[0]: module for module, group in names.items()}
