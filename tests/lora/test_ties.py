@@ -81,6 +81,16 @@ def test_merged_equals_adapted_and_survives_save_pretrained(case, tmp_path):
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
 
 
+def test_a_half_precision_copy_with_a_tie_inside_computes_as_merged():
+    block = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    block[1].weight = block[0].weight
+    model, x = torch.nn.Sequential(torch.nn.Linear(4, 4), block).bfloat16(), torch.ones(2, 4).bfloat16()
+    inject(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    expected = shake(model)[1](x)
+    merge(model)
+    assert torch.equal(block(x), expected)
+
+
 def test_tied_modules_that_peft_trained_apart_load_apart(tmp_path):
     settings = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
     theirs = shake(get_peft_model(llama(), LoraConfig(**settings)).eval())

@@ -63,7 +63,7 @@ class SavedCopy(Grafted):
             return self.lora_copy(*args, **kwargs)
         # Half precision is too coarse for the optimizer's steps, and is the model's arithmetic.
         cast = {name: value.to(originals[name].dtype) for name, value in trained.items()}
-        return functional_call(self.lora_copy, cast, args, kwargs)
+        return functional_call(self.lora_copy, cast, args, kwargs, tie_weights=False)  # every name has its own cast
 
     def trained_tensors(self) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
         """Every parameter and buffer as (its name in this module, the trained copy, the original)."""
