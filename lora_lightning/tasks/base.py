@@ -46,7 +46,7 @@ class Task(nn.Module, ABC):
     """The number of outputs of the backbone's head; None where that is not one number."""
     output_is: str = "class"
     """The meaning of each output: a `number` is a target's value; for others targets are indices of outputs."""
-    ignored: int = -100
+    ignored: int | None = -100
     """The label of units without a label."""
     takes_tuples: bool = False
     """Whether a batch may be (inputs, targets) in place of a mapping; `inputs` then names the first."""

@@ -68,6 +68,7 @@ class Classification(Task):
     """The base of classifications: the backbone's logits (n, num_classes)."""
 
     monitor_mode = "max"
+    ignored = None
 
     def __init__(self, num_classes: int, metrics: MetricCollection) -> None:
         super().__init__(metrics)

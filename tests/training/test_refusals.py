@@ -214,7 +214,7 @@ def test_a_head_is_counted_before_the_first_step(tmp_path):
         fit(tmp_path, LoRAModule(Vision(), SequenceClassification(3), LoRAConfig(r=2)))
 
 
-@pytest.mark.parametrize(("labels", "bad"), [([0, 1, -100], None), ([0, 2], 2), ([-1, 1], -1)])
+@pytest.mark.parametrize(("labels", "bad"), [([0, 1], None), ([0, 2], 2), ([-1, 1], -1), ([0, -100], -100)])
 def test_a_label_beyond_the_outputs_is_named_before_the_loss(labels, bad):
     task, batch = SequenceClassification(2), {"labels": torch.tensor(labels)}
     said = f"a batch has the label {bad}, and the task 2, numbered 0 to 1"
