@@ -186,8 +186,13 @@ class LoRAModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        steps = lambda: self.trainer.estimated_stepping_batches  # noqa: E731
-        entry = schedule_entry(scheduler, self.lr_interval, self.task, steps, self.b_lr_ratio)
+        entry = schedule_entry(
+            scheduler,
+            self.lr_interval,
+            self.task,
+            lambda: self.trainer.estimated_stepping_batches,
+            self.b_lr_ratio,
+        )
         return {"optimizer": optimizer, "lr_scheduler": cast("dict[str, LRScheduler]", entry)}
 
     def configure_model(self) -> None:
@@ -279,8 +284,7 @@ class LoRAModule(LightningModule):
         """Refuse a checkpoint of another adapter or of another W0 before anything is loaded."""
         refuse_damaged_fields(checkpoint, resumes=self._in_fit())
         refuse_other_config(checkpoint, self.lora)
-        callbacks = self.trainer.callbacks if self._in_fit() else [Resume()]  # type: ignore[attr-defined]
-        if not any(isinstance(callback, Resume) for callback in callbacks):
+        if self._in_fit() and not any(isinstance(c, Resume) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
             rank_zero_warn(
                 "this fit has no callback Resume, so it goes on from the checkpoint, and not bit for bit as if it had"
                 " not been interrupted: dropout and shuffling draw other numbers"

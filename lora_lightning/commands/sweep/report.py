@@ -86,8 +86,12 @@ def write(folder: Path, about: dict[str, Any], points: Sequence[Point], *, plots
     ranking = [
         {
             "place": place,
-            **{"values": point.values, "state": point.state, "mean": point.mean, "sd": point.deviation},
-            **{"trainable": point.trainable, "minutes": point.minutes},
+            "values": point.values,
+            "state": point.state,
+            "mean": point.mean,
+            "sd": point.deviation,
+            "trainable": point.trainable,
+            "minutes": point.minutes,
             "trials": [asdict(trial) for trial in point.trials],
         }
         for place, point in enumerate(points, 1)
