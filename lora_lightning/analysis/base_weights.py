@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from lora_lightning.analysis.adapters import Factors
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.frozen.quantization import plain_weight, scheme
-from lora_lightning.lora.frozen.spectrum import Pair, subtract_init, weight_matrices
+from lora_lightning.lora.formats.peft.resolve import Read
+from lora_lightning.lora.frozen.quantization import plain_weight
+from lora_lightning.lora.frozen.spectrum import subtract_init, weight_matrices
+from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.init.from_weight import factors_from_weight, is_from_weight
-
-Read = Callable[[nn.Module, str, str], Tensor | None]
-"""A function of a module, a parameter's name in it and its full name; returns None where there are no values."""
 
 
 class Weights:
@@ -28,7 +27,7 @@ class Weights:
         self.modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.prefix = str(getattr(model, "base_model_prefix", ""))
         """transformers' name of the model without its head, with which an adapter's names may begin."""
-        self.read = read or _in_memory
+        self.read = read
 
     def of(self, layer: Factors) -> list[Tensor] | None:
         """The matrices (m, k), one for each pair of the layer; None where the files have no values for it.
@@ -36,11 +35,15 @@ class Weights:
         Raises:
             AdapterError: the model has no such layer, or it has another shape.
         """
-        owner, key = self._place(layer)
-        weight = self.read(self.modules[owner], key, f"{owner}.{key}".removeprefix("."))
+        owner, key = self.place(layer)
+        module = self.modules[owner]
+        if self.read is not None:
+            weight = self.read(full_name(owner, key))
+        else:
+            weight = plain_weight(module) if key == "weight" else module._parameters[key]
         if weight is None:
             return None
-        matrices = weight_matrices(self.modules[owner], weight.detach(), stacked=layer.kind == "Parameter")
+        matrices = weight_matrices(module, weight.detach(), stacked=layer.kind == "Parameter")
         shapes = {tuple(matrix.shape) for matrix in matrices}
         if len(matrices) != len(layer.pairs) or shapes != {layer.shape}:
             raise AdapterError(
@@ -49,13 +52,8 @@ class Weights:
             )
         return matrices
 
-    def check(self, layers: list[Factors]) -> None:
-        """Raise an AdapterError where the model lacks one of the layers."""
-        for layer in layers:
-            self._place(layer)
-
-    def _place(self, layer: Factors) -> tuple[str, str]:
-        """The name of the module that holds W0, and the parameter's name in it."""
+    def place(self, layer: Factors) -> tuple[str, str]:
+        """The name of the module that holds W0, and the parameter's name in it; an AdapterError where there is none."""
         if layer.kind == "Parameter":
             owner, _, key = layer.name.rpartition(".")
         else:
@@ -67,28 +65,20 @@ class Weights:
         raise AdapterError(f"the base has no '{layer.name}', which the adapter changes: name the base of its own")
 
 
-def _in_memory(module: nn.Module, key: str, full: str) -> Tensor | None:
-    quantized = key == "weight" and scheme(module) is not None
-    return plain_weight(module) if quantized else module._parameters[key]  # `.weight` may read as the adapted one
-
-
 def add_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:
     """The layers with the update `s (B A - B0 A0)`, where PEFT's init subtracted s B0 A0 from W0.
 
     Raises:
         AdapterError: there is such an init and no W0 to compute it from.
     """
-    if not is_from_weight(init):
-        return layers
-    return [replace(layer, pairs=[_subtract_start(layer, init, weights)]) for layer in layers]
+    return [_add_start(layer, init, weights) for layer in layers] if is_from_weight(init) else layers
 
 
-def _subtract_start(layer: Factors, init: str, weights: Weights | None) -> Pair:
+def _add_start(layer: Factors, init: str, weights: Weights | None) -> Factors:
     W0 = None if weights is None else weights.of(layer)
     if W0 is None or len(layer.pairs) != 1:
         raise AdapterError(
             f"the adapter counts on the start '{init}', which follows from W0: name its base with --base_model"
         )
-    A0, B0 = factors_from_weight(init, W0[0], layer.r, layer.scale)
-    A, B = layer.pairs[0]
-    return subtract_init((A, B), A0.to(A.dtype), B0.to(B.dtype))
+    (A, B), (A0, B0) = layer.pairs[0], factors_from_weight(init, W0[0], layer.r, layer.scale)
+    return replace(layer, pairs=[subtract_init((A, B), A0.to(A.dtype), B0.to(B.dtype))])

@@ -87,7 +87,8 @@ def _directory(directory: Path, label: str, wanted: SourceOptions) -> Source:
     factors, tensors = read_factors(files, wanted.alphas, None if weights is None else weights.modules)
     if weights is not None and wanted.base_model == AUTO:
         try:
-            weights.check(factors)
+            for layer in factors:
+                weights.place(layer)
         except AdapterError as error:
             weights, note = None, f"without W0: {error}"
     factors = add_starts(factors, subtracted_init(files.peft), weights)
@@ -120,14 +121,12 @@ def weights_in(base: BaseFiles, files: AdapterFiles, *, allow_other_base: bool =
     tensors.untie_unequal(plain)
     check = _check(files.record, tensors, plain, allow_other_base=allow_other_base)
 
-    def read(module: nn.Module, name: str, full: str) -> Tensor | None:
-        source = tensors.source(full)
-        if source is None:
-            return None
-        if check is not None:
+    def read(name: str) -> Tensor | None:
+        source = tensors.source(name)
+        if source is not None and check is not None:
             check.see(tensors.of_name[source])
             check.refuse(whole=False)
-        return tensors(full)
+        return None if source is None else tensors(name)
 
     return Weights(plain, read)
 

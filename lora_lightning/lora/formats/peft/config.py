@@ -171,30 +171,30 @@ def matching_entries(patterns: Mapping[str, Any] | None, name: str) -> dict[str,
     return {key: value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)}
 
 
-def refuse_other_rank(peft: Mapping[str, Any], name: str, peft_name: str, rank: int) -> None:
-    """Raise an AdapterError unless one of the config's ranks for `name` is the rank of its tensors."""
-    allowed = set(matching_entries(peft.get("rank_pattern"), peft_name).values()) or {peft.get("r", 8)}
-    if rank and rank not in allowed:  # a rank of 0 is refused with the config
-        listed = " or ".join(str(r) for r in sorted(allowed))
-        raise AdapterError(
-            f"'{name}': lora_A has a shape of rank {rank}, and {CONFIG} says {listed}: its scale would be wrong;"
-            f" the two files are not of one adapter, or one was edited"
-        )
+def possible_ranks(peft: Mapping[str, Any], peft_name: str) -> list[int]:
+    """The ranks that the config gives a module; several where several patterns match it."""
+    return sorted({*matching_entries(peft.get("rank_pattern"), peft_name).values()} or {peft.get("r", 8)})
 
 
 def find_alphas(
     peft: Mapping[str, Any], names: Mapping[str, str], ranks: Mapping[str, int], chosen: Mapping[str, float]
 ) -> dict[str, float]:
-    """The alpha of every adapted module, by name.
+    """The alpha of every adapted module, by name, where its rank is one that the config gives it.
 
-    In training PEFT takes the first entry that matches a module, in the order in which the user wrote them. Its file
-    holds them in alphabetical order, and on loading PEFT takes the first of those. The tensors' shapes give the rank
-    that was used; where entries with different alphas match one module, the alpha that was used is unknown, which is an
-    AdapterError unless `chosen` has it.
+    In training PEFT takes the first entry that matches a module, in the user's order; its file holds them in
+    alphabetical order, of which PEFT takes the first on loading. So entries with different alphas for one module leave
+    its alpha in doubt, which is an error unless `chosen` has it.
 
     Args:
-        names, ranks: PEFT's name of each module, and its tensors' rank, to name the likelier entry in the error.
+        names, ranks: PEFT's name of each module, and its tensors' rank.
     """
+    for name, rank in ranks.items():
+        allowed = possible_ranks(peft, names[name])
+        if rank and rank not in allowed:  # a rank of 0 is refused with the config
+            raise AdapterError(
+                f"'{name}': lora_A has a shape of rank {rank}, and {CONFIG} says {' or '.join(map(str, allowed))}: its"
+                f" scale would be wrong; the two files are not of one adapter, or one was edited"
+            )
     hits = {name: matching_entries(peft.get("alpha_pattern"), peft_name) for name, peft_name in names.items()}
     doubtful = {name: matching for name, matching in hits.items() if len({float(v) for v in matching.values()}) > 1}
     for name in chosen:

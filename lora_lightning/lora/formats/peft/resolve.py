@@ -18,7 +18,6 @@ from lora_lightning.lora.formats.peft.config import (
     WEIGHTS,
     find_alphas,
     peft_adapts,
-    refuse_other_rank,
     subtracted_init,
     token_ids,
 )
@@ -278,8 +277,6 @@ def config_for(
     r, alpha, rslora = int(peft.get("r", 8)), float(peft.get("lora_alpha", 8)), bool(peft.get("use_rslora"))
     adapted = {**contents.modules, **contents.parameters}
     names = {name: _peft_name(name, model) for name in adapted}
-    for name, rank in adapted.items():
-        refuse_other_rank(peft, name, names[name], rank)
     alphas = find_alphas(peft, names, adapted, alphas_in_doubt)
     if record:
         # The zeros of a projection that is not adapted are not in the record.
