@@ -49,7 +49,7 @@ def test_all_that_is_told_of_a_group(monkeypatch, capsys):
     assert "--trainer.max_epochs" not in page
     trainer = screen(monkeypatch, capsys, "fit", "--help", "trainer")
     assert "--trainer.benchmark" in trainer
-    for internal in ("AdapterCheckpoints", "StepsTogether", "ContinuedCSVLogger"):
+    for internal in ("AdapterCheckpoints", "ContinuedCSVLogger"):
         assert internal not in "".join(trainer.split())
     assert "lora_lightning.FSDP2Strategy" in "".join(trainer.split())
     page = screen(monkeypatch, capsys, "fit", "--help", "all")

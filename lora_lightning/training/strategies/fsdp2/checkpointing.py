@@ -31,19 +31,17 @@ class AdapterCheckpoints(ModelParallelStrategy):
         return True
 
     @property
-    def _saved_module(self) -> LoRAModule:
+    def _module(self) -> LoRAModule:
         module: Any = self.lightning_module
         return module  # type: ignore[no-any-return]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The tensors that train, whole, in process 0 only."""
-        state: dict[str, Any] = _gather_state(adapter_only(self._saved_module, self._saved_module.state_dict()))
-        return state
+        return _gather_state(adapter_only(self._module, self._module.state_dict()))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """An optimizer's state, whole, in process 0 only."""
-        state: dict[str, Any] = _gather_state(_plain_optimizer(optimizer).state_dict())
-        return state
+        return _gather_state(_plain_optimizer(optimizer).state_dict())
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -53,12 +51,7 @@ class AdapterCheckpoints(ModelParallelStrategy):
         Raises:
             LoRAError: the file could not be written; in all processes.
         """
-        path = run_in_first(lambda: str(filepath))
-        run_in_all(lambda: self._write(checkpoint, path, storage_options))
-
-    def _write(self, checkpoint: dict[str, Any], path: str, options: Any) -> None:
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=options)
+        run_in_first(lambda: self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the same file in every process.
@@ -66,9 +59,9 @@ class AdapterCheckpoints(ModelParallelStrategy):
         Raises:
             DamagedCheckpointError: there is no whole file; in all processes.
         """
-        path = run_in_first(lambda: str(checkpoint_path))
-        if not is_remote(path):
-            path = run_in_first(lambda: str(whole_file(Path(path))))
+        path = run_in_first(
+            lambda: checkpoint_path if is_remote(checkpoint_path) else whole_file(Path(checkpoint_path))
+        )
         return run_in_all(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -77,7 +70,7 @@ class AdapterCheckpoints(ModelParallelStrategy):
         Raises:
             AdapterError: keys are missing, left over or wrongly shaped; nothing was changed.
         """
-        module, state = self._saved_module, checkpoint["state_dict"]
+        module, state = self._module, checkpoint["state_dict"]
         if strict:
             refuse_misfits(module, module.state_dict(), state)
         current = adapter_only(module, module.state_dict())
@@ -104,12 +97,12 @@ def _plain_optimizer(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _gather_state(state: Any) -> Any:
+def _gather_state(state: dict[str, Any]) -> dict[str, Any]:
     """A nested state with its tensors gathered one by one, on the CPU, in process 0; {} in the others.
 
     All processes must call it.
     """
-    whole = _gather_whole(state)
+    whole = {key: _gather_whole(value) for key, value in state.items()}
     return whole if rank() == 0 else {}
 
 

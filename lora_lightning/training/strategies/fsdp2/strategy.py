@@ -1,30 +1,36 @@
-"""FSDP2 for `LoRAModule`: W0 and the adapter are sharded over the processes; checkpoints hold the adapter."""
+"""FSDP2 for `LoRAModule`: W0 and the adapter are sharded over the processes; checkpoints hold the adapter.
+
+All processes make the same calls of the sharded model, equally often. What lies outside of the blocks is gathered
+before each step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.errors import LoRAError, first_few
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.initialization import refuse_measured
 from lora_lightning.training.strategies.base import ShardedStrategy, is_sharded
+from lora_lightning.training.strategies.collectives import gather
 from lora_lightning.training.strategies.fsdp2.checkpointing import AdapterCheckpoints
-from lora_lightning.training.strategies.fsdp2.stepping import StepsTogether
 from lora_lightning.training.strategies.fsdp2.wrapping import read_as_stored, shard
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
 
 
-class FSDP2Strategy(StepsTogether, AdapterCheckpoints, ShardedStrategy):
+class FSDP2Strategy(AdapterCheckpoints, ShardedStrategy):
     """Lightning's `ModelParallelStrategy`, with the sharding, the checkpoints and the guards that LoRA needs.
 
     Args:
@@ -55,6 +61,14 @@ class FSDP2Strategy(StepsTogether, AdapterCheckpoints, ShardedStrategy):
         )
         self.reshard_after_forward, self.cpu_offload, self.blocks = reshard_after_forward, cpu_offload, blocks
         self._checkpoint_io = WholeFiles()
+        self._most: Sequence[int] = ()
+        """The largest number of batches of any process, for each loader of the running evaluation."""
+
+    @property
+    def _root(self) -> Any:
+        root: nn.Module = self._module.backbone
+        assert isinstance(root, FSDPModule)
+        return root
 
     def setup_environment(self) -> None:
         """Lay the mesh over all processes."""
@@ -107,6 +121,76 @@ class FSDP2Strategy(StepsTogether, AdapterCheckpoints, ShardedStrategy):
         for tensor in (*self._module.parameters(), *self._module.buffers()):
             if not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(self.root_device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._root.unshard()
+        return super().training_step(*args, **kwargs)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Raise unless all gradients were summed over the processes.
+
+        Raises:
+            LoRAError: the task's loss did not come through the backbone's own call.
+        """
+        super().post_backward(closure_loss)
+        left = [n for n, p in self._module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        if left:
+            raise LoRAError(
+                f"FSDP2 saw no backward of {first_few(left)}: the task's loss must come from a call of the backbone or"
+                " of its blocks; or train with ddp"
+            )
+
+    def on_validation_start(self) -> None:
+        """Agree on the number of batches.
+
+        Raises:
+            LoRAError: a process has none, or does not know how many.
+        """
+        loaders = list(zip(*gather(self._batches()), strict=True))
+        if any(float("inf") in counts or (0 in counts and any(counts)) for counts in loaders):
+            raise LoRAError(
+                "where W0 lies in parts, it must be known how many batches each process evaluates, at least one: take a"
+                " set that is not streamed, or fewer devices, or --trainer.limit_val_batches 0"
+            )
+        self._most = [int(max(counts)) for counts in loaders]
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def _batches(self) -> list[int | float]:
+        """This process's number of batches for each loader of the running loop."""
+        trainer = self._module.trainer
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            return trainer.num_predict_batches
+        if trainer.state.fn == TrainerFn.TESTING:
+            return trainer.num_test_batches
+        return trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+
+    def validation_step(self, *args: Any) -> Any:
+        return self._evaluate(super().validation_step, *args)
+
+    def test_step(self, *args: Any) -> Any:
+        return self._evaluate(super().test_step, *args)
+
+    def predict_step(self, *args: Any) -> Any:
+        return self._evaluate(super().predict_step, *args)
+
+    def _evaluate(self, step: Callable[..., Any], batch: Any, batch_idx: int, loader: int = 0) -> Any:
+        """Run the step; after its last batch a process runs the model uncounted while others have more."""
+        self._root.unshard()
+        output = step(batch, batch_idx, *((loader,) if loader else ()))
+        count = int(self._batches()[loader])
+        if batch_idx + 1 == count:
+            predicts = self._module.trainer.state.fn == TrainerFn.PREDICTING
+            for _ in range(self._most[loader] - count):
+                self._root.unshard()
+                with self.precision_plugin.forward_context():
+                    self._module.uncounted_step(batch, predicts)
+        return output
+
+    def on_validation_end(self) -> None:
+        self._root.reshard()
+
+    on_test_end = on_predict_end = on_validation_end
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="W0 and the adapter in parts, one for each process")
