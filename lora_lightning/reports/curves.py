@@ -10,15 +10,20 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_lightning.reports.table import Table
 
 LARGEST = 1e300
 """Larger values are left out, since their differences may not be finite."""
-NO_CURVE, NO_CURVES = ("epoch", "step"), ("params/", "export/")
+NO_CURVE, NO_CURVES = ("", "epoch", "step"), ("params/", "export/")
 """Columns and prefixes of columns with single values, which the page shows as text."""
+TITLES = {"lr": "learning rate", "grad_norm": "gradient norm", "memory": "memory, peak in MiB"}
+"""Titles of charts by what stands before a column's slash."""
+LAST = ["learning rate", "gradient norm", "samples per second", "tokens per second", "memory, peak in MiB"]
+"""The charts behind those of the metrics."""
 WIDTH, HEIGHT = 360, 216
 LEFT, RIGHT, TOP, BOTTOM = 48, 10, 10, 24
 """Margins of the frame, in the picture's units, which are about pixels."""
@@ -46,23 +51,21 @@ def read_metrics(file: Path) -> list[Series]:
 
     Of two values for one step, as a resumed fit leaves them, the later counts.
     """
-    if not file.is_file():
-        return []
-    reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8")))
+    reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8") if file.is_file() else ""))
     columns: dict[str, dict[int, float]] = {name: {} for name in reader.fieldnames or [] if _is_curve(name)}
     for row in reader:
         step = _number(row.get("step"))
         if step is None or not math.isfinite(step):
             continue
         for name, values in columns.items():
-            value = _number(row.get(name))
-            if value is not None:
+            if (value := _number(row.get(name))) is not None:
                 values[int(step)] = value
-    return [_series(name, values) for name, values in columns.items() if values]
+    finite = {n: tuple((s, x) for s, x in sorted(v.items()) if abs(x) < LARGEST) for n, v in columns.items() if v}
+    return [Series(name, points, left_out=len(columns[name]) - len(points)) for name, points in finite.items()]
 
 
 def _is_curve(name: str) -> bool:
-    return bool(name) and name not in NO_CURVE and not name.startswith(NO_CURVES) and not name.endswith("_before")
+    return not (name in NO_CURVE or name.startswith(NO_CURVES) or name.endswith("_before"))
 
 
 def _number(text: str | None) -> float | None:
@@ -72,19 +75,17 @@ def _number(text: str | None) -> float | None:
         return None
 
 
-def _series(name: str, values: dict[int, float]) -> Series:
-    finite = tuple((step, value) for step, value in sorted(values.items()) if abs(value) < LARGEST)
-    return Series(name, finite, left_out=len(values) - len(finite))
-
-
+@dataclass(frozen=True)
 class Axis:
-    """The positions of values between two ends of the picture."""
+    """The positions `start` to `end`, in the picture's units, of the values `low` to `high`."""
 
-    def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        self.low, self.high, self.start, self.end = low, high, start, end
+    low: float
+    high: float
+    start: float
+    end: float
 
     def at(self, value: float) -> float:
-        """The position of a value in the picture's units."""
+        """The position of a value."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, about: int, whole: bool = False) -> list[float]:
@@ -100,124 +101,88 @@ class Axis:
         return f"{self.low!r} {self.high!r} {self.start} {self.end}"
 
 
-@dataclass(frozen=True)
-class Line:
-    """A drawn series."""
-
-    series: Series
-    color: str
-    """The CSS class of its color: a stage has the same in every chart."""
-    path: str
-    dots: list[tuple[float, float, str]]
-    """x, y and tooltip, where the points are few."""
-    label: str
-    last: str
-    range: str
-    """Minimum and maximum, where there is more than one value."""
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Series over one pair of axes."""
-
-    title: str
-    series: tuple[Series, ...]
-    best_step: int | None = None
-    x: Axis = field(init=False)
-    y: Axis = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Compute both axes, with room above and below."""
-        steps = [step for column in self.series for step, _ in column.points]
-        values = [value for column in self.series for _, value in column.points]
-        low, high = min(values), max(values)
-        flat = high - low <= 1e-9 * max(abs(high), abs(low))
-        room = max(abs(high) * 0.1, 1e-12) if flat else (high - low) * 0.06
-        bottom = 0.0 if low == 0 < high else low - room
-        first, last = min(steps), max(steps)
-        across = (first, last) if last > first else (first - 1, last + 1)
-        object.__setattr__(self, "x", Axis(float(across[0]), float(across[1]), LEFT + 4, WIDTH - RIGHT - 4))
-        object.__setattr__(self, "y", Axis(bottom, high + room, HEIGHT - BOTTOM, TOP))
-
-    @property
-    def lines(self) -> list[Line]:
-        """The lines, in the order of the legend."""
-        return [self._line(column, i) for i, column in enumerate(self.series)]
-
-    def _line(self, series: Series, index: int) -> Line:
-        values = [value for _, value in series.points]
-        label = label_of(series.name)
-        dots = [
-            (self.x.at(step), self.y.at(value), f"{series.name} {value:.6g} at step {step}")
-            for step, value in series.points
-            if len(series.points) <= MARKED
-        ]
-        path = " L".join(f"{self.x.at(step):.2f} {self.y.at(value):.2f}" for step, value in thin_out(series.points))
-        extent = f" ({short(min(values))} to {short(max(values))})" if len(values) > 1 else ""
-        return Line(series, color_of(series.name, index), f"M{path}", dots, label, short(values[-1]), extent)
-
-    @property
-    def y_ticks(self) -> list[tuple[float, str]]:
-        """Positions and labels."""
-        return [(self.y.at(value), short(value)) for value in self.y.ticks(5)]
-
-    @property
-    def x_ticks(self) -> list[tuple[float, str]]:
-        """Positions and labels, the first of which has the word step."""
-        steps = self.x.ticks(6, whole=True)
-        return [(self.x.at(s), short(s) if i else f"step {s:g}") for i, s in enumerate(steps)]
-
-    @property
-    def best(self) -> float | None:
-        """The position of the best checkpoint's step, in a chart of validation metrics."""
-        measured = any(column.name.startswith("val") for column in self.series)
-        step = self.best_step
-        return self.x.at(step) if step is not None and measured and self.x.low <= step <= self.x.high else None
-
-
 def charts_of(
     series: Sequence[Series], best_step: int | None = None, titles: Mapping[str, str] | None = None
-) -> list[Chart]:
+) -> list[dict[str, Any]]:
     """Charts of the loss, of the other metrics of each stage, and then of learning rates, gradients, speed and memory.
 
     Args:
         series: the log's columns.
         best_step: the best checkpoint's.
         titles: of metrics whose names are not clear enough: `{"f1": "F1 (macro)"}`.
+
+    Returns:
+        What the template draws of each chart, see `chart_of`.
     """
     groups: dict[str, list[Series]] = {}
     for column in series:
         if column.points:
             groups.setdefault(title_of(column.name, titles or {}), []).append(column)
-    last = ["learning rate", "gradient norm", "samples per second", "tokens per second", "memory, peak in MiB"]
-    order = {title: i for i, title in enumerate(last, start=1)}
-    first = sorted(groups, key=lambda title: -1 if title == "loss" else order.get(title, 0))
-    return [Chart(title, tuple(sorted(groups[title], key=_rank)), best_step) for title in first]
+    order = {"loss": -1} | {title: i for i, title in enumerate(LAST, start=1)}
+    return [
+        chart_of(title, sorted(groups[title], key=_rank), best_step)
+        for title in sorted(groups, key=lambda title: order.get(title, 0))
+    ]
+
+
+def chart_of(title: str, series: Sequence[Series], best_step: int | None) -> dict[str, Any]:
+    """Series over one pair of axes, with room above and below: the axes, their ticks, and the lines.
+
+    `best` is the position of the best checkpoint's step, in a chart of validation metrics.
+    """
+    steps = [step for column in series for step, _ in column.points]
+    values = [value for column in series for _, value in column.points]
+    low, high = min(values), max(values)
+    flat = high - low <= 1e-9 * max(abs(high), abs(low))
+    room = max(abs(high) * 0.1, 1e-12) if flat else (high - low) * 0.06
+    bottom = 0.0 if low == 0 < high else low - room
+    one_step = min(steps) == max(steps)
+    x = Axis(float(min(steps) - one_step), float(max(steps) + one_step), LEFT + 4, WIDTH - RIGHT - 4)
+    y = Axis(bottom, high + room, HEIGHT - BOTTOM, TOP)
+    validated = any(column.name.startswith("val") for column in series)
+    return {
+        "title": title,
+        "x": x,
+        "y": y,
+        "x_ticks": [(x.at(s), short(s) if i else f"step {s:g}") for i, s in enumerate(x.ticks(6, whole=True))],
+        "y_ticks": [(y.at(value), short(value)) for value in y.ticks(5)],
+        "best": x.at(best_step) if best_step is not None and validated and x.low <= best_step <= x.high else None,
+        "best_step": best_step,
+        "lines": [_line(column, x, y, color=f"line{i % 5}") for i, column in enumerate(series)],
+    }
+
+
+def _line(series: Series, x: Axis, y: Axis, color: str) -> dict[str, Any]:
+    """A line, with tooltips where the points are few; a stage has the same color in every chart."""
+    stage, slash, rest = series.name.partition("/")
+    is_step = stage == "train" and rest.endswith("_step")
+    label = (stage if slash and _is_stage(stage) else rest) or series.name
+    values = [value for _, value in series.points]
+    return {
+        "name": series.name,
+        "left_out": series.left_out,
+        "color": "train faint" if is_step else stage if stage in ("train", "val", "test") else color,
+        "label": f"{stage}, one step" if rest == "loss_step" else label,
+        "path": "M" + " L".join(f"{x.at(step):.2f} {y.at(value):.2f}" for step, value in thin_out(series.points)),
+        "dots": [
+            (x.at(step), y.at(value), f"{series.name} {value:.6g} at step {step}")
+            for step, value in series.points
+            if len(values) <= MARKED
+        ],
+        "last": short(values[-1]),
+        "range": f" ({short(min(values))} to {short(max(values))})" if len(values) > 1 else "",
+    }
 
 
 def title_of(name: str, titles: Mapping[str, str]) -> str:
     """The title of the chart with this column."""
     stage, slash, rest = name.partition("/")
-    if name == "lr" or (slash and stage == "lr"):
-        return "learning rate"
-    if stage == "throughput":
-        return rest.replace("_", " ")
-    if stage == "memory":
-        return "memory, peak in MiB"
-    if stage == "grad_norm":
-        return "gradient norm"
-    if slash and _is_stage(stage):
+    if stage in TITLES:
+        return TITLES[stage]
+    if slash and (stage == "throughput" or _is_stage(stage)):
         metric = rest.removesuffix("_step").removesuffix("_epoch")
         return titles.get(metric, metric.replace("_", " "))
     return name.replace("_", " ")
-
-
-def label_of(name: str) -> str:
-    """The label of a line in its chart."""
-    stage, slash, rest = name.partition("/")
-    if name.endswith("/loss_step"):
-        return f"{stage}, one step"
-    return stage if slash and _is_stage(stage) else rest or name
 
 
 def _is_stage(name: str) -> bool:
@@ -227,14 +192,6 @@ def _is_stage(name: str) -> bool:
 def _rank(series: Series) -> tuple[int, str]:
     stage, _, rest = series.name.partition("/")
     return ("train", "val").index(stage) * 2 - rest.endswith("_step") if stage in ("train", "val") else 9, series.name
-
-
-def color_of(name: str, index: int) -> str:
-    """The CSS class of a column's line."""
-    stage, _, rest = name.partition("/")
-    if stage == "train":
-        return "train faint" if rest.endswith("_step") else "train"
-    return stage if stage in ("val", "test") else f"line{index % 5}"
 
 
 def thin_out(points: tuple[Point, ...]) -> list[Point]:

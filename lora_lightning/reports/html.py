@@ -19,7 +19,7 @@ import jinja2
 from lora_lightning.lora.formats.atomic_dir import human_size, write_bytes
 from lora_lightning.reports.classes import MOST_SHOWN, class_table, confused_pairs, confusions
 from lora_lightning.reports.console import BEFORE, data_table, report_rows, short_count
-from lora_lightning.reports.curves import Chart, charts_of, numbers_table, read_metrics, short
+from lora_lightning.reports.curves import charts_of, numbers_table, read_metrics, short
 from lora_lightning.reports.figures import Drawing
 from lora_lightning.reports.table import Table
 
@@ -40,7 +40,8 @@ class Block:
     """A table of facts, over the whole width."""
     prose: Table | None = None
     """A table of texts, whose lines stay as they are."""
-    charts: Sequence[Chart] = ()
+    charts: Sequence[Mapping[str, Any]] = ()
+    """The result of `charts_of`."""
     figure: str = ""
     """The `data:` URL of a picture, with `text` as its caption."""
     matrix: Sequence[Any] = ()
