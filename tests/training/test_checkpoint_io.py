@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lora_lightning import LoRAError
+from lora_lightning.lora.formats.atomic_dir import _host
 from lora_lightning.training.checkpoints.adapter_state import refuse_damaged_fields
 from lora_lightning.training.checkpoints.file_io import (
     PREVIOUS,
@@ -158,7 +159,7 @@ def test_a_living_processs_part_file_is_left_and_a_dead_ones_is_taken_away(file)
     ended = FORK.Process(target=int)
     ended.start()
     ended.join()
-    living, dead = (file.with_name(f".last.ckpt.{pid}.part") for pid in (os.getppid(), ended.pid))
+    living, dead = (file.with_name(f".last.ckpt.{_host()}.{pid}.new.part") for pid in (os.getppid(), ended.pid))
     for part in (living, dead):
         part.write_bytes(b"half")
     write_checkpoint(content(1.0), file)

@@ -17,7 +17,8 @@ from lora_lightning.analysis.measures import RankMeasures, base_norm, measures_o
 from lora_lightning.lora.frozen.spectrum import update_pairs
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.training.callbacks.rank_telemetry import FILE, HEADER, RankTelemetry, keep_until
+from lora_lightning.training.callbacks.rank_telemetry import FILE, HEADER, RankTelemetry
+from lora_lightning.training.tracking.csv_logger import keep_before
 from tests.distributed import one_process
 from tests.lora.laws import stir
 from tests.lora.test_quantized import SCHEMES, Net
@@ -143,7 +144,7 @@ def test_rows_of_later_steps_and_torn_ones_are_dropped(tmp_path):
     file = tmp_path / "run" / "version_0" / FILE
     row = "{},a,1,1,1,1,1,1,1\r\n"
     file.write_bytes((",".join(HEADER) + "\r\n" + row.format(2) + row.format(4) + row.format(6) + "8,a,1").encode())
-    keep_until(file, 4)
+    keep_before(file, 5)
     assert [int(row["step"]) for row in logged(tmp_path, FILE)] == [2, 4]
 
 

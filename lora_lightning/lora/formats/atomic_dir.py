@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import glob
 import os
 import platform
@@ -11,8 +12,9 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from lora_lightning.lora.errors import AdapterError, LoRAError
 
@@ -26,8 +28,8 @@ RUST = re.compile(r"os error (\d+)")
 def write_bytes(path: Path, content: Content) -> None:
     """Write a file: a reader sees the old one or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _parts({path: content}) as parts:
-        parts[path].replace(path)
+    with write_aside(path, functools.partial(_write_pieces, content)) as part:
+        part.replace(path)
 
 
 def write_together(directory: Path, files: Mapping[str, Content]) -> None:
@@ -48,8 +50,9 @@ def write_together(directory: Path, files: Mapping[str, Content]) -> None:
             raise IsADirectoryError(f"{in_the_way} is a directory")
         for path in paths:
             clear_leftovers(path)
-        with _parts(paths) as parts:
-            _exchange(parts)
+        with contextlib.ExitStack() as stack:
+            writers = {path: functools.partial(_write_pieces, content) for path, content in paths.items()}
+            _exchange({path: stack.enter_context(write_aside(path, write)) for path, write in writers.items()})
     except OSError as error:
         if is_new:
             with contextlib.suppress(OSError):
@@ -61,26 +64,26 @@ def write_together(directory: Path, files: Mapping[str, Content]) -> None:
 
 
 @contextlib.contextmanager
-def _parts(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
-    """Write every file beside its place and sync it to disk; none of these files is left after the block."""
-    parts = {path: _hidden_path(path, "new") for path in files}
+def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
+    """Write a hidden file beside `path` and sync it; the block may move it, and it is not left after the block."""
+    part = hidden_path(path, "new")
     try:
-        for path, part in parts.items():
-            content = files[path]
-            with part.open("wb") as file:
-                for piece in [content] if isinstance(content, bytes) else content:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-        yield parts
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        yield part
     finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
+
+
+def _write_pieces(content: Content, file: BinaryIO) -> None:
+    file.writelines([content] if isinstance(content, bytes) else content)
 
 
 def _exchange(new: Mapping[Path, Path]) -> None:
     """Move old files or folders away, the last one first, and the new ones in; undo everything if a step fails."""
-    old = {path: _hidden_path(path, "old") for path in new}
+    old = {path: hidden_path(path, "old") for path in new}
     try:
         for path in reversed(list(new)):
             if path.exists():
@@ -132,7 +135,7 @@ def stage_folder(target: Path, needed: int) -> Iterator[Path]:
             f"'{target}' needs about {human_size(needed)} and '{disk}' has {human_size(free)} free: free some, or name"
             " another --output_dir; nothing was written"
         )
-    aside = _hidden_path(target, "new")
+    aside = hidden_path(target, "new")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
@@ -176,7 +179,7 @@ def clear_leftovers(target: Path) -> None:
             _remove(path)
 
 
-def _hidden_path(target: Path, kind: str) -> Path:
+def hidden_path(target: Path, kind: str) -> Path:
     """A hidden name beside `target` with the machine and the process, since other machines may share the disk."""
     return target.with_name(f".{target.name}.{_host()}.{os.getpid()}.{kind}.part")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from dataclasses import astuple
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from lora_lightning.analysis.measures import (
     whole_base,
     whole_layer,
 )
-from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.spectrum import update_pairs
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.callbacks.every_n_steps import EveryNSteps
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.tracking.csv_logger import keep_before
 
 FILE = "rank.csv"
 HEADER = ["step", "layer", *NAMES]
@@ -61,7 +60,7 @@ class RankTelemetry(EveryNSteps):
             self._norms[name] = base_norm(whole_base(layer))
         file = self._file(trainer)
         if file is not None:
-            keep_until(file, trainer.global_step)
+            keep_before(file, trainer.global_step + 1)
 
     def look(self, trainer: Trainer, module: LoRAModule, step: int) -> None:
         """All processes gather the shards; rank 0 computes and writes."""
@@ -88,21 +87,8 @@ class RankTelemetry(EveryNSteps):
 
 def append(file: Path, step: int, measures: dict[str, RankMeasures]) -> None:
     """Append one row for each layer."""
-    new = not file.is_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
-        writer.writerows([HEADER] if new else [])
+        writer.writerows([] if handle.tell() else [HEADER])
         writer.writerows([step, name, *(f"{value:.9g}" for value in astuple(m))] for name, m in measures.items())
-
-
-def keep_until(file: Path, step: int) -> None:
-    """Drop rows of later steps, which the fit writes again, and an incomplete last row."""
-    if not file.is_file():
-        return
-    text = file.read_text(encoding="utf-8")
-    rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
-    past = [row for row in rows[1:] if len(row) == len(HEADER) and row[0].isdigit() and int(row[0]) <= step]
-    out = io.StringIO(newline="")
-    csv.writer(out).writerows([HEADER, *past])
-    write_bytes(file, out.getvalue().encode())

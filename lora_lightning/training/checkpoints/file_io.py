@@ -6,6 +6,7 @@ aside, synced and moved. The file before it stays as `NAME.ckpt.previous`, and i
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import re
@@ -21,6 +22,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError, first_line
+from lora_lightning.lora.formats.atomic_dir import clear_leftovers, hidden_path, write_aside
 
 PREVIOUS = ".previous"
 FOREIGN = re.compile(r"(?:GLOBAL|global|class|function) `?([\w.]+\.[\w.]+)")
@@ -37,18 +39,12 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     Raises:
         LoRAError: the disk is full or the folder cannot be written. The earlier file is unchanged.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for part in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed while writing
-            if not _is_being_written(part):
-                part.unlink(missing_ok=True)
-        with aside.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _keep_previous(path)
-        aside.replace(path)
+        clear_leftovers(path)
+        with write_aside(path, functools.partial(torch.save, content)) as part:
+            _keep_previous(path)
+            part.replace(path)
         _sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
@@ -56,35 +52,16 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
             f"the checkpoint '{path}' could not be written ({first_line(cause)}): make room there or give another"
             " --runs_dir, and go on with --ckpt_path last; older checkpoints are as they were"
         ) from error
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
-def _is_being_written(part: Path) -> bool:
-    """Whether the process that writes a part file is alive; its id is in the name."""
-    number = part.name.split(".")[-2]
-    try:
-        os.kill(int(number), 0)
-    except (ValueError, ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        return True
-    return int(number) != os.getpid()
 
 
 def _sync(folder: Path) -> None:
     """Sync a folder, so that a move in it survives a crash; not every system can open folders."""
-    try:
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _keep_previous(path: Path) -> None:
@@ -96,9 +73,8 @@ def _keep_previous(path: Path) -> None:
         check_whole(path)
     except (FileNotFoundError, DamagedCheckpointError):
         return
-    second = path.with_name(f".{path.name}{PREVIOUS}.{os.getpid()}.part")
+    second = hidden_path(path, "old")
     try:
-        second.unlink(missing_ok=True)
         try:
             second.hardlink_to(path)
         except OSError:  # a file system without links

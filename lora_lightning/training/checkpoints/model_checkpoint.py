@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 from pathlib import Path
@@ -17,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints.file_io import is_remote
 from lora_lightning.training.checkpoints.loop_state import is_between_steps, place_of
 
@@ -209,8 +209,5 @@ def _bring_best(best: Path, target: Path) -> bool:
     if not best.exists():
         return target.exists()
     if getattr(rank_zero_only, "rank", 0) == 0:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-        shutil.copyfile(best, aside)
-        aside.replace(target)
+        write_bytes(target, best.read_bytes())
     return True

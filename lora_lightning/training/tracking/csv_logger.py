@@ -33,14 +33,14 @@ class ContinuedCSVLogger(CSVLogger):
             step: the number under which the next step is logged.
         """
         self.save()
-        self.experiment.keep_before(step)  # type: ignore[attr-defined]
+        keep_before(Path(self.experiment.metrics_file_path), step)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """Drop repeated rows, such as the counts at each start."""
         super().finalize(status)
         if self._experiment is not None:
-            self.experiment.keep_before(None)  # type: ignore[attr-defined]
+            keep_before(Path(self.experiment.metrics_file_path), None)
 
 
 class RepeatedCSVLogger(CSVLogger):
@@ -73,27 +73,29 @@ class _RepeatedWriter(ExperimentWriter):
 class _ContinuedWriter(ExperimentWriter):
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
-        self.metrics_keys = list(self._rows()[0])
+        self.metrics_keys = whole_rows(Path(self.metrics_file_path))[0]
 
     def _check_log_dir_exists(self) -> None:
         """Accept an existing folder, and delete nothing."""
 
-    def _rows(self) -> tuple[list[str], list[dict[str, str]]]:
-        """The header and the whole rows; the last may be incomplete."""
-        file = Path(self.metrics_file_path)
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-        rows = [row for row in reader if None not in row and None not in row.values()]
-        return list(reader.fieldnames or []), rows
 
-    def keep_before(self, step: int | None) -> None:
-        """Keep each row of the steps before this one, once."""
-        keys, rows = self._rows()
-        past = [row for row in rows if step is None or (row["step"].isdigit() and int(row["step"]) < step)]
-        unique = list({tuple(row.items()): row for row in past}.values())
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=keys)
-        writer.writeheader()
-        writer.writerows(unique)
-        if keys:
-            write_bytes(Path(self.metrics_file_path), text.getvalue().encode())
+def whole_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The header and the rows of a CSV file, without what is incomplete at its end."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    rows = [row for row in reader if None not in row and None not in row.values()]
+    return list(reader.fieldnames or []), rows
+
+
+def keep_before(file: Path, step: int | None) -> None:
+    """Keep each whole row of the steps before `step`, or of all steps, once."""
+    header, rows = whole_rows(file)
+    past = [row for row in rows if step is None or (row["step"].isdigit() and int(row["step"]) < step)]
+    if not header:
+        file.unlink(missing_ok=True)
+        return
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, header)
+    writer.writeheader()
+    writer.writerows({tuple(row.items()): row for row in past}.values())
+    write_bytes(file, text.getvalue().encode())

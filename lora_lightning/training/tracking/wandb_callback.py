@@ -12,14 +12,12 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from torch import Tensor
 
 from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_bytes
-from lora_lightning.lora.report import InjectionReport
 from lora_lightning.tasks.positions import in_evaluation
 from lora_lightning.training.callbacks.export_on_fit_end import best_in
 from lora_lightning.training.callbacks.prediction_writer import rows
@@ -28,6 +26,11 @@ from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import is_sharded
 from lora_lightning.training.tracking.wandb_logger import go_on_with
+
+LARGE = 2 * 10**9
+"""Bytes above which an artifact refers to a file in place of copying it."""
+SHOWN = 1000
+"""Characters at most of a text that is shown."""
 
 
 class Tracking(Callback):
@@ -48,61 +51,58 @@ class Tracking(Callback):
         self.predictions, self.artifacts = predictions, artifacts
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what trains."""
-        if trainer.is_global_zero and isinstance(pl_module, LoRAModule):
-            log_start(trainer, pl_module.report, adapter_bytes(pl_module.backbone))
+        """Counts in config and summary, and the injection table with a row for each adapted module."""
+        if not trainer.is_global_zero or not isinstance(pl_module, LoRAModule):
+            return
+        report, size = pl_module.report, adapter_bytes(pl_module.backbone)
+        counts = {"trainable": report.trainable, "frozen": report.frozen, "share": report.share, "adapter_bytes": size}
+        values = {f"params/{name}": value for name, value in counts.items()}
+        table = [list(asdict(module).values()) for module in report.modules]
+        table += [[name, "in full", None, None, None, n, "modules_to_save"] for name, n in report.saved.items()]
+        table += [[name, "rows in full", None, None, None, n, "tokens"] for name, n in report.tokens.items()]
+        columns = ["module", "kind", "r", "alpha", "dropout", "parameters", "why"]
+        for logger in wandb_loggers(trainer.loggers):
+            logger.log_hyperparams(values)
+            logger.experiment.summary.update(values)
+            logger.log_table("injection", columns=columns, data=table, step=trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Predict in all processes, since a sharded model needs them all; rank 0 logs."""
-        loggers = self._loggers(trainer)
+        loggers = wandb_loggers(trainer.loggers)
         if not self.predictions or not loggers or not isinstance(pl_module, LoRAModule):
             return
-        table = prediction_table(trainer, pl_module, self.predictions)
-        if table is not None:
+        if (table := prediction_table(trainer, pl_module, self.predictions)) is not None:
             for logger in loggers:
                 logger.log_table("predictions", columns=table[0], data=table[1], step=trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the report's values, and the run's adapters and export."""
-        folder = run.run_dir(trainer)
-        loggers = self._loggers(trainer)
+        folder, loggers = run.run_dir(trainer), wandb_loggers(trainer.loggers)
         if folder is None or not loggers or not trainer.is_global_zero or not isinstance(pl_module, LoRAModule):
             return
         report = log_report(loggers, folder)
-        if self.artifacts:
-            self._log_adapters(trainer, pl_module, folder)
-            if exported := [report[key] for key in ("adapter_dir", "merged_dir") if report.get(key)]:
-                log_export(loggers, folder, Path(exported[0]).parent)
+        if not self.artifacts:
+            return
+        if is_sharded(pl_module.backbone):  # this process has only a part of the adapter: the checkpoint is whole
+            best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+            if best.is_file():
+                _log(loggers, "adapter", folder, {best.name: best}, ["best", "latest"])
+        else:
+            with best_in(trainer, pl_module) as is_last:
+                _log_adapter(loggers, pl_module, folder, ["best", "latest"] if is_last else ["best"])
+            if not is_last:  # behind the best: W&B gives `latest` to what is logged last
+                _log_adapter(loggers, pl_module, folder, ["latest"])
+        if exported := [report[key] for key in ("adapter_dir", "merged_dir") if report.get(key)]:
+            log_export(loggers, folder, Path(exported[0]).parent)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test's metrics into the summary of the run that was tested."""
         if trainer.is_global_zero and trainer.ckpt_path and (folder := run.test_dir(trainer)) is not None:
-            log_report(self._loggers(trainer), folder)
-
-    @staticmethod
-    def _loggers(trainer: Trainer) -> list[Any]:
-        return [] if trainer.fast_dev_run else wandb_loggers(trainer.loggers)  # type: ignore[attr-defined]
-
-    def _log_adapters(self, trainer: Trainer, module: LoRAModule, folder: Path) -> None:
-        """Log the best first: W&B gives `latest` to what is logged last."""
-        loggers, saver = self._loggers(trainer), trainer.checkpoint_callback
-        if is_sharded(module.backbone):  # this process has only a part of the adapter: log the checkpoint in its place
-            best = saver.best_model_path if isinstance(saver, ModelCheckpoint) else ""
-            if best and Path(best).exists():
-                _log(loggers, "adapter", folder, {Path(best).name: Path(best)}, ["best", "latest"])
-            return
-        with best_in(trainer, module) as is_last:
-            log_adapter(loggers, module, folder, ["best", "latest"] if is_last else ["best"])
-        if not is_last:
-            log_adapter(loggers, module, folder, ["latest"])
-
-
-LARGE = 2 * 10**9
-"""Bytes above which an artifact refers to a file in place of copying it."""
+            log_report(wandb_loggers(trainer.loggers), folder)
 
 
 def wandb_loggers(loggers: Iterable[Any]) -> list[WandbLogger]:
-    """The loggers that log to W&B."""
+    """The loggers that log to W&B; a `fast_dev_run` has none."""
     return [logger for logger in loggers if isinstance(logger, WandbLogger)]
 
 
@@ -112,43 +112,50 @@ def log_config(loggers: Iterable[Any], file: Path) -> None:
         logger.log_hyperparams(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
-def log_start(trainer: Trainer, report: InjectionReport, adapter_bytes: int) -> None:
-    """Counts in config and summary, and the injection table with a row for each adapted module."""
-    counts = {"trainable": report.trainable, "frozen": report.frozen, "share": report.share}
-    values = {f"params/{name}": x for name, x in {**counts, "adapter_bytes": adapter_bytes}.items()}
-    rows = [list(asdict(module).values()) for module in report.modules]
-    rows += [[name, "in full", None, None, None, n, "modules_to_save"] for name, n in report.saved.items()]
-    rows += [[name, "rows in full", None, None, None, n, "tokens"] for name, n in report.tokens.items()]
-    columns = ["module", "kind", "r", "alpha", "dropout", "parameters", "why"]
-    for logger in wandb_loggers(trainer.loggers):
-        logger.log_hyperparams(values)
-        logger.experiment.summary.update(values)
-        logger.log_table("injection", columns=columns, data=rows, step=trainer.global_step)
-
-
-def log_report(loggers: Iterable[Any], folder: Path) -> dict[str, Any]:
-    """Log the content of `report.json` into the run's summary as `report`; returns its plain values."""
+def log_report(loggers: Iterable[WandbLogger], folder: Path) -> dict[str, Any]:
+    """Log the plain values of `report.json` into the run's summary as `report`; returns them."""
     file = folder / run.REPORT
     report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     plain = {key: value for key, value in report.items() if isinstance(value, str | int | float | bool)}
-    for logger in wandb_loggers(loggers):
+    for logger in loggers:
         logger.experiment.summary.update({"report": plain})
     return plain
 
 
-def log_adapter(loggers: Iterable[Any], module: LoRAModule, folder: Path, aliases: Sequence[str]) -> None:
+def log_export(loggers: Iterable[Any], folder: Path, directory: Path) -> None:
+    """Log an export's files, with the run's report and page, as one artifact."""
+    loggers = wandb_loggers(loggers)
+    log_report(loggers, folder)
+    files = {str(p.relative_to(directory)): p for p in sorted(directory.rglob("*")) if p.is_file()}
+    _log(loggers, "export", folder, files, ["best", "latest"])
+
+
+def _log_adapter(loggers: Iterable[WandbLogger], module: LoRAModule, folder: Path, aliases: Sequence[str]) -> None:
     """The adapter that is in the module as PEFT reads it, with the run's report, page and config, as one artifact."""
     with tempfile.TemporaryDirectory() as scratch:
         written = save_adapter(module.backbone, Path(scratch) / "adapter", task_type=module.task.peft_task_type)
         _log(loggers, "adapter", folder, {file.name: file for file in sorted(Path(written).iterdir())}, aliases)
 
 
-def log_export(loggers: Iterable[Any], folder: Path, directory: Path) -> None:
-    """Log an export's files, with the run's report and page, as one artifact."""
-    loggers = wandb_loggers(loggers)
-    files = {str(p.relative_to(directory)): p for p in sorted(directory.rglob("*")) if p.is_file()}
-    log_report(loggers, folder)
-    _log(loggers, "export", folder, files, ["best", "latest"])
+def _log(
+    loggers: Iterable[WandbLogger], kind: str, folder: Path, files: Mapping[str, Path], aliases: Sequence[str]
+) -> None:
+    """Log files with the run's config, report and page as one artifact.
+
+    `log_artifact` links it to the run; the name carries the run's id, so that aliases are of one run.
+    """
+    import wandb
+
+    of_run = {name: folder / name for name in (run.CONFIG, run.REPORT, run.PAGE) if (folder / name).is_file()}
+    for logger in loggers:
+        experiment = logger.experiment
+        artifact = wandb.Artifact(f"{kind}-{experiment.id}", type=kind, metadata=log_report([], folder))
+        for name, file in {**of_run, **files}.items():
+            if file.stat().st_size > LARGE:
+                artifact.add_reference(file.resolve().as_uri(), name=name, checksum=False)
+            else:
+                artifact.add_file(str(file), name=name)
+        experiment.log_artifact(artifact, aliases=list(aliases))
 
 
 def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
@@ -165,29 +172,6 @@ def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
         logger.go_on_with(str(version))
 
 
-def _log(loggers: Iterable[Any], kind: str, folder: Path, files: Mapping[str, Path], aliases: Sequence[str]) -> None:
-    """Log files with the run's config, report and page as one artifact.
-
-    `log_artifact` links it to the run; the name carries the run's id, so that aliases are of one run.
-    """
-    import wandb
-
-    of_run = {name: folder / name for name in (run.CONFIG, run.REPORT, run.PAGE) if (folder / name).is_file()}
-    for logger in wandb_loggers(loggers):
-        experiment = logger.experiment
-        artifact = wandb.Artifact(f"{kind}-{experiment.id}", type=kind, metadata=log_report([], folder))
-        for name, file in {**of_run, **files}.items():
-            if file.stat().st_size > LARGE:
-                artifact.add_reference(file.resolve().as_uri(), name=name, checksum=False)
-            else:
-                artifact.add_file(str(file), name=name)
-        experiment.log_artifact(artifact, aliases=list(aliases))
-
-
-SHOWN = 1000
-"""Characters at most of a text that is shown."""
-
-
 @torch.no_grad()
 def prediction_table(trainer: Trainer, module: LoRAModule, count: int) -> tuple[list[str], list[list[Any]]] | None:
     """Columns and rows for the first `count` examples of this process; None where nothing is validated.
@@ -201,17 +185,15 @@ def prediction_table(trainer: Trainer, module: LoRAModule, count: int) -> tuple[
     with in_evaluation(module.backbone), trainer.precision_plugin.forward_context():
         predictions = module.task.predict(module.backbone, batch)
     names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-    size = min(count, *(len(values) for values in predictions.values()))
-    examples = [dict(row) for row in rows([predictions], [range(size)], names)]  # type: ignore[list-item]
-    shown = _inputs(batch, getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
-    targets = _targets(batch, names)
-    for row, example, target in zip(examples, shown or [None] * size, targets or [None] * size, strict=False):
-        row.pop("row")  # its number in this batch, not in the set
-        row.update({"input": example} if shown else {})
-        row.update({"target": target} if targets else {})
-    columns = [name for name in ("input", "target") if name in examples[0]]
-    columns += [name for name in examples[0] if name not in columns]
-    return columns, [[_cell(row.get(name)) for name in columns] for row in examples]
+    inputs = _inputs(batch, getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
+    beside = {name: values for name, values in (("input", inputs), ("target", _targets(batch, names))) if values}
+    size = min(count, *map(len, (*predictions.values(), *beside.values())))
+    examples = [
+        {**{name: values[i] for name, values in beside.items()}, **row}
+        for i, row in enumerate(rows([predictions], [range(size)], names))  # type: ignore[list-item]
+    ]
+    columns = [name for name in examples[0] if name != "row"]  # its number in this batch, not in the set
+    return columns, [[_cell(example.get(name)) for name in columns] for example in examples]
 
 
 def _inputs(batch: Mapping[str, Any], tokenizer: Any) -> list[Any]:
