@@ -80,10 +80,13 @@ def near_misses(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'query'?"`, or an empty string where nothing is near."""
-    close = near_misses(word, known)
-    if not close:
-        return ""
-    return "; did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
+    return suggestion(near_misses(word, known))
+
+
+def suggestion(names: Iterable[object]) -> str:
+    """`"; did you mean 'query' or 'key'?"`, or an empty string without names."""
+    quoted = " or ".join(f"'{name}'" for name in names)
+    return f"; did you mean {quoted}?" if quoted else ""
 
 
 def first_line(error: BaseException) -> str:

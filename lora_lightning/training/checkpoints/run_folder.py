@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses
+from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses, suggestion
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.reports import html
 from lora_lightning.training.checkpoints.file_io import PREVIOUS, read_checkpoint
@@ -172,10 +172,8 @@ def _format_hint(file: Path) -> str:
 
 def similar_names(path: Path) -> str:
     """Folders and files of about this name in the same place."""
-    if not path.parent.is_dir():
-        return ""
     near = near_misses(path.name, [entry.name for entry in path.parent.glob("*")], 2)
-    return "; did you mean " + " or ".join(f"'{path.parent / name}'" for name in near) + "?" if near else ""
+    return suggestion(path.parent / name for name in near)
 
 
 def _previous_file(checkpoint: Path) -> Path:
