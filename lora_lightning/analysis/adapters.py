@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
@@ -122,6 +123,20 @@ def read_factors(
 def _natural_key(name: str) -> list[tuple[int, int, str]]:
     """A sort key with `layer.2` before `layer.10`."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The group and the block of each layer, by name.
+
+    The block is the numbers in its name, `3` or `0.11`, empty where there is none. The group is the rest, without the
+    beginning that all numbered layers share, so that layers with the same function in each block have one group.
+    """
+    words = {name: [part for part in name.split(".") if not part.isdigit()] for name in names}
+    blocks = {name: ".".join(part for part in name.split(".") if part.isdigit()) for name in words}
+    columns = zip(*(parts[:-1] for name, parts in words.items() if blocks[name]), strict=False)
+    shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    cut = {name: parts[shared if blocks[name] else 0 :] for name, parts in words.items()}
+    return {name: (".".join(parts) or "layers", blocks[name]) for name, parts in cut.items()}
 
 
 def _read_layer(

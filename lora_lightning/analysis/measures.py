@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field, fields
+from statistics import median
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from lora_lightning.analysis.adapters import Adapter, Factors
+from lora_lightning.analysis.adapters import Adapter, Factors, places
 from lora_lightning.analysis.base_weights import Weights
-from lora_lightning.analysis.layer_groups import Place, places
 from lora_lightning.lora.frozen.spectrum import (
     Pair,
     Spectrum,
@@ -29,9 +29,10 @@ from lora_lightning.lora.frozen.spectrum import (
     top_norm,
 )
 from lora_lightning.lora.layers import AdaptedLayer
+from lora_lightning.lora.layers.functional import wide_dtype
 
-SHARES = (0.9, 0.95, 0.99)
-"""Shares of the energy for which the smallest ranks are computed."""
+SHARES = {"90%": 0.9, "95%": 0.95, "99%": 0.99}
+"""Shares of the energy for which the smallest ranks are computed, by their names in tables and files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +114,21 @@ def common_rank(layer: Factors, share: float) -> int:
     return layer.groups * max(1, smallest_rank(together.sqrt(), share))
 
 
-def measure_layer(layer: Factors, weights: Weights | None, place: Place) -> LayerMeasures:
-    """All measures of one layer; those against W0 only where `weights` has it."""
-    spectra = [spectrum(A, B, layer.scale) for A, B in layer.pairs]
-    S = torch.cat([s.S for s in spectra]).sort(descending=True).values
+def _spectra(pairs: Sequence[Pair], scale: float) -> tuple[list[Spectrum], Tensor]:
+    """The spectra of a layer's matrices, and their singular values as those of one matrix with these blocks."""
+    spectra = [spectrum(A, B, scale) for A, B in pairs]
+    return spectra, torch.cat([s.S for s in spectra]).sort(descending=True).values
+
+
+def measure_layer(layer: Factors, weights: Weights | None, place: tuple[str, str]) -> LayerMeasures:
+    """All measures of one layer at a place, (group, block); those against W0 only where `weights` has it."""
+    spectra, S = _spectra(layer.pairs, layer.scale)
     matrices = None if weights is None else weights.of(layer)
     return LayerMeasures(
         name=layer.name,
         kind=layer.kind,
-        group=place.group,
-        block=place.block,
+        group=place[0],
+        block=place[1],
         r=layer.r,
         scale=layer.scale,
         shape=layer.shape,
@@ -134,38 +140,28 @@ def measure_layer(layer: Factors, weights: Weights | None, place: Place) -> Laye
         stable_rank=stable_rank(S),
         singular_values=S.tolist(),
         energy=energy(S).tolist(),
-        ranks={percent(share): common_rank(layer, share) for share in SHARES},
+        ranks={name: common_rank(layer, share) for name, share in SHARES.items()},
         base=None if matrices is None else _compare_with_base(layer, spectra, matrices),
     )
 
 
 def _compare_with_base(layer: Factors, spectra: list[Spectrum], matrices: list[Tensor]) -> AgainstBase:
-    """The measures against W0; a stack's entries are the blocks of one matrix, so that squares add up."""
-    norm = _root_of_squares(frobenius(s.S) for s in spectra)
-    w0_norm = _root_of_squares(float(torch.linalg.matrix_norm(W0.double())) for W0 in matrices)
-    inside = _root_of_squares(projection_norm(s.U, W0, s.V) for s, W0 in zip(spectra, matrices, strict=True))
-    ranks = [min(len(s.S) or layer.r, *W0.shape) for s, W0 in zip(spectra, matrices, strict=True)]
-    pairs = list(zip(matrices, ranks, strict=True))
+    rows = []
+    for s, W0 in zip(spectra, matrices, strict=True):
+        r, w0_norm = min(len(s.S) or layer.r, *W0.shape), float(torch.linalg.matrix_norm(W0.double()))
+        norms = frobenius(s.S), w0_norm, projection_norm(s.U, W0, s.V)
+        rows.append((*norms, top_norm(W0, r), sampled_norm(W0, r), expected_norm(w0_norm, r, layer.shape)))
+    # A stack's entries are the blocks of one matrix, so that squares add up.
+    norm, w0_norm, in_update, in_w0, in_random, by_chance = (math.hypot(*column) for column in zip(*rows, strict=True))
     return AgainstBase(
         w0_norm=w0_norm,
         relative=norm / w0_norm if w0_norm else math.nan,
-        in_update=inside,
-        in_w0=_root_of_squares(top_norm(W0, r) for W0, r in pairs),
-        in_random=_root_of_squares(sampled_norm(W0, r) for W0, r in pairs),
-        by_chance=_root_of_squares(
-            expected_norm(float(torch.linalg.matrix_norm(W0.double())), r, layer.shape) for W0, r in pairs
-        ),
-        amplification=norm / inside if inside else math.nan,
+        in_update=in_update,
+        in_w0=in_w0,
+        in_random=in_random,
+        by_chance=by_chance,
+        amplification=norm / in_update if in_update else math.nan,
     )
-
-
-def _root_of_squares(norms: Iterable[float]) -> float:
-    return math.sqrt(sum(norm**2 for norm in norms))
-
-
-def percent(share: float) -> str:
-    """0.95 as `95%`, which is its key in tables and files."""
-    return f"{share:.0%}"
 
 
 def measure_adapter(
@@ -173,12 +169,13 @@ def measure_adapter(
 ) -> AdapterMeasures:
     """Measure all layers of an adapter; `advance` is called after each."""
     layers, place_of = [], places(layer.name for layer in adapter.factors)
-    for layer in adapter.factors:
-        layers.append(measure_layer(layer, weights, place_of[layer.name]))
+    squares: dict[str, float] = {}
+    for factors in adapter.factors:
+        layer = measure_layer(factors, weights, place_of[factors.name])
+        layers.append(layer)
+        squares[layer.group] = squares.get(layer.group, 0.0) + layer.norm**2
         advance(1)
-    norm = _root_of_squares(layer.norm for layer in layers)
-    groups = dict.fromkeys(layer.group for layer in layers)
-    squares = {g: sum(layer.norm**2 for layer in layers if layer.group == g) for g in groups}
+    norm = math.hypot(*(layer.norm for layer in layers))
     return AdapterMeasures(
         label=adapter.label,
         source=adapter.source,
@@ -187,8 +184,7 @@ def measure_adapter(
         shares={group: square / norm**2 if norm else 0.0 for group, square in squares.items()},
         parameters=sum(layer.parameters for layer in layers),
         parameters_at={
-            percent(share): sum(f.cost(m.ranks[percent(share)]) for f, m in zip(adapter.factors, layers, strict=True))
-            for share in SHARES
+            share: sum(f.cost(m.ranks[share]) for f, m in zip(adapter.factors, layers, strict=True)) for share in SHARES
         },
         notes=["DoRA: told is s B A, before magnitudes rescale W0 + s B A"] if any(m.dora for m in layers) else [],
     )
@@ -232,10 +228,9 @@ def whole_layer(layer: AdaptedLayer) -> AdaptedLayer:
     twin: AdaptedLayer = layer.__class__.__new__(layer.__class__)
     twin.__dict__.update(vars(layer))
     for store in ("_parameters", "_buffers"):
-        entries = vars(layer)[store]
-        twin.__dict__[store] = {
-            n: t if t is None or n not in tensors else gather_whole(t.detach()) for n, t in entries.items()
-        }
+        entries = vars(layer)[store].items()
+        whole = {n: gather_whole(t.detach()) for n, t in entries if t is not None and n in tensors}
+        twin.__dict__[store] = vars(layer)[store] | whole
     return twin
 
 
@@ -246,9 +241,7 @@ def whole_base(layer: AdaptedLayer) -> list[Tensor]:
 
 def base_norm(matrices: Sequence[Tensor]) -> float:
     """`||W0||_F`, accumulated in float32 or wider."""
-    wide = [torch.promote_types(matrix.dtype, torch.float32) for matrix in matrices]
-    norms = [torch.linalg.vector_norm(m, dtype=dtype) for m, dtype in zip(matrices, wide, strict=True)]
-    return _root_of_squares(float(norm) for norm in norms)
+    return math.hypot(*(float(torch.linalg.vector_norm(m, dtype=wide_dtype(m))) for m in matrices))
 
 
 @torch.no_grad()
@@ -256,39 +249,30 @@ def measures_of(pairs: Sequence[Pair], scale: float, w0_norm: float, matrices: S
     """The measures of a layer's matrices together, as blocks of one matrix.
 
     Args:
-        matrices: W0's, for the amplification; empty to leave it out.
+        matrices: W0's, for the amplification, in float32, since a W0 of that dtype is not copied; empty to leave it
+            out.
     """
-    spectra = [spectrum(A, B, scale) for A, B in pairs]
-    S = torch.cat([s.S for s in spectra]).sort(descending=True).values
-    norm, shares = frobenius(S), energy(S)
-    room = sum(min(A.shape[0], A.shape[1], B.shape[0]) for A, B in pairs)
+    spectra, S = _spectra(pairs, scale)
+    norm, shares, room = frobenius(S), energy(S), sum(min(*A.shape, B.shape[0]) for A, B in pairs)
+    projected = zip(spectra, matrices, strict=True) if matrices else ()
+    inside = math.hypot(*(projection_norm(s.U, W0, s.V, torch.float32) for s, W0 in projected))
     return RankMeasures(
         norm=norm,
         relative=norm / w0_norm if w0_norm else math.nan,
-        stable_rank=stable_rank(S) if len(S) else math.nan,
-        energy_top=float(shares[0]) if len(S) else math.nan,
-        energy_half=float(shares[min(len(S), max(1, room // 2)) - 1]) if len(S) else math.nan,
-        k90=float(smallest_rank(S, 0.9)) if len(S) else math.nan,
-        amplification=_amplification(norm, spectra, matrices),
+        stable_rank=stable_rank(S) if norm else math.nan,
+        energy_top=float(shares[0]) if norm else math.nan,
+        energy_half=float(shares[min(len(S), max(1, room // 2)) - 1]) if norm else math.nan,
+        k90=float(smallest_rank(S, 0.9)) if norm else math.nan,
+        amplification=norm / inside if inside else math.nan,
     )
-
-
-def _amplification(norm: float, spectra: Sequence[Spectrum], matrices: Sequence[Tensor]) -> float:
-    """The amplification, in float32: a W0 of that dtype is not copied."""
-    if not matrices or not norm:
-        return math.nan
-    inside = _root_of_squares(
-        projection_norm(s.U, W0, s.V, torch.float32) for s, W0 in zip(spectra, matrices, strict=True)
-    )
-    return norm / inside if inside else math.nan
 
 
 def summary(measures: Sequence[RankMeasures]) -> dict[str, float]:
     """Minimum, median and maximum of each measure over all layers where it is defined."""
     figures: dict[str, float] = {}
     for name, column in zip(NAMES, zip(*map(astuple, measures), strict=True), strict=True):
-        values = sorted(value for value in column if not math.isnan(value))
+        values = [value for value in column if not math.isnan(value)]
         if values and name != "norm":  # norms of layers of other sizes cannot be compared
-            middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
-            figures |= {f"rank/{name}_min": values[0], f"rank/{name}": middle, f"rank/{name}_max": values[-1]}
+            for end, found in (("_min", min(values)), ("", median(values)), ("_max", max(values))):
+                figures[f"rank/{name}{end}"] = found
     return figures

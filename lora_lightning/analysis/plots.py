@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
+from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures
 from lora_lightning.analysis.similarity import LayerSimilarity, PairSimilarity
 from lora_lightning.analysis.strength import Strengths
 from lora_lightning.analysis.truncation import Truncation
@@ -177,7 +177,7 @@ def energies(adapters: Sequence[AdapterMeasures]) -> Figure:
         for group in groups:
             curves = [layer.energy for layer in adapter.layers if layer.group == group and layer.energy]
             _curves(axis, curves, colors[group], group)
-        for share in SHARES:
+        for share in SHARES.values():
             axis.axhline(share, color="#999999", linewidth=0.5, linestyle=":", zorder=0)
         axis.set_title(adapter.label)
         axis.set_xlabel("top directions k")
@@ -201,13 +201,13 @@ def _curves(axis: Any, curves: list[list[float]], color: str, label: str) -> Non
     axis.plot(range(1, longest + 1), filled, color=color, linewidth=1.6, label=label, marker=marker)
 
 
-def ranks(adapter: AdapterMeasures, share: float = 0.95) -> Figure:
+def ranks(adapter: AdapterMeasures, share: str = "95%") -> Figure:
     """The smallest rank that holds `share` of the energy: a row for each group of layers, a column for each block."""
     groups = list(dict.fromkeys(layer.group for layer in adapter.layers))
     blocks = list(dict.fromkeys(layer.block for layer in adapter.layers))
     table = torch.full((len(groups), len(blocks)), math.nan)
     for layer in adapter.layers:
-        table[groups.index(layer.group), blocks.index(layer.block)] = layer.ranks[percent(share)]
+        table[groups.index(layer.group), blocks.index(layer.block)] = layer.ranks[share]
     fig = figure(PAGE, 0.9 + 0.24 * len(groups))
     axis = fig.subplots()
     top = max(layer.r for layer in adapter.layers)
@@ -219,7 +219,7 @@ def ranks(adapter: AdapterMeasures, share: float = 0.95) -> Figure:
     axis.set_yticks(range(len(groups)), groups)
     axis.set_xticks(*ticks([block or "-" for block in blocks], 24))
     axis.set_xlabel("block")
-    axis.set_title(f"{adapter.label}: smallest rank that holds {percent(share)} of the energy")
+    axis.set_title(f"{adapter.label}: smallest rank that holds {share} of the energy")
     axis.spines[:].set_visible(False)
     fig.colorbar(image, ax=axis, shrink=0.9, label="rank")
     return fig

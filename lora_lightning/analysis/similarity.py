@@ -9,14 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_lightning.analysis.adapters import Adapter, Factors
-from lora_lightning.analysis.layer_groups import places
+from lora_lightning.analysis.adapters import Adapter, Factors, places
 from lora_lightning.lora.frozen.spectrum import (
-    Pair,
     accumulate_similarity,
     directions,
     random_similarity,
-    similarity,
     spectrum,
 )
 
@@ -53,47 +50,39 @@ def compare_adapters(
 ) -> PairSimilarity:
     """phi for every layer that both adapters have, on all sides."""
     others, place_of = {layer.name: layer for layer in second.factors}, places(layer.name for layer in first.factors)
-    compared, left_out = [], [name for name in others if name not in {layer.name for layer in first.factors}]
+    compared, left_out = [], [name for name in others if name not in place_of]
     for layer in first.factors:
         other = others.get(layer.name)
         advance(1)
         if other is None or other.shape != layer.shape or len(other.pairs) != len(layer.pairs):
             left_out.append(layer.name)
             continue
-        compared += [_compare_layers(layer, other, side, place_of[layer.name].group) for side in SIDES]
+        ours, theirs = side_directions(layer), side_directions(other)
+        for side in SIDES:
+            phi = _phi(ours[side], theirs[side]).tolist()
+            size = layer.shape[1 if side in ("A", "update_in") else 0] * len(layer.pairs)
+            chance = random_similarity(1, 1, size)
+            group, _ = place_of[layer.name]
+            compared.append(LayerSimilarity(name=layer.name, group=group, side=side, phi=phi, chance=chance))
     return PairSimilarity(labels=(first.label, second.label), layers=compared, left_out=left_out)
 
 
-def _compare_layers(layer: Factors, other: Factors, side: Side, group: str) -> LayerSimilarity:
-    m, k = layer.shape
-    return LayerSimilarity(
-        name=layer.name,
-        group=group,
-        side=side,
-        phi=_phi(
-            [side_directions(p, side) for p in layer.pairs], [side_directions(p, side) for p in other.pairs]
-        ).tolist(),
-        chance=random_similarity(1, 1, (k if side in ("A", "update_in") else m) * len(layer.pairs)),
-    )
-
-
-def side_directions(pair: Pair, side: Side) -> tuple[Tensor, Tensor]:
-    """Directions (n, q) in the order of their singular values (q,)."""
-    A, B = pair
-    if side == "A":
-        return directions(A.mT)
-    if side == "B":
-        return directions(B)
-    whole = spectrum(A, B)
-    return (whole.V if side == "update_in" else whole.U), whole.S
+def side_directions(layer: Factors) -> dict[Side, list[tuple[Tensor, Tensor]]]:
+    """Directions (n, q) in the order of their singular values (q,), of each entry of the layer."""
+    updates = [spectrum(A, B) for A, B in layer.pairs]
+    return {
+        "A": [directions(A.mT) for A, _ in layer.pairs],
+        "B": [directions(B) for _, B in layer.pairs],
+        "update_in": [(s.V, s.S) for s in updates],
+        "update_out": [(s.U, s.S) for s in updates],
+    }
 
 
 def _phi(firsts: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]]) -> Tensor:
     """phi of all entries of a stack together: directions of different entries are orthogonal, and all are sorted."""
-    if len(firsts) == 1:
-        return similarity(firsts[0][0], others[0][0])
     blocks = [(U.mT @ V).square() for (U, _), (V, _) in zip(firsts, others, strict=True)]
     squares: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    rows = torch.cat([S for _, S in firsts]).argsort(descending=True)
-    columns = torch.cat([S for _, S in others]).argsort(descending=True)
+    rows, columns = (
+        torch.cat([S for _, S in found]).argsort(descending=True, stable=True) for found in (firsts, others)
+    )
     return accumulate_similarity(squares[rows][:, columns])

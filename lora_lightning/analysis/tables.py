@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 
 from lora_lightning.analysis.drift import Mean
-from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
+from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures
 from lora_lightning.analysis.similarity import SIDES, LayerSimilarity, PairSimilarity, Side
 from lora_lightning.analysis.strength import Strength, Strengths
 from lora_lightning.analysis.truncation import Truncation
@@ -24,7 +24,7 @@ NAMES = {"A": "A", "B": "B", "update_in": "BA in", "update_out": "BA out"}
 def group_table(adapter: AdapterMeasures) -> Table:
     """A row for each group of layers: medians, and ranks from the least to the most."""
     has_base = any(layer.base for layer in adapter.layers)
-    header = ["layers", "n", "r", "share", "norm", "stable", *(percent(s) for s in SHARES)]
+    header = ["layers", "n", "r", "share", "norm", "stable", *SHARES]
     header += ["ampl."] if has_base else []
     rows = []
     for group, share in sorted(adapter.shares.items(), key=lambda item: -item[1]):
@@ -33,7 +33,7 @@ def group_table(adapter: AdapterMeasures) -> Table:
         norms = relative if has_base else [layer.norm for layer in members]
         row = [group, str(len(members)), span(layer.r for layer in members), f"{share:.1%}", _format_median(norms)]
         row += [_format_median(layer.stable_rank for layer in members)]
-        row += [span(layer.ranks[percent(s)] for layer in members) for s in SHARES]
+        row += [span(layer.ranks[share] for layer in members) for share in SHARES]
         if has_base:
             row.append(_format_median(layer.base.amplification for layer in members if layer.base))
         rows.append(row)
@@ -54,7 +54,7 @@ def _smaller_ranks_note(adapter: AdapterMeasures) -> str:
 
 def layer_table(adapter: AdapterMeasures) -> Table:
     """A row for each layer."""
-    header = ["layer", "kind", "r", "s", "||sBA||", "||sBA||_2", "stable rank", *(f"k at {percent(s)}" for s in SHARES)]
+    header = ["layer", "kind", "r", "s", "||sBA||", "||sBA||_2", "stable rank", *(f"k at {share}" for share in SHARES)]
     has_base = any(layer.base for layer in adapter.layers)
     if has_base:
         header += ["||W0||", "/ ||W0||", "U'W0V", "W0's own", "random", "amplification"]
@@ -65,7 +65,7 @@ def layer_table(adapter: AdapterMeasures) -> Table:
 def _layer_row(m: LayerMeasures, has_base: bool) -> list[str]:
     entries = f" x {m.entries}" if m.entries > 1 else ""
     row = [m.name, f"{m.kind}{entries}", str(m.r), f"{m.scale:g}", number(m.norm), number(m.largest)]
-    row += [number(m.stable_rank), *(str(m.ranks[percent(s)]) for s in SHARES)]
+    row += [number(m.stable_rank), *(str(m.ranks[share]) for share in SHARES)]
     if has_base and m.base is None:
         row += [""] * 6
     elif m.base is not None:
