@@ -64,6 +64,8 @@ def test_other_values_and_more_seeds_add_trials_and_another_config_is_refused(tm
     assert sorted(placed(outcome)) == [1, 2, 4, 8]
     with pytest.raises(LoRAError, match=r"another trainer\.max_epochs \(2, now 3\): give another --name"):
         run(file, config={"trainer": {"max_epochs": 3}})
+    with pytest.raises(LoRAError, match=r"another trainer\.max_epochs \(2, now 3\)"):  # of old fits
+        run(file, config={"trainer": {"max_epochs": 3}}, storage=str(tmp_path / "other.log"))
     with pytest.raises(LoRAError, match="another keys"):
         run(file, grid=["model.lora.r=1", "model.lora.dropout=0.1"], config={"trainer": {"max_epochs": 2}})
 

@@ -103,6 +103,12 @@ def write(folder: Path, about: dict[str, Any], points: Sequence[Point], *, plots
     write_bytes(folder / PAGE, page(TITLE, INTRO, sections).encode())
 
 
+def about_of(folder: Path) -> dict[str, Any] | None:
+    """What the sweep that wrote into this folder is about; None where none did."""
+    results = _read(folder / RESULTS)
+    return results and {key: results[key] for key in results if key not in ("seeds", "ranking", "pictures")}
+
+
 def _read(file: Path) -> Any:
     """The content of a JSON file; None where it cannot be read."""
     try:

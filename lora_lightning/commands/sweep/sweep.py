@@ -16,7 +16,7 @@ from lora_lightning.commands.sweep.base_config import Base, open_base
 from lora_lightning.commands.sweep.processes import FIT
 from lora_lightning.commands.sweep.rank_budget import rank_for
 from lora_lightning.commands.sweep.ranking import Point, rank_points
-from lora_lightning.commands.sweep.report import write
+from lora_lightning.commands.sweep.report import about_of, write
 from lora_lightning.commands.sweep.runner import Runner, Say, Stopped
 from lora_lightning.commands.sweep.search_space import (
     MATRICES,
@@ -175,6 +175,11 @@ class Sweep:
             count=request.points,
             storage=request.storage,
         )
+        about = self.about | {"seeds": list(request.seeds)}
+        if (earlier := about_of(self.folder)) is not None:  # fits of another study lie there, whose results are taken
+            study.claim(earlier)
+        else:
+            write(self.folder, about, [], plots=False)
         study.claim(self.about)
         if request.sampler == "grid":
             wanted = [self._complete(values) for values in grid_points(request.swept)]
@@ -202,7 +207,7 @@ class Sweep:
             runner.run()
         finally:
             points = rank_points(study.trials(), self.goal)
-            write(self.folder, self.about | {"seeds": list(request.seeds)}, points, plots=request.plots)
+            write(self.folder, about, points, plots=request.plots)
         return points
 
     def _complete(self, values: Values) -> Values:
