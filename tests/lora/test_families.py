@@ -18,7 +18,7 @@ from lora_lightning.lora.layers import LoRALinear, kind_of
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.lora.targets.select import select
 from tests.factories import hf
-from tests.lora.kinds import bart
+from tests.lora.kinds import bart, run_seq2seq
 from tests.lora.laws import TOLERANCE, check_laws, stir
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3], [4, 4, 8, 6, 1, 2]])
@@ -35,10 +35,6 @@ def image(model, channels=3, size=32):
 
 def logits(model):
     return model(IDS).logits
-
-
-def seq2seq(model):
-    return model(input_ids=IDS, decoder_input_ids=IDS.flip(1)).logits
 
 
 def clip():
@@ -147,8 +143,8 @@ FAMILIES = {
     "bert": of("BertForSequenceClassification", **BERT),
     "roberta": of("RobertaForSequenceClassification", **BERT),
     "deberta-v2": of("DebertaV2ForSequenceClassification", **DEBERTA),
-    "t5": of("T5ForConditionalGeneration", seq2seq, **T5),
-    "bart": (bart, seq2seq, {}),
+    "t5": of("T5ForConditionalGeneration", run_seq2seq, **T5),
+    "bart": (bart, run_seq2seq, {}),
     "vit": on_image(
         of("ViTForImageClassification", **SMALL, image_size=32, patch_size=16)[0], {"target_modules": OF_VIT}
     ),

@@ -17,6 +17,7 @@ from torchmetrics.functional.classification import (
 from lora_lightning.reports.classes import MISTAKES, ClassCounts, class_table, confused_pairs, confusions
 from lora_lightning.reports.curves import read_metrics, thin_out
 from lora_lightning.reports.html import write_page
+from lora_lightning.training.callbacks.run_report import RunReport
 from tests.chromium import looks, parsed
 
 
@@ -93,9 +94,7 @@ def test_it_asks_for_nothing_from_elsewhere(ran):
     for node in ran.page.iter():
         assert not {"href", "srcset", "onload", "style"} & set(node.keys()), node.tag
         assert node.get("src", "data:").startswith("data:")
-    style = ran.page.find("head/style").text
-    assert "url(" not in style
-    assert "@import" not in style
+    assert all(word not in ran.page.find("head/style").text for word in ("url(", "@import"))
 
 
 def test_text_of_others_is_text(tmp_path):
@@ -200,6 +199,18 @@ def test_labels_that_are_no_class_count_for_nothing_and_pictures_are_shown_small
     counts.add(torch.tensor([[0.0, 3.0]]), torch.tensor([0]), {"pixel_values": torch.randn(1, 3, 200, 100)})
     assert counts.mistakes[0]["picture"].startswith("data:image/png;base64,")
     assert len(counts.mistakes[0]["picture"]) < 40_000
+
+
+def test_the_classes_counted_are_those_of_the_checkpoint_that_is_kept(monkeypatch):
+    report, written, kept = RunReport(), [], SimpleNamespace(monitor="val/loss", mode="min")
+    report._classes = ClassCounts(2)
+    monkeypatch.setattr(report, "_write_classes", lambda trainer, *_: written.append(trainer.global_step))
+    module = SimpleNamespace(task=SimpleNamespace(monitor="val/accuracy", monitor_mode="max"))
+    same = {"checkpoint_callback": kept, "state": SimpleNamespace(fn="fit"), "sanity_checking": False}
+    for step, loss, accuracy in ((1, 0.5, 0.6), (2, 0.4, 0.5), (3, 0.6, 0.7)):
+        same["callback_metrics"] = {"val/loss": loss, "val/accuracy": accuracy}
+        report.on_validation_end(SimpleNamespace(global_step=step, fast_dev_run=True, **same), module)
+    assert written == [1, 2]
 
 
 def test_many_classes_are_shown_by_the_pairs_that_are_mixed_up_most():

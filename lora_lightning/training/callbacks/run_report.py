@@ -102,10 +102,10 @@ class RunReport(Callback):
         self._by_step[trainer.global_step] = metrics_of(trainer, "val")
         if self._classes is None or trainer.state.fn != TrainerFn.FITTING:
             return
-        task: Any = pl_module.task
-        figure = trainer.callback_metrics.get(task.monitor)
+        checkpoint = trainer.checkpoint_callback
+        figure = trainer.callback_metrics.get(str(getattr(checkpoint, "monitor", None)))
         value = None if figure is None else float(figure)
-        better = operator.gt if task.monitor_mode == "max" else operator.lt
+        better = operator.gt if getattr(checkpoint, "mode", None) == "max" else operator.lt
         if self._best is None or value is None or better(value, self._best):
             self._best = value
             self._write_classes(trainer, run.run_dir(trainer), "val")
@@ -191,7 +191,7 @@ class RunReport(Callback):
         values: dict[str, Any] = {**metrics_of(trainer, "test"), "test_checkpoint": str(trainer.ckpt_path)}
         data = table_of(trainer.datamodule)  # type: ignore[attr-defined]
         if data is not None and (count := data.rows_of("test")) is not None:
-            values |= {"test_rows": count, "test_data": data.place("test")}
+            values |= {"test_rows": count, "test_data": " and ".join(map(data.place, data.sets("test")))}
         if _of_other_data(trainer) and isinstance(pl_module, LoRAModule):
             values |= {"run_dir": str(folder), "monitor": pl_module.task.monitor, **subject(pl_module)}
             values["data"] = getattr(data, "data_summary", None)
