@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.functional import wide_dtype
+from lora_lightning.training.strategies.collectives import reduce_number
 
 
 class UnitMean:
@@ -51,7 +52,8 @@ class UnitMean:
         if not _has_parts(trainer):
             return loss
         if starts or self._share is None:
-            self._share = _share(trainer, loss.device, units)
+            mean = reduce_number(trainer, units, "sum") / trainer.world_size
+            self._share = 2.0 ** round(math.log2(max(mean, 1.0)))
         if not units and not torch.isfinite(loss):
             raise LoRAError(
                 f"a batch of no units must have a loss of 0 with gradients, so that it adds nothing, got {float(loss)}:"
@@ -68,32 +70,24 @@ class UnitMean:
         self.mean = None
         if not self._parts:
             return
-        loss, units = self._over_processes(trainer)
+        units = reduce_number(trainer, sum(n for _, n in self._parts), "sum")
         if not units:
             raise LoRAError(
                 "nothing is trained on: no batch of this optimizer step, in any process, has an example or token that"
                 " counts in the loss; check the labels, where -100 marks what is not trained on"
             )
-        self.mean = loss
-        if _has_parts(trainer):
-            assert self._share is not None
-            self.mean = loss / units
-            factor = self._share * trainer.accumulate_grad_batches * trainer.world_size / units
-            multiply_gradients(optimizer, factor)
-
-    def _over_processes(self, trainer: Trainer) -> tuple[Tensor, float]:
-        """The window's loss, summed over its units where there are several parts, and the units."""
-        units = sum(n for _, n in self._parts)
         if not _has_parts(trainer):
-            return self._parts[-1][0], units
-        loss = torch.stack([_sum_over_units(loss, n) for loss, n in self._parts]).sum()
-        if trainer.world_size == 1:
-            return loss, units
-        count = trainer.strategy.reduce(
-            torch.tensor(float(units), dtype=wide_dtype(loss), device=loss.device), reduce_op="sum"
-        )
-        total: Tensor = trainer.strategy.reduce(loss, reduce_op="sum")
-        return total, float(count)
+            self.mean = self._parts[-1][0]
+            return
+        # A batch without units adds nothing, whatever loss the task returned.
+        wide = [(loss.to(wide_dtype(loss)), n) for loss, n in self._parts]
+        total = torch.stack([loss * n if n else torch.zeros_like(loss) for loss, n in wide]).sum()
+        if trainer.world_size > 1:
+            total = trainer.strategy.reduce(total, reduce_op="sum")
+        self.mean = total / units
+        assert self._share is not None
+        factor = self._share * trainer.accumulate_grad_batches * trainer.world_size / units
+        multiply_gradients(optimizer, factor)
 
 
 def multiply_gradients(optimizer: Optimizer | LightningOptimizer, factor: float) -> None:
@@ -109,18 +103,6 @@ def is_padding(trainer: Trainer, batch_idx: int) -> bool:
     return isinstance(sampler, EpochSampler) and sampler.is_padding(batch_idx)
 
 
-def _sum_over_units(loss: Tensor, units: float) -> Tensor:
-    """A batch's loss summed over its units; 0 without units, whatever the task returned."""
-    return loss.to(wide_dtype(loss)) * units if units else torch.zeros_like(loss, dtype=wide_dtype(loss))
-
-
 def _has_parts(trainer: Trainer) -> bool:
     """Whether a step's units lie in several batches or processes."""
     return trainer.accumulate_grad_batches > 1 or trainer.world_size > 1
-
-
-def _share(trainer: Trainer, device: torch.device, units: float) -> float:
-    mean = float(units)
-    if trainer.world_size > 1:
-        mean = float(trainer.strategy.reduce(torch.tensor(mean, device=device), reduce_op="sum")) / trainer.world_size
-    return 2.0 ** round(math.log2(max(mean, 1.0)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_lightning.tasks.base import examples_in, tokens_in
 from lora_lightning.training.checkpoints.loop_state import is_between_steps, is_logged, logged_steps
 from lora_lightning.training.loss_weighting import is_padding
+from lora_lightning.training.strategies.collectives import reduce_number
 
 MIB = 2**20
 
@@ -81,7 +82,7 @@ class Throughput(Callback):
         """Add what came after the last log row to the totals."""
         self._pause()
         self._add_up(*self._read_counts(trainer, pl_module))
-        self.peak_mib = _largest(peak_mib(pl_module.device), trainer, pl_module.device)
+        self.peak_mib = reduce_number(trainer, peak_mib(pl_module.device), "max")
 
     def _pause(self) -> None:
         """Stop the clock until the next batch."""
@@ -96,7 +97,7 @@ class Throughput(Callback):
         if logged:
             figures = {f"throughput/{name}_per_second": x for name, x in rates.items()}
             kind = "cuda" if module.device.type == "cuda" else "process"
-            figures[f"memory/{kind}_peak_mib"] = _largest(peak_mib(module.device), trainer, module.device)
+            figures[f"memory/{kind}_peak_mib"] = reduce_number(trainer, peak_mib(module.device), "max")
             module.log_dict(figures, batch_size=1)
             self._add_up(samples, tokens, seconds)
 
@@ -117,12 +118,6 @@ class Throughput(Callback):
     def _add_up(self, samples: float, tokens: float, seconds: float) -> None:
         self.samples, self.tokens, self.seconds = self.samples + samples, self.tokens + tokens, self.seconds + seconds
         self._begin()
-
-
-def _largest(local: float, trainer: Trainer, device: torch.device) -> float:
-    if trainer.world_size == 1:
-        return local
-    return float(trainer.strategy.reduce(torch.tensor(local, device=device), reduce_op="max"))
 
 
 def peak_mib(device: torch.device) -> float:

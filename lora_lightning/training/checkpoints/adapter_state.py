@@ -14,6 +14,8 @@ All of it is tensors and plain values, so that nothing in a file is run when it 
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,36 +28,38 @@ from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 CHECKPOINT_KEY, PREFIX = "lora_lightning", "backbone."
 """The key of the adapter's settings in a checkpoint, and the prefix of its tensors' keys."""
 
-FIELDS: dict[str, type | tuple[type, ...]] = {
+Fields = Mapping[str, type | tuple[type, ...]]
+"""Types by path; Lightning's keys contain dots."""
+FIELDS: Fields = {
     "state_dict": dict,
     CHECKPOINT_KEY: dict,
-    f"{CHECKPOINT_KEY}.config": dict,
-    f"{CHECKPOINT_KEY}.base": str,
+    f"{CHECKPOINT_KEY}/config": dict,
+    f"{CHECKPOINT_KEY}/base": str,
 }
 """Fields of every checkpoint."""
-FIT_FIELDS: dict[str, type | tuple[type, ...]] = {
+FIT_FIELDS: Fields = {
     "epoch": int,
     "global_step": int,
     "callbacks": dict,
     "loops": dict,
-    "loops.fit_loop": dict,
-    "loops.fit_loop.epoch_progress": dict,
-    "loops.fit_loop.epoch_loop.state_dict": dict,
-    "loops.fit_loop.epoch_loop.batch_progress": dict,
+    "loops/fit_loop": dict,
+    "loops/fit_loop/epoch_progress": dict,
+    "loops/fit_loop/epoch_loop.state_dict": dict,
+    "loops/fit_loop/epoch_loop.batch_progress": dict,
     "optimizer_states": list,
     "lr_schedulers": list,
 }
 """Further fields of a checkpoint that a fit resumes from."""
 RESUME_KEY = "lora_lightning_resume"
-RESUME_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "kind": str,
-    "at_step": bool,
-    "validates_next": bool,
-    "processes": list,
-    "metrics": dict,
-    "plateaus": dict,
-    "settings": dict,
-    "ended_early": (list, type(None)),
+RESUME_FIELDS: Fields = {
+    f"{RESUME_KEY}/kind": str,
+    f"{RESUME_KEY}/at_step": bool,
+    f"{RESUME_KEY}/validates_next": bool,
+    f"{RESUME_KEY}/processes": list,
+    f"{RESUME_KEY}/metrics": dict,
+    f"{RESUME_KEY}/plateaus": dict,
+    f"{RESUME_KEY}/settings": dict,
+    f"{RESUME_KEY}/ended_early": (list, type(None)),
 }
 """Fields that the callback `Resume` writes."""
 
@@ -71,47 +75,31 @@ def refuse_damaged_fields(checkpoint: Mapping[str, Any], *, resumes: bool) -> No
     """
     if CHECKPOINT_KEY not in checkpoint:
         raise AdapterError("this checkpoint was not written by lora_lightning: it has no adapter in it")
-    _refuse(checkpoint, FIELDS)
-    if not resumes:
-        return
-    if "optimizer_states" not in checkpoint:
+    if resumes and "optimizer_states" not in checkpoint:
         raise AdapterError(
             "the checkpoint has no 'optimizer_states', so that no fit can go on from it: start a new one from its"
             " weights with --model.init_adapter"
         )
-    _refuse(checkpoint, FIT_FIELDS)
-    states = checkpoint["optimizer_states"]
-    if not states or not all(isinstance(state, dict) and state.get("param_groups") for state in states):
-        raise AdapterError(_damage_line("optimizer_states", "the state of an optimizer", states))
-    if RESUME_KEY in checkpoint:
-        _refuse(checkpoint, {f"{RESUME_KEY}.{name}": kind for name, kind in RESUME_FIELDS.items()})
-
-
-def _refuse(checkpoint: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]]) -> None:
-    for path, kind in fields.items():
-        value = _value(checkpoint, path)
-        if value is _MISSING:
-            raise AdapterError(_damage_line(path))
+    wanted = {**FIELDS, **(FIT_FIELDS if resumes else {})}
+    wanted |= RESUME_FIELDS if resumes and RESUME_KEY in checkpoint else {}
+    for path, kind in wanted.items():
+        try:
+            value = functools.reduce(operator.getitem, path.split("/"), checkpoint)
+        except (KeyError, TypeError):
+            raise AdapterError(_damage_line(f"no '{path}'")) from None
         if not isinstance(value, kind):
-            wanted = kind if isinstance(kind, type) else kind[0]
-            raise AdapterError(_damage_line(path, f"a {wanted.__name__}", value))
+            name = kind.__name__ if isinstance(kind, type) else kind[0].__name__
+            raise AdapterError(_damage_line(f"{value!r:.40} as '{path}', where a {name} is expected"))
+    if resumes:
+        states = checkpoint["optimizer_states"]
+        if not states or not all(isinstance(state, dict) and state.get("param_groups") for state in states):
+            what = f"{states!r:.40} as 'optimizer_states', where the state of an optimizer is expected"
+            raise AdapterError(_damage_line(what))
 
 
-_MISSING = object()
-
-
-def _value(checkpoint: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path; Lightning's keys contain dots too."""
-    if path in checkpoint:
-        return checkpoint[path]
-    first, _, rest = path.partition(".")
-    inner = checkpoint.get(first, _MISSING)
-    return _value(inner, rest) if rest and isinstance(inner, Mapping) else _MISSING
-
-
-def _damage_line(path: str, wanted: str | None = None, got: Any = None) -> str:
-    what = f"has no '{path}'" if wanted is None else f"has {got!r:.40} as '{path}', where {wanted} is expected"
-    return f"the checkpoint is damaged: it {what}; take an older one, or its NAME.ckpt.previous"
+def _damage_line(what: str) -> str:
+    what = what.replace("/", ".")
+    return f"the checkpoint is damaged: it has {what}; take an older one, or its NAME.ckpt.previous"
 
 
 def adapter_only(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints.file_io import is_remote
 from lora_lightning.training.checkpoints.loop_state import is_between_steps, place_of
+from lora_lightning.training.strategies.collectives import reduce_number
 
 REQUEUE = 75
 """Exit code of a pre-empted fit: EX_TEMPFAIL of sysexits.h, "try again later"."""
@@ -161,10 +162,7 @@ class Checkpoints(ModelCheckpoint):
 
     def _is_asked_to_leave(self, trainer: Trainer) -> bool:
         """Whether any process was sent SIGTERM; all must leave after the same step."""
-        if trainer.world_size == 1:
-            return self._sent_sigterm
-        local = torch.tensor(int(self._sent_sigterm), device=trainer.strategy.root_device)
-        return bool(trainer.strategy.reduce(local, reduce_op="max"))
+        return bool(reduce_number(trainer, self._sent_sigterm, "max"))
 
     def _leave(self, trainer: Trainer) -> None:
         rank_zero_warn(

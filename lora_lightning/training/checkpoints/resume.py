@@ -7,10 +7,12 @@ whether a fit had ended early. docs/resume.md says what is exact and what is not
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -148,7 +150,7 @@ def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
 def figures_of(module: LightningModule) -> Iterator[tuple[str, Any]]:
     """The state of each training metric."""
     for name, metric in _metrics_in(module):
-        state = {key: _copy_to_cpu(value) for key, value in metric.metric_state.items()}
+        state = copy.deepcopy(move_data_to_device(dict(metric.metric_state), "cpu"))
         yield name, {"state": state, "updates": metric.update_count}
 
 
@@ -156,18 +158,10 @@ def put_figures(module: LightningModule, figures: Mapping[str, Any]) -> None:
     """The inverse of `figures_of`; a metric without a saved state starts anew."""
     for name, metric in _metrics_in(module):
         if name in figures:
-            for key, value in figures[name]["state"].items():
-                setattr(metric, key, _to_device(value, metric.device))
+            for key, value in move_data_to_device(figures[name]["state"], metric.device).items():
+                setattr(metric, key, value)
             metric._update_count = figures[name]["updates"]
             metric._computed = None
-
-
-def _copy_to_cpu(value: Any) -> Any:
-    return [_copy_to_cpu(v) for v in value] if isinstance(value, list) else value.detach().cpu().clone()
-
-
-def _to_device(value: Any, device: Any) -> Any:
-    return [_to_device(v, device) for v in value] if isinstance(value, list) else value.to(device)
 
 
 def plateaus_due(trainer: Trainer, place: Place) -> dict[int, Any]:
@@ -215,25 +209,22 @@ def settings_of(trainer: Trainer) -> dict[str, Any]:
             }
     for config in trainer.lr_scheduler_configs:
         settings |= {f"schedule's {k}": v for k, v in config.scheduler.state_dict().items() if k not in MOVES}
-    return {key: _number(value) for key, value in settings.items() if _is_plain(_number(value))}
+    plain = ((key, _plain(value)) for key, value in settings.items())
+    return {key: value for key, value in plain if value is not None}
 
 
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-
-
-def _is_plain(value: Any) -> bool:
+def _plain(value: Any) -> Any:
+    """Numbers, text and lists of them; None for anything else."""
     if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str)
+        parts = [_plain(part) for part in value]
+        return None if None in parts else parts
+    value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def overruled_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
     """Settings of the checkpoint that replace other ones of this run's flags."""
     for name in saved:
-        if name in current and _as_list(saved[name]) != _as_list(current[name]):
-            yield f"{name} {saved[name]} wins over this run's {current[name]}"
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+        earlier = _plain(saved[name])  # a checkpoint of an earlier version has tuples
+        if name in current and earlier != current[name]:
+            yield f"{name} {earlier} wins over this run's {current[name]}"

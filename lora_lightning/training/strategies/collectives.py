@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import torch
+from lightning.pytorch import Trainer
 from torch import distributed
 
 from lora_lightning.lora.errors import LoRAError
@@ -29,6 +31,14 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values
+
+
+def reduce_number(trainer: Trainer, local: float, operation: Literal["sum", "max"]) -> float:
+    """The sum or the maximum of all processes' numbers, in all of them."""
+    if trainer.world_size == 1:
+        return local
+    number = torch.tensor(float(local), dtype=torch.float64, device=trainer.strategy.root_device)
+    return float(trainer.strategy.reduce(number, reduce_op=operation))
 
 
 def first_problem(local: str | None) -> str | None:

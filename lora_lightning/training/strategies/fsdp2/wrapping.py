@@ -11,10 +11,11 @@ itself, so that all processes, and a resumed fit, round alike.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -87,31 +88,17 @@ def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) 
     Raises:
         LoRAError: one of them trains; its gradients would not be summed over the processes.
     """
-    whole = shared_or_scalar_parameters(backbone, blocks)
-    trained = [name for name, parameter in whole.items() if parameter.requires_grad]
-    if trained:
+    inside = {id(module) for block in blocks.values() for module in block.modules()}
+    outside = [module for module in backbone.modules() if id(module) not in inside]
+    places = Counter(id(p) for block in blocks.values() for p in block.parameters())
+    places.update({id(p) for module in outside for p in module.parameters(recurse=False)})
+    whole = {name: p for name, p in backbone.named_parameters() if not p.dim() or places[id(p)] > 1}
+    if trained := [name for name, parameter in whole.items() if parameter.requires_grad]:
         raise LoRAError(
             f"FSDP2 cannot train what has no rows or stands in several blocks: {first_few(trained)}; exclude it from"
             " lora.target_modules or lora.modules_to_save, or train with --trainer.strategy ddp"
         )
     return whole
-
-
-def shared_or_scalar_parameters(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Scalars, and parameters that are in several blocks, or in one block and outside of all."""
-    homes: dict[int, set[int]] = {}
-    parameters: dict[str, nn.Parameter] = {}
-    blocks_of: dict[int, set[int]] = {}
-    for number, block in enumerate(blocks.values()):
-        for module in block.modules():
-            blocks_of.setdefault(id(module), set()).add(number)
-    for path, module in backbone.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            in_blocks = homes.setdefault(id(parameter), set())
-            in_blocks |= blocks_of.get(id(module), {-1})
-            if not parameter.dim() or len(in_blocks) > 1:
-                parameters[f"{path}.{name}" if path else name] = parameter
-    return parameters
 
 
 def broadcast_unsharded(module: nn.Module, device: torch.device, done: set[int]) -> None:
@@ -158,24 +145,15 @@ def groups_of(model: nn.Module) -> dict[str, nn.Module]:
     return {name: block for name, block in repeated_blocks(model).items() if not isinstance(block, lists)}
 
 
-def named_blocks(model: nn.Module, patterns: Sequence[str], of: str = "FSDP2Strategy") -> dict[str, nn.Module]:
+def named_blocks(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
     """The modules whose names match a pattern; `*` stands for anything.
 
     Raises:
         LoRAError: a pattern matches no module with parameters.
     """
-    modules, chosen = dict(model.named_modules()), dict[str, nn.Module]()
+    modules = {name: m for name, m in model.named_modules() if name and next(m.parameters(), None) is not None}
     for pattern in patterns:
-        matches = {name: module for name, module in modules.items() if name and fnmatchcase(name, pattern)}
-        if not any(_has_parameters(module) for module in matches.values()):
-            raise LoRAError(f"{of}.blocks: '{pattern}' fits no module with parameters{_near_miss(pattern, modules)}")
-        chosen |= {name: module for name, module in matches.items() if _has_parameters(module)}
-    return {name: chosen[name] for name in modules if name in chosen}
-
-
-def _near_miss(pattern: str, names: dict[str, nn.Module]) -> str:
-    return did_you_mean(pattern, (name for name in names if name))
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+        if not fnmatch.filter(modules, pattern):
+            near = did_you_mean(pattern, modules)
+            raise LoRAError(f"FSDP2Strategy.blocks: '{pattern}' fits no module with parameters{near}")
+    return {name: m for name, m in modules.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
