@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 from benchmarks.measure import kept_bytes
 from lora_lightning import CausalLM, LoRAConfig, inject, save_adapter
 from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, scale, shorten
-from lora_lightning.commands.plan.memory_tracker import fake_mode, put_stand_ins
 from lora_lightning.commands.plan.parameter_count import terms_of
 from lora_lightning.commands.plan.step_cost import NUMBERS, step_cost
 from lora_lightning.lora.formats.peft.save import adapter_file_bytes
@@ -98,15 +97,16 @@ def checkpointed(model):
 
 
 def traced(model, loss, *, context=nullcontext, forward=lambda model: nullcontext()):
-    model, mode = copy.deepcopy(model).to("meta"), fake_mode()
-    put_stand_ins(model, mode, torch.device("cpu"))
+    model = copy.deepcopy(model).to("meta")
 
     def run():
-        with forward(model):
+        with context(), forward(model):
             return loss(model)
 
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return step_cost(model, run, lambda: AdamW(trained), mode, forward_context=context)
+    def optimizer():
+        return AdamW([p for p in model.parameters() if p.requires_grad])
+
+    return step_cost(model, run, optimizer, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("context", [nullcontext, autocast], ids=["float32", "bfloat16 autocast"])

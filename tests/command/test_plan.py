@@ -30,7 +30,7 @@ def test_counts_and_files_are_those_of_the_fit(tiny, trained):
     assert (report["trainable"], report["total"]) == (plan.report.trainable, plan.report.total)
     LoRACLI(args=["export", "--config", tiny.config, "--ckpt_path", str(trained), "--formats", "adapter"])
     (file,) = trained.rglob("adapter_model.safetensors")
-    assert file.stat().st_size == plan.adapter_file
+    assert file.stat().st_size == plan.bytes["adapter_file"]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_config_json_alone_suffices_and_flags_of_fit_count_and_batches_are_as_la
     plan = planned("-c", bare, "--length", 12, *OWN)
     assert plan.report.trainable > 0
     assert plan.config_row().cost.peak > plan.config_row().cost.kept > 0
-    assert plan.full.flops > plan.config_row().cost.flops
+    assert plan.full_fine_tuning.flops > plan.config_row().cost.flops
     wider = planned("-c", bare, *OWN, "--length", 24, "--model.lora.r", 8)
     assert wider.report.trainable - 66 == 2 * (plan.report.trainable - 66)  # but for the classifier
     assert wider.config_row().cost.kept > 1.9 * plan.config_row().cost.kept
@@ -70,15 +70,15 @@ def test_labels_come_from_the_config_then_a_flag_then_are_assumed_aloud(bare):
 
 def test_every_overlay_is_set_beside_the_others(bare):
     plan = planned("-c", bare, "--length", 12, "--processes", 4)
-    rows = {(row.way.precision, row.way.checkpointing): row for row in plan.memory}
+    rows = {(row.precision, row.activation_checkpointing): row for row in plan.memory}
     assert len(rows) == 10
     one, half, nf4 = (rows[name, False] for name in ("float32", "bf16-base", "nf4-base"))
     assert half.w0 == pytest.approx(one.w0 / 2, rel=0.02)
     assert nf4.w0 < half.w0
     assert half.adapter == one.adapter
-    assert nf4.fsdp2 is None
+    assert nf4.fsdp2_peak is None
     for row in plan.memory:
-        assert row.ddp == row.cost.peak + row.cost.gradients
+        assert row.ddp_peak == row.cost.peak + row.cost.gradients
     assert rows["float32", True].cost.kept < one.cost.kept
     assert rows["16-mixed", False].cost == rows["bf16-mixed", False].cost
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning.commands.plan.step_cost import NUMBERS, StepCost
 from lora_lightning.lora.targets.blocks import repeated_blocks
@@ -15,6 +15,19 @@ FEW = 8
 """Up to so many blocks, a backbone is traced whole."""
 SHORT = 2
 """Blocks of the shorter copy, a first and a last; the longer copy has one between."""
+
+
+def cost_of_copies(backbone: nn.Module, trace: Callable[[nn.Module], StepCost]) -> StepCost:
+    """What `trace` finds of a copy of the backbone, or what follows from two short ones where all blocks are equal."""
+    depth = depth_of(backbone)
+    if depth is not None:
+        name, blocks = depth
+        try:
+            shorter, longer = (trace(shorten(backbone, name, n)) for n in (SHORT, SHORT + 1))
+            return scale(longer, shorter, blocks - SHORT - 1)
+        except Exception:  # a model that counts its blocks is traced whole
+            pass
+    return trace(copy.deepcopy(backbone))
 
 
 def depth_of(backbone: nn.Module) -> tuple[str, int] | None:
@@ -27,7 +40,28 @@ def depth_of(backbone: nn.Module) -> tuple[str, int] | None:
     if type(backbone.get_submodule(name)) is not nn.ModuleList:
         return None
     kinds = set(getattr(getattr(backbone, "config", None), "layer_types", None) or ())
-    return (name, len(blocks)) if len(kinds) < 2 and _alike(list(blocks.values())) else None
+    return (name, len(blocks)) if len(kinds) < 2 and _are_alike(list(blocks.values())) else None
+
+
+def _are_alike(blocks: list[nn.Module]) -> bool:
+    """Whether all blocks agree in what their computation can depend on, apart from their indices."""
+    first, *others = signatures = [_signature(block) for block in blocks]
+    if any(other.keys() != first.keys() for other in others):
+        return False
+    columns = ([signature[key] for signature in signatures] for key in first)
+    indices = list(range(len(blocks)))
+    return all(column in (indices, column[:1] * len(blocks)) for column in columns)
+
+
+def _signature(block: nn.Module) -> dict[tuple[str, str], Any]:
+    """Classes, plain attributes and tensor shapes of all modules in a block, by module and name."""
+    signature: dict[tuple[str, str], Any] = {}
+    for name, module in block.named_modules():
+        signature[name, "class"] = type(module)
+        signature |= {(name, k): v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            signature[name, key] = tensor if tensor is None else (tensor.shape, tensor.dtype, tensor.requires_grad)
+    return signature
 
 
 def shorten(backbone: nn.Module, name: str, blocks: int) -> nn.Module:
@@ -39,36 +73,6 @@ def shorten(backbone: nn.Module, name: str, blocks: int) -> nn.Module:
     return short
 
 
-def _alike(blocks: Sequence[nn.Module]) -> bool:
-    """Whether all blocks agree in what their computation can depend on, apart from their indices."""
-    signatures = [_signature(block) for block in blocks]
-    numbers = {
-        key
-        for key in signatures[0]
-        if all(type(v := signature.get(key)) is int and v == i for i, signature in enumerate(signatures))
-    }
-    return all(
-        {k: signature[k] for k in signature.keys() - numbers}
-        == {k: v for k, v in signatures[0].items() if k not in numbers}
-        for signature in signatures
-    )
-
-
-def _signature(block: nn.Module) -> dict[tuple[str, str], Any]:
-    """Classes, plain attributes and tensor shapes of all modules in a block, by module and name."""
-    signature: dict[tuple[str, str], Any] = {}
-    for name, module in block.named_modules():
-        signature[name, "class"] = type(module)
-        signature |= {(name, k): v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
-        for store in (module._parameters, module._buffers):
-            signature |= {(name, k): _of(tensor) for k, tensor in store.items()}
-    return signature
-
-
-def _of(tensor: Tensor | None) -> Any:
-    return None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
-
-
 def scale(longer: StepCost, shorter: StepCost, times: int) -> StepCost:
     """The cost of a model with `times` more blocks than `longer`, where `shorter` has one block less.
 
@@ -78,12 +82,12 @@ def scale(longer: StepCost, shorter: StepCost, times: int) -> StepCost:
     """
     cost = {n: getattr(longer, n) + times * (getattr(longer, n) - getattr(shorter, n)) for n in NUMBERS}
     (forward, backward), (forward_less, backward_less) = longer.curves, shorter.curves
-    cost["in_forward"] = _most(forward[::-1], forward_less[::-1], times)
-    cost["in_backward"] = _most(backward, backward_less, times)
+    cost["in_forward"] = _highest(forward[::-1], forward_less[::-1], times)
+    cost["in_backward"] = _highest(backward, backward_less, times)
     return StepCost(**cost, curves=longer.curves)
 
 
-def _most(longer: list[int], shorter: list[int], times: int) -> int:
+def _highest(longer: list[int], shorter: list[int], times: int) -> int:
     """The extrapolated maximum of the moments near the last block, counted from it."""
     of_a_block = len(longer) - len(shorter)
     common = min(len(shorter), max(1, len(shorter) - of_a_block))

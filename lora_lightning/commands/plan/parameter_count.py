@@ -6,7 +6,7 @@ matrix (m, k) it is L (k + m) r. Matrices of one kind differ only in the number 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from lora_lightning.lora.layers import AdaptedLayer
 from lora_lightning.lora.report import InjectionReport, without_numbers
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class Term:
     """One kind of matrix, in L layers."""
 
@@ -60,15 +60,16 @@ class Term:
 def terms_of(model: nn.Module, report: InjectionReport) -> list[Term]:
     """A term for each kind of matrix, in the order of the injection table."""
     layers = {layer.lora_name(name): layer for name, layer in adapted_layers(model)}
-    terms: dict[Term, Term] = {}
+    terms: dict[tuple[Any, ...], Term] = {}
     for row in report.modules:
         layer, name = layers[row.module], without_numbers(row.module)
         more = row.parameters - layer.lora_A.numel() - layer.lora_B.numel()
         for parts, inputs, outputs, is_matrix in _matrices(layer):
-            kind = Term(name=name, parts=parts, inputs=inputs, outputs=outputs, r=row.r, is_matrix=is_matrix)
-            factors = parts * (inputs + outputs) * row.r if is_matrix else row.parameters - more
-            last = terms.get(kind, kind)
-            terms[kind] = replace(last, count=last.count + 1, factors=last.factors + factors, more=last.more + more)
+            kind = (name, parts, inputs, outputs, row.r, is_matrix)
+            term = terms.setdefault(kind, Term(*kind))
+            term.count += 1
+            term.factors += parts * (inputs + outputs) * row.r if is_matrix else row.parameters - more
+            term.more += more
             more = 0  # counted once for the module
     return list(terms.values())
 
