@@ -28,8 +28,8 @@ from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.tasks.base import logits_of
-from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, refuse_labels, rows_at_once, with_terms
-from lora_lightning.tasks.losses.lm_head import before_head
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, Terms, refuse_labels, rows_at_once, with_terms
+from lora_lightning.tasks.losses.lm_head import BeforeHead, before_head
 from lora_lightning.tasks.positions import in_evaluation
 
 MOST_NAMED = 5
@@ -128,46 +128,51 @@ def measure_drift(
     """
     if not grafted_modules(model):
         raise LoRAError("this model has no adapter, so nothing has moved it: call inject or load_adapter first")
-    by_scale: dict[float, list[tuple[Sequence[int], dict[str, Tensor]]]] = {scale: [] for scale in scales}
-    kind = KL
+    by_scale: dict[float, list[Sums]] = {scale: [] for scale in scales}
+    numbers: list[int] = []
     with in_evaluation(model), torch.no_grad():
         for batch in batches:
-            kind = COSINE if batch.labels is None else KL
+            numbers += batch.numbers
+            compare = _pooled_figures if batch.labels is None else _next_tokens
             with forward():
-                compare = _pooled_figures if batch.labels is None else _next_tokens
                 for scale, sums in compare(model, batch, scales):
-                    by_scale[scale].append((batch.numbers, sums))
+                    by_scale[scale].append(sums)
             advance()
-    return {scale: _drift(kind, parts, texts) for scale, parts in by_scale.items()}
-
-
-def _drift(kind: str, parts: list[tuple[Sequence[int], dict[str, Tensor]]], texts: Sequence[str]) -> Drift:
-    """The figures from each text's sums."""
-    if not parts:
+    if not numbers:
         raise LoRAError("there are no texts to compare on")
-    numbers = torch.tensor([number for values, _ in parts for number in values])
-    sums = {name: torch.cat([values[name] for _, values in parts]) for name in parts[0][1]}
-    counts = sums.pop("tokens", torch.ones(len(numbers), dtype=torch.float64))
+    return {scale: _drift(numbers, parts, texts) for scale, parts in by_scale.items()}
+
+
+Sums = dict[str, Tensor]
+"""Each text's sum of each figure (b,), over as many tokens as its entry `tokens` says; without that entry, over one."""
+
+
+def _drift(numbers: Sequence[int], parts: list[Sums], texts: Sequence[str]) -> Drift:
+    """The figures from each text's sums."""
+    sums = {name: torch.cat([part[name] for part in parts]).double().cpu() for name in parts[0]}
+    kind = KL if KL in sums else COSINE
+    counts = sums.pop("tokens", torch.ones_like(sums[kind]))
     seen = counts > 0
-    numbers, counts = numbers[seen], counts[seen]
-    sums = {name: values[seen] for name, values in sums.items()}
-    if not len(numbers):
+    if not seen.any():
         raise LoRAError("no text has two tokens, so that nothing is predicted: give longer texts")
-    each = sums[kind] / counts
-    top = torch.argsort(each, descending=True, stable=True)[:MOST_NAMED].tolist()
-    most = [Moved(number=n, value=float(each[i]), text=excerpt(texts[n])) for i in top for n in [int(numbers[i])]]
-    means = {name: ratio(values, counts) for name, values in sums.items()}
-    if kind == KL:
-        figures = {KL: means[KL], **{name: _perplexity(means[name]) for name in ("perplexity_base", "perplexity")}}
-        figures["changed"] = means["changed"]
-        return Drift(kind=kind, figures=figures, texts=len(numbers), tokens=int(counts.sum()), most=most)
+    means = {name: ratio(values[seen], counts[seen]) for name, values in sums.items()}
     layers: dict[str, dict[str, Mean]] = {}
-    for name, mean in means.items():
+    for name, mean in list(means.items()):
         figure, _, layer = name.partition(" ")
         if layer:
-            layers.setdefault(layer, {})[figure] = mean
-    values = {name: means[name] for name in (COSINE, "relative_l2")}
-    return Drift(kind=kind, figures=values, texts=len(numbers), layers=layers, most=most)
+            layers.setdefault(layer, {})[figure] = means.pop(name)
+        elif figure.startswith("perplexity"):
+            means[name] = _perplexity(mean)
+    each = (sums[kind] / counts).masked_fill(~seen, -math.inf)
+    top = each.argsort(descending=True, stable=True)[: min(MOST_NAMED, int(seen.sum()))].tolist()
+    return Drift(
+        kind=kind,
+        figures=means,
+        texts=int(seen.sum()),
+        tokens=int(counts.sum()) if kind == KL else None,
+        layers=layers,
+        most=[Moved(number=numbers[i], value=float(each[i]), text=_excerpt(texts[numbers[i]])) for i in top],
+    )
 
 
 def _perplexity(loss: Mean) -> Mean:
@@ -176,7 +181,7 @@ def _perplexity(loss: Mean) -> Mean:
     return Mean(value=value, error=None if loss.error is None else value * loss.error)
 
 
-def excerpt(text: str) -> str:
+def _excerpt(text: str) -> str:
     """The beginning of a text, in one line."""
     line = " ".join(text.split())
     return line if len(line) <= EXCERPT else f"{line[: EXCERPT - 3]}..."
@@ -185,24 +190,45 @@ def excerpt(text: str) -> str:
 # Language models.
 
 
-def _next_tokens(model: nn.Module, batch: Batch, scales: Sequence[float]) -> Iterator[tuple[float, dict[str, Tensor]]]:
+def _next_tokens(model: nn.Module, batch: Batch, scales: Sequence[float]) -> Iterator[tuple[float, Sums]]:
     """Yields for each strength the sums over each row's predicted tokens."""
     assert batch.labels is not None
     with disabled(model):
-        base = _States.of(model, batch)
-    rows = base.predicted.nonzero()[:, 0]
+        base = _before_head(model, batch.inputs, batch.labels)
+    labels = batch.labels.to(base.hidden.device)
+    predicted = labels != IGNORED
+    size = rows_at_once(base.hidden[predicted], base.vocabulary)
     for scale in scales:
         with scaled(model, scale):
-            states = _States.of(model, batch)
-            parts = []
-            for part in base.chunks():
+            adapted, each = _before_head(model, batch.inputs, batch.labels), []
+            chunks = (torch.split(values[predicted], size) for values in (base.hidden, adapted.hidden, labels))
+            for before, after, label in zip(*chunks, strict=True):
                 with disabled(model):
-                    before = base.logits(part)
-                parts.append(token_figures(before, states.logits(part), base.labels[part]))
-        each = torch.cat(parts).double()
-        sums = torch.zeros(len(batch.labels), each.shape[1] + 1, dtype=torch.float64, device=each.device)
-        sums.index_add_(0, rows, torch.cat([each, torch.ones_like(each[:, :1])], 1))
-        yield scale, dict(zip((KL, "perplexity_base", "perplexity", "changed", "tokens"), sums.T.cpu(), strict=True))
+                    logits = _logits(base, before)
+                each.append(token_figures(logits, _logits(adapted, after), label))
+        tokens = torch.cat(each).double()
+        sums = tokens.new_zeros(len(labels), tokens.shape[1] + 1)
+        sums.index_add_(0, predicted.nonzero()[:, 0], torch.cat([tokens, torch.ones_like(tokens[:, :1])], 1))
+        yield scale, dict(zip((KL, "perplexity_base", "perplexity", "changed", "tokens"), sums.T, strict=True))
+
+
+def _before_head(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> BeforeHead:
+    """The head and its inputs; the identity and the logits where the head cannot run by itself."""
+    found = before_head(model, inputs)
+    if found is None:
+        logits = logits_of(model(**inputs))
+        found = BeforeHead(nn.Identity(), logits, logits.shape[-1], Terms())
+    wanted, got = tuple(labels.shape), tuple(found.hidden.shape)
+    if len(got) != 3 or got[:2] != wanted:
+        raise LoRAError(
+            f"a language model gives one row of logits for each token, {wanted}, got {got}: its task is another one"
+        )
+    return found
+
+
+def _logits(found: BeforeHead, hidden: Tensor) -> Tensor:
+    out = found.head(hidden.unsqueeze(0)).squeeze(0)
+    return with_terms(out.to(wide_dtype(out)), found.terms)
 
 
 def token_figures(base: Tensor, adapted: Tensor, labels: Tensor) -> Tensor:
@@ -218,80 +244,30 @@ def token_figures(base: Tensor, adapted: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([kl, *losses, (p.argmax(-1) != q.argmax(-1)).to(kl.dtype)], 1)
 
 
-@dataclass
-class _States:
-    """The inputs of the head at the positions that predict a token, or the logits where the head cannot run alone."""
-
-    values: Tensor
-    """(n, d)."""
-    head: Callable[[Tensor], Tensor]
-    vocabulary: int
-    predicted: Tensor
-    """(b, t): True at these positions."""
-    labels: Tensor
-    """(n,)."""
-
-    @classmethod
-    def of(cls, model: nn.Module, batch: Batch) -> _States:
-        assert batch.labels is not None
-        before = before_head(model, batch.inputs)
-        states = logits_of(model(**batch.inputs)) if before is None else before.hidden
-        if states.dim() != 3 or states.shape[:2] != batch.labels.shape:
-            raise LoRAError(
-                f"a language model gives one row of logits for each token, {tuple(batch.labels.shape)}, got"
-                f" {tuple(states.shape)}: its task is another one"
-            )
-        labels = batch.labels.to(states.device)
-        predicted = labels != IGNORED
-        if before is None:
-            return cls(states[predicted], lambda z: z, states.shape[-1], predicted, labels[predicted])
-        head, terms = before.head, before.terms
-
-        def logits(hidden: Tensor) -> Tensor:
-            out = head(hidden.unsqueeze(0)).squeeze(0)
-            return with_terms(out.to(wide_dtype(out)), terms)
-
-        return cls(states[predicted], logits, before.vocabulary, predicted, labels[predicted])
-
-    def chunks(self) -> Iterator[slice]:
-        """Slices of rows whose logits are computed at once."""
-        size = rows_at_once(self.values, self.vocabulary)
-        return (slice(start, start + size) for start in range(0, max(len(self.values), 1), size))
-
-    def logits(self, part: slice) -> Tensor:
-        return self.head(self.values[part])
-
-
 # All other models.
 
 
-def _pooled_figures(
-    model: nn.Module, batch: Batch, scales: Sequence[float]
-) -> Iterator[tuple[float, dict[str, Tensor]]]:
+def _pooled_figures(model: nn.Module, batch: Batch, scales: Sequence[float]) -> Iterator[tuple[float, Sums]]:
     """Yields for each strength the figures of each row's pooled output and of each block's."""
     with disabled(model):
-        base = pooled_outputs(model, batch)
+        base = _pooled_outputs(model, batch)
     for scale in scales:
         with scaled(model, scale):
-            adapted = pooled_outputs(model, batch)
-        by_name: dict[str, Tensor] = {}
-        for name, before in base.items():
-            for figure, values in vector_figures(before, adapted[name]).items():
-                by_name[f"{figure} {name}".rstrip()] = values.double().cpu()
-        yield scale, by_name
+            adapted = _pooled_outputs(model, batch)
+        figures = {name: _vector_figures(before, adapted[name]) for name, before in base.items()}
+        yield scale, {f"{f} {name}".rstrip(): values for name, found in figures.items() for f, values in found.items()}
 
 
-def vector_figures(base: Tensor, adapted: Tensor) -> dict[str, Tensor]:
+def _vector_figures(base: Tensor, adapted: Tensor) -> dict[str, Tensor]:
     """`1 - cos` and `||adapted - base|| / ||base||` of each row, exactly 0 for equal rows. (b, d) to (b,)."""
     h0, h = base.double(), adapted.double()
-    norm0, norm = h0.norm(dim=-1), h.norm(dim=-1)
+    norm0, norm = (x.norm(dim=-1).clamp_min(1e-300) for x in (h0, h))
     # 1 - cos = ||u - v||^2 / 2 of the unit vectors, which is exact near 0, where 1 minus a product would cancel.
-    apart = h / norm.clamp_min(1e-300).unsqueeze(-1) - h0 / norm0.clamp_min(1e-300).unsqueeze(-1)
-    far = (h - h0).norm(dim=-1)
-    return {COSINE: apart.square().sum(-1) / 2, "relative_l2": far / norm0.clamp_min(1e-300)}
+    apart = h / norm.unsqueeze(-1) - h0 / norm0.unsqueeze(-1)
+    return {COSINE: apart.square().sum(-1) / 2, "relative_l2": (h - h0).norm(dim=-1) / norm0}
 
 
-def pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+def _pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """The pooled output, under the name "", and that of each repeated block: one vector (b, d) for each row.
 
     The pooled output is the input of the model's head; without a head, its `last_hidden_state`, its embeddings, or the
@@ -300,49 +276,38 @@ def pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     Raises:
         LoRAError: the model has none of these.
     """
-    mask, rows = batch.inputs.get("attention_mask"), len(batch.numbers)
     pooled: dict[str, Tensor] = {}
-    features: list[Tensor] = []
 
-    def pool(value: Any, module: nn.Module | None = None) -> Tensor | None:
-        return pool_rows(first_tensor(value), rows, mask, module)
+    def keep(name: str, value: Any, module: nn.Module | None = None) -> None:
+        vector = pool_rows(_first_tensor(value), len(batch.numbers), batch.inputs.get("attention_mask"), module)
+        if vector is not None and (name or name not in pooled):  # of several heads the first one's input
+            pooled[name] = vector
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            if (vector := pool(out, module)) is not None:
-                pooled[name] = vector
+    def block_hook(name: str) -> Callable[..., None]:
+        return lambda module, args, out: keep(name, out, module)
 
-        return hook
-
-    def before(module: nn.Module, args: Any) -> None:
-        if args and (vector := pool(args[0])) is not None:
-            features.append(vector)
-
-    handles = [block.register_forward_hook(keep(name)) for name, block in repeated_blocks(model).items()]
-    handles += [get_module(model, name).register_forward_pre_hook(before) for name in output_head(model)]
+    handles = [block.register_forward_hook(block_hook(name)) for name, block in repeated_blocks(model).items()]
+    for name in output_head(model):
+        handles.append(get_module(model, name).register_forward_pre_hook(lambda _, args: keep("", args)))
     try:
         out = model(**batch.inputs)
     finally:
         for handle in handles:
             handle.remove()
-    whole = features[0] if features else _pooled_of(out, pool)
-    if whole is None:
+    named = out if isinstance(out, Mapping) else {"last_hidden_state": out}
+    embeddings = [x for name in ("image_embeds", "text_embeds") if isinstance(x := named.get(name), Tensor)]
+    if "" not in pooled and len(embeddings) == 2:
+        pooled[""] = torch.cat(embeddings, -1)
+    keep("", named.get("last_hidden_state"))
+    if "" not in pooled:
         raise LoRAError(
             f"{type(model).__name__} has no pooled output: no head that is handed features, no last_hidden_state, no"
             " embeddings, and no tensor with a row for each input; the drift of such a model is not measured"
         )
-    return {"": whole, **pooled}
+    return pooled
 
 
-def _pooled_of(out: Any, pool: Callable[[Any], Tensor | None]) -> Tensor | None:
-    if isinstance(out, Mapping):
-        if all(isinstance(out.get(name), Tensor) for name in ("image_embeds", "text_embeds")):
-            return torch.cat([out["image_embeds"], out["text_embeds"]], -1)
-        return pool(out.get("last_hidden_state"))
-    return pool(out)
-
-
-def first_tensor(value: Any) -> Tensor | None:
+def _first_tensor(value: Any) -> Tensor | None:
     """A tensor, or the first of a tuple, a list or a transformers output."""
     if isinstance(value, Mapping):
         value = next(iter(value.values()), None)

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor, nn
 
 from lora_lightning.analysis.drift import Batch
 from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import check_names, read_tables, source_of, values_of
+from lora_lightning.data.text import pad_batch
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
@@ -27,6 +28,28 @@ ROWS = 8
 LONGEST = 512
 """Largest number of tokens of a text, where neither the model nor the data has a smaller limit."""
 CAUSAL, SEQ2SEQ = "CAUSAL_LM", "SEQ_2_SEQ_LM"
+
+
+def choose_texts(
+    source: str | None, task: Task, data: Any, *, column: str = "text", most: int = MOST
+) -> tuple[str, list[str] | None]:
+    """A description of what the drift is measured on, and its texts, which are None for the run's inputs.
+
+    Args:
+        source: a file or set, `neutral` or `run`; by default `neutral` for a causal language model, else `run`.
+        data: the run's DataModule.
+
+    Raises:
+        LoRAError: the data have no tokenizer to read texts with, or the texts cannot be read.
+    """
+    source = source or (NEUTRAL if task.peft_task_type == CAUSAL else RUN)
+    if source == RUN:
+        return "the run's validation inputs", None
+    if getattr(data, "tokenizer", None) is None:
+        raise LoRAError(f"the run's data have no tokenizer to read texts with: measure its drift on {RUN}")
+    if source == NEUTRAL:
+        return "neutral text of this package", pick_evenly(neutral_texts(), most)
+    return source, read_texts(source, column, most)
 
 
 def neutral_texts() -> list[str]:
@@ -66,37 +89,25 @@ def pick_evenly(items: Sequence[Any], most: int) -> list[Any]:
     return [items[i * len(items) // most] for i in range(most)]
 
 
-def text_batches(texts: Sequence[str], tokenizer: Any, task: Task, backbone: nn.Module, longest: int) -> list[Batch]:
-    """Batches of texts for the backbone, sorted by length and cut at `longest` tokens.
+def text_batches(
+    texts: Sequence[str], tokenizer: Any, task: Task, backbone: nn.Module, longest: int | None = None
+) -> list[Batch]:
+    """Batches of texts for the backbone, sorted by length and cut at `longest` tokens, at most `LONGEST`.
 
     Raises:
         LoRAError: the task's model maps a text to a text.
     """
     if task.peft_task_type == SEQ2SEQ:
         raise LoRAError(f"a model from text to text has a target for each text: measure its drift on {RUN}")
-    limit = min(longest, learned_positions(backbone) or longest)
+    limit = min(longest or LONGEST, LONGEST, learned_positions(backbone) or LONGEST)
     rows = [tokenizer(text, truncation=True, max_length=limit, verbose=False) for text in texts]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    device = next(backbone.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    order = sorted((i for i in range(len(rows)) if rows[i]["input_ids"]), key=lambda i: len(rows[i]["input_ids"]))
     batches = []
     for start in range(0, len(order), ROWS):
         numbers = order[start : start + ROWS]
-        width = max(len(rows[i]["input_ids"]) for i in numbers)
-        inputs = {
-            name: torch.tensor(
-                [
-                    [*rows[i][name], *[pad if name == "input_ids" else 0] * (width - len(rows[i][name]))]
-                    for i in numbers
-                ],
-                dtype=torch.long,
-                device=device,
-            )
-            for name in rows[0]
-        }
-        if width:
-            labels = _labels(inputs) if task.peft_task_type == CAUSAL else None
-            batches.append(Batch(inputs, labels, numbers))
+        padded = pad_batch([rows[i] for i in numbers], pad_token_id=tokenizer.pad_token_id or 0)
+        inputs = move_data_to_device(padded, next(backbone.parameters()).device)
+        batches.append(Batch(inputs, _labels(inputs) if task.peft_task_type == CAUSAL else None, numbers))
     return batches
 
 
@@ -110,11 +121,12 @@ def run_batches(
 ) -> tuple[list[Batch], list[str]]:
     """Evenly spaced batches of a run with about `most` rows, and a name for each row.
 
-    For a language model, the tokens that its task trains on are compared.
+    For a language model, the tokens that its task trains on are compared. A row's name is its decoded text, or
+    `input 1` and so on without a tokenizer.
     """
     every = list(batches)
-    sizes = [task.examples(batch) for batch in every]
-    wanted = min(len(every), max(1, -(-most * len(every) // max(sum(sizes), 1))))
+    rows = sum(task.examples(batch) for batch in every)
+    wanted = min(len(every), max(1, -(-most * len(every) // max(rows, 1))))
     chosen: list[Batch] = []
     names: list[str] = []
     for batch in pick_evenly(every, wanted):
@@ -124,14 +136,10 @@ def run_batches(
         elif task.peft_task_type == SEQ2SEQ:
             labels = batch["labels"]
         rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
-        chosen.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
-        names += _describe_texts(inputs, len(names), rows, tokenizer)
+        numbers = range(len(names), len(names) + rows)
+        chosen.append(Batch(inputs, labels, numbers))
+        if tokenizer is not None and isinstance(inputs.get("input_ids"), Tensor):
+            names += tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+        else:
+            names += [f"input {number + 1}" for number in numbers]
     return chosen, names
-
-
-def _describe_texts(inputs: Mapping[str, Any], before: int, rows: int, tokenizer: Any) -> list[str]:
-    """The decoded text of each row, or `input 1` and so on without a tokenizer."""
-    ids = inputs.get("input_ids")
-    if tokenizer is None or not isinstance(ids, Tensor):
-        return [f"input {before + i + 1}" for i in range(rows)]
-    return list(tokenizer.batch_decode(ids, skip_special_tokens=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -49,26 +48,18 @@ class Strengths:
     best: float | None = None
 
 
-def parse_scales(strengths: Any) -> list[float]:
-    """Strengths from `0,0.5,1` or a list of numbers, in rising order, each once.
-
-    Raises:
-        LoRAError: a strength is no finite number of at least 0, or there is none.
-    """
-    names = strengths.split(",") if isinstance(strengths, str) else list(strengths)
-    scales = []
-    for name in names:
+def parse_scales(text: str) -> list[float]:
+    """Strengths from `0,0.5,1`, in rising order, each once; a LoRAError where one is no finite number of at least 0."""
+    scales = set()
+    for name in text.split(","):
         try:
-            scale = float(name)
-            refuse_strength(scale)
-        except (ValueError, TypeError, LoRAError) as error:
+            refuse_strength(float(name))
+        except (ValueError, LoRAError) as error:
             raise LoRAError(
-                f"scales are numbers of at least 0 with commas between, such as 0,0.5,1, got {str(name).strip()!r}"
+                f"scales are numbers of at least 0 with commas between, such as 0,0.5,1, got {name.strip()!r}"
             ) from error
-        scales.append(scale)
-    if not scales:
-        raise LoRAError("scales are numbers of at least 0 with commas between, such as 0,0.5,1, got none")
-    return sorted(set(scales))
+        scales.add(float(name))
+    return sorted(scales)
 
 
 def random_groups(rows: int) -> list[list[int]]:
@@ -97,36 +88,31 @@ def validation_metrics(
         forward: a context for each forward, such as autocast.
     """
     task = copy.deepcopy(task)
-    stages = [f"{WITHOUT}{i}" for i in range(GROUPS)]
-    for stage in stages:
-        task.add_stage(stage)
+    for group in range(GROUPS):
+        task.add_stage(f"{WITHOUT}{group}")
     task.reset("val")
-    known: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
     with in_evaluation(backbone), torch.no_grad():
         for group, batch in batches:
             refuse_too_long(backbone, batch)
             with forward():
                 out = task.evaluate(backbone, batch)
-            for stage in ["val", *(stage for i, stage in enumerate(stages) if i != group)]:
-                known[stage] = task.update(stage, out)
+            for stage in ("val", *(f"{WITHOUT}{other}" for other in range(GROUPS) if other != group)):
+                metrics[stage] = task.update(stage, out)
             seen.add(group)
     if not seen:
         raise LoRAError("the validation set has no batch")
-    values = {
-        stage: {name.removeprefix(f"{stage}/"): float(metric.compute()) for name, metric in metrics.items()}
-        for stage, metrics in known.items()
-    }
-    without = [values[stages[group]] for group in sorted(seen)] if len(seen) > 1 else []
-    errors = {name: _jackknife([figures[name] for figures in without]) for name in values["val"]}
-    return {name: Mean(value=value, error=errors[name]) for name, value in values["val"].items()}
-
-
-def _jackknife(values: Sequence[float]) -> float | None:
-    if len(values) < 2:
-        return None
-    mean = sum(values) / len(values)
-    return math.sqrt((len(values) - 1) / len(values) * sum((value - mean) ** 2 for value in values))
+    found: dict[str, Mean] = {}
+    for key, metric in metrics["val"].items():
+        name = key.removeprefix("val/")
+        stages = [f"{WITHOUT}{group}" for group in seen] if len(seen) > 1 else []
+        without = torch.tensor(
+            [float(metrics[stage][f"{stage}/{name}"].compute()) for stage in stages], dtype=torch.float64
+        )
+        spread = (without - without.mean()).square().mean() * (len(seen) - 1)
+        found[name] = Mean(value=float(metric.compute()), error=float(spread.sqrt()) if stages else None)
+    return found
 
 
 def choose(source: str, drifts: Sequence[Strength], metric: str, mode: str) -> Strengths:

@@ -16,18 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning.analysis import tables
 from lora_lightning.analysis.drift import Batch, Drift, measure_drift
-from lora_lightning.analysis.drift_inputs import (
-    CAUSAL,
-    LONGEST,
-    MOST,
-    NEUTRAL,
-    RUN,
-    neutral_texts,
-    pick_evenly,
-    read_texts,
-    run_batches,
-    text_batches,
-)
+from lora_lightning.analysis.drift_inputs import MOST, choose_texts, run_batches, text_batches
 from lora_lightning.analysis.strength import (
     GROUPS,
     Strength,
@@ -46,14 +35,12 @@ from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.reports.html import DRIFT, DRIFT_FIGURE, write_page
 from lora_lightning.reports.table import Table
 
-AUTO = "auto"
-
 
 @dataclass(frozen=True, kw_only=True)
 class DriftRequest:
     """What to measure of the drift, checked before anything is opened."""
 
-    source: str = AUTO
+    source: str | None = None
     column: str = "text"
     most: int = MOST
     scales: tuple[float, ...] = ()
@@ -69,7 +56,7 @@ class DriftRequest:
         if source is None and scales is None:
             return None
         strengths = tuple(parse_scales(scales)) if scales is not None else ()
-        return cls(source=source or AUTO, column=column, most=most, scales=strengths)
+        return cls(source=source, column=column, most=most, scales=strengths)
 
 
 def drift_of_run(run: Run | None, request: DriftRequest, notes: Sequence[str] = ()) -> Strengths:
@@ -174,23 +161,12 @@ def _parts(loader: Any, rows: list[int]) -> list[list[int]]:
 def _inputs(run: Run, request: DriftRequest) -> tuple[str, list[Batch], list[str]]:
     """The source's name, the batches, and the name of each text."""
     task, backbone, data = run.module.task, run.module.backbone, run.data
-    is_causal = task.peft_task_type == CAUSAL
-    source = request.source if request.source != AUTO else NEUTRAL if is_causal else RUN
+    name, texts = choose_texts(request.source, task, data, column=request.column, most=request.most)
     tokenizer = getattr(data, "tokenizer", None)
-    if source == RUN:
-        run_inputs = [batch for _, batch in validation_batches(run)]
-        batches, names = run_batches(run_inputs, task, backbone, tokenizer, request.most)
-        return "the run's validation inputs", batches, names
-    if tokenizer is None:
-        raise LoRAError(f"the run's data have no tokenizer to read texts with: measure its drift on {RUN}")
-    texts = (
-        pick_evenly(neutral_texts(), request.most)
-        if source == NEUTRAL
-        else read_texts(source, request.column, request.most)
-    )
-    longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
-    name = "neutral text of this package" if source == NEUTRAL else source
-    return name, text_batches(texts, tokenizer, task, backbone, longest), texts
+    if texts is None:
+        inputs = (batch for _, batch in validation_batches(run))
+        return name, *run_batches(inputs, task, backbone, tokenizer, request.most)
+    return name, text_batches(texts, tokenizer, task, backbone, getattr(data, "max_length", None)), texts
 
 
 def drift_tables(drift: Strengths) -> list[Table]:

@@ -8,17 +8,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 
 from lora_lightning.analysis.drift import Batch, measure_drift
-from lora_lightning.analysis.drift_inputs import (
-    CAUSAL,
-    LONGEST,
-    NEUTRAL,
-    RUN,
-    neutral_texts,
-    pick_evenly,
-    read_texts,
-    run_batches,
-    text_batches,
-)
+from lora_lightning.analysis.drift_inputs import choose_texts, run_batches, text_batches
 from lora_lightning.export.probe_batch import loaders_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.callbacks.every_n_steps import EveryNSteps
@@ -54,6 +44,7 @@ class DriftMonitor(EveryNSteps):
         self.texts, self.text_column, self.count = texts, text_column, count
         self.last: dict[str, float] = {}
         """The last measurement."""
+        self._texts: list[str] | None = None
         self._batches: list[Batch] = []
         self._names: list[str] = []
 
@@ -65,37 +56,25 @@ class DriftMonitor(EveryNSteps):
         """
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and isinstance(pl_module, LoRAModule):
-            self._names = self._read(trainer, pl_module)
-
-    def _source(self, module: LoRAModule) -> str:
-        return self.texts or (NEUTRAL if module.task.peft_task_type == CAUSAL else RUN)
-
-    def _read(self, trainer: Trainer, module: LoRAModule) -> list[str]:
-        source = self._source(module)
-        if source == RUN:
-            return []
-        if getattr(trainer.datamodule, "tokenizer", None) is None:  # type: ignore[attr-defined]
-            raise LoRAError(f"DriftMonitor: the data have no tokenizer to read texts with: set texts to {RUN}")
-        if source == NEUTRAL:
-            return pick_evenly(neutral_texts(), self.count)
-        return read_texts(source, self.text_column, self.count)
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            _, self._texts = choose_texts(self.texts, pl_module.task, data, column=self.text_column, most=self.count)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare the batches on the module's device, the same in every process."""
         assert isinstance(pl_module, LoRAModule)  # see setup
         super().on_train_start(trainer, pl_module)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if self._source(pl_module) == RUN:
+        task, backbone, tokenizer = pl_module.task, pl_module.backbone, getattr(data, "tokenizer", None)
+        if self._texts is None:
             loader = next(loaders_of(data))
             first = loader[0] if isinstance(loader, list | tuple) else loader
             batches = [trainer.precision_plugin.convert_input(move_data_to_device(b, pl_module.device)) for b in first]
-            tokenizer = getattr(data, "tokenizer", None)
-            self._batches, self._names = run_batches(batches, pl_module.task, pl_module.backbone, tokenizer, self.count)
+            self._batches, self._names = run_batches(batches, task, backbone, tokenizer, self.count)
             # A sharded model runs in all processes at once; one of them may have a batch less.
             self._batches = self._batches[: min(gather(len(self._batches)))]
         else:
-            longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
-            self._batches = text_batches(self._names, data.tokenizer, pl_module.task, pl_module.backbone, longest)
+            self._names = self._texts
+            self._batches = text_batches(self._texts, tokenizer, task, backbone, getattr(data, "max_length", None))
 
     def look(self, trainer: Trainer, module: LoRAModule, step: int) -> None:
         """Measure in all processes, since a sharded model needs them all; loggers write in the first."""
