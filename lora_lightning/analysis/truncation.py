@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora_lightning.analysis.adapters import OUT, Adapter, Factors
 from lora_lightning.analysis.measures import common_rank
-from lora_lightning.lora.bank.combine import pad_pair, truncate_pair
+from lora_lightning.lora.bank.combine import Loss, pad_pair, truncate_pair
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.atomic_dir import Content, write_together
+from lora_lightning.lora.formats.atomic_dir import write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.keys import PREFIX
 from lora_lightning.lora.formats.peft.save import ranks_and_alphas
@@ -48,11 +47,10 @@ class Truncation:
     """The change of validation metrics, where it was measured."""
 
 
-def check_share(share: float) -> float:
-    """Raise a LoRAError unless `share` is above 0 and at most 1; returns it as a float."""
+def check_share(share: float) -> None:
+    """Raise a LoRAError unless `share` is above 0 and at most 1."""
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 < share <= 1.0:
         raise LoRAError(f"truncate must be a share of the energy, above 0 and at most 1 (0.95), got {share!r}")
-    return float(share)
 
 
 def refuse_occupied(directory: Path) -> None:
@@ -71,102 +69,66 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
     """
     check_share(share)
     refuse_occupied(directory)
-    ranks = _ranks(adapter.factors, share)
-    tensors, errors, lost, whole = dict(adapter.tensors), dict[str, float](), 0.0, 0.0
-    for layer in adapter.factors:
-        cut, (missing, wanted) = _truncate_pair(layer, ranks[layer.name])
-        A, B = (adapter.tensors[key] for key in layer.keys)
-        cut_A, cut_B = cut[0].reshape(-1, *A.shape[1:]), cut[1].reshape(B.shape[0], -1, *B.shape[2:])
-        tensors |= dict(zip(layer.keys, (cut_A.to(A.dtype), cut_B.to(B.dtype)), strict=True))
-        errors[layer.name] = math.sqrt(missing / wanted) if wanted else 0.0
-        lost, whole = lost + missing * layer.scale**2, whole + wanted * layer.scale**2
-    tensors |= _fillers(adapter, ranks)
-    config = _config(adapter, ranks)
-    record = adapter.files.record
-    alphas = _alphas(adapter, ranks)
-    settings = {layer.name: (ranks[layer.name], alphas[layer.name], layer.scale) for layer in adapter.factors}
-    metadata = {"format": "pt"} if record is None else record.for_changed_file(tensors, settings, config).to_metadata()
-    truncation = Truncation(
-        directory=str(directory),
-        share=share,
-        ranks={layer.name: (layer.r, ranks[layer.name]) for layer in adapter.factors},
-        errors=errors,
-        error=math.sqrt(lost / whole) if whole else 0.0,
-        parameters=(
-            sum(layer.parameters for layer in adapter.factors),
-            sum(layer.cost(ranks[layer.name]) for layer in adapter.factors),
-        ),
-    )
-    files: dict[str, Content] = {
-        MARK: _json({"share": share, "ranks": ranks}),
-        WEIGHTS: file_content(tensors, metadata),
-        CONFIG: _json(config),
-    }
-    write_together(directory, files)
-    return truncation
-
-
-def _ranks(layers: list[Factors], share: float) -> dict[str, int]:
-    """The new rank of each layer; PEFT has one rank for the two projections of an attention."""
-    by_layer = {layer.name: common_rank(layer, share) for layer in layers}
-    shared: dict[str, int] = {}
+    layers, config, record = adapter.factors, dict(adapter.files.peft), adapter.files.record
+    ranks, alphas = dict[str, int](), dict[str, float]()  # by PEFT's names: two projections of an attention have one
     for layer in layers:
-        shared[layer.peft_name] = max(shared.get(layer.peft_name, 0), by_layer[layer.name])
-    return {layer.name: shared[layer.peft_name] for layer in layers}
-
-
-def _truncate_pair(layer: Factors, rank: int) -> tuple[Pair, tuple[float, float]]:
-    """A and B of `rank` in the file's layout, and the squared norms of the error and of the original update."""
-    missing = wanted = 0.0
-    pairs = []
-    for A, B in layer.parts:
-        pair, (lost, whole) = truncate_pair(A.double(), B.double(), rank // layer.groups)
-        pairs.append(pad_pair(_keep_zeros(pair, A, B), rank // layer.groups))
-        missing, wanted = missing + lost, wanted + whole
-    rows, columns = torch.cat([A for A, _ in pairs]), [B for _, B in pairs]
-    if layer.kind == "Parameter" and len(pairs) > 1:
-        return (rows, torch.stack(columns, dim=2).flatten(1)), (missing, wanted)
-    return (rows, torch.cat(columns)), (missing, wanted)
-
-
-def _keep_zeros(pair: Pair, A: Tensor, B: Tensor) -> Pair:
-    """Set to zero what was zero before: rounding would let a group of channels see another's."""
-    return pair[0].masked_fill((A == 0).all(0), 0.0), pair[1].masked_fill((B == 0).all(1, keepdim=True), 0.0)
-
-
-def _alphas(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, float]:
-    """The alpha of each layer that gives its s at the new rank."""
-    rslora = bool(adapter.files.peft.get("use_rslora"))
-    sizes = {layer.name: math.sqrt(ranks[layer.name]) if rslora else ranks[layer.name] for layer in adapter.factors}
-    return {layer.name: layer.scale * sizes[layer.name] for layer in adapter.factors}
-
-
-def _config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """PEFT's config with every rank and alpha, so that nothing depends on the order of patterns."""
-    alphas = _alphas(adapter, ranks)
-    fields = ranks_and_alphas(
-        {layer.peft_name: ranks[layer.name] for layer in adapter.factors},
-        {layer.peft_name: alphas[layer.name] for layer in adapter.factors},
-    )
-    config = {**adapter.files.peft, **fields}
+        ranks[layer.peft_name] = max(ranks.get(layer.peft_name, 0), common_rank(layer, share))
+    tensors, settings, losses = dict(adapter.tensors), dict[str, tuple[int, float, float]](), dict[str, Loss]()
+    for key in tensors.keys() - {key for layer in layers for key in layer.keys}:
+        if key.endswith(".lora_A.weight"):  # the zeros of an attention's projection that is not adapted
+            rank = ranks[key.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(OUT)]
+            key_b = key.replace(".lora_A.", ".lora_B.")
+            tensors[key], tensors[key_b] = tensors[key][:rank], tensors[key_b][:, :rank].contiguous()
+    for layer in layers:
+        rank = ranks[layer.peft_name]
+        alpha = layer.scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
+        alphas[layer.peft_name], settings[layer.name] = alpha, (rank, alpha, layer.scale)
+        cut, losses[layer.name] = _truncate_layer(layer, rank)
+        (key, A), (key_b, B) = ((key, tensors[key]) for key in layer.keys)
+        tensors[key] = cut[0].reshape(-1, *A.shape[1:]).to(A.dtype)
+        tensors[key_b] = cut[1].reshape(B.shape[0], -1, *B.shape[2:]).to(B.dtype)
+    config |= ranks_and_alphas(ranks, alphas)  # all of them, so that nothing depends on the order of patterns
     if is_from_weight(str(config.get("init_lora_weights"))):
         config["init_lora_weights"] = True  # the subtracted init is part of A and B
-    return config
+    metadata = {"format": "pt"} if record is None else record.for_changed_file(tensors, settings, config).to_metadata()
+    after = {name: rank for name, (rank, _, _) in settings.items()}
+    write_together(
+        directory,
+        {
+            MARK: _json({"share": share, "ranks": after}),
+            WEIGHTS: file_content(tensors, metadata),
+            CONFIG: _json(config),
+        },
+    )
+    return Truncation(
+        directory=str(directory),
+        share=share,
+        ranks={layer.name: (layer.r, after[layer.name]) for layer in layers},
+        errors={name: _error([loss]) for name, loss in losses.items()},
+        error=_error(losses.values()),
+        parameters=(sum(layer.parameters for layer in layers), sum(layer.cost(after[layer.name]) for layer in layers)),
+    )
 
 
-def _fillers(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Tensor]:
-    """The zeros of an attention's projection that is not adapted, at the new rank of the other one."""
-    adapted = {key for layer in adapter.factors for key in layer.keys}
-    by_name = {layer.peft_name: ranks[layer.name] for layer in adapter.factors}
-    zeros: dict[str, Tensor] = {}
-    for key in adapter.tensors:
-        if key in adapted or not key.endswith(".lora_A.weight"):
-            continue
-        rank = by_name[key.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(OUT)]
-        key_b = key.replace(".lora_A.", ".lora_B.")
-        zeros[key] = torch.zeros_like(adapter.tensors[key][:1]).repeat(rank, 1)
-        zeros[key_b] = torch.zeros_like(adapter.tensors[key_b][:, :1]).repeat(1, rank)
-    return zeros
+def _truncate_layer(layer: Factors, rank: int) -> tuple[Pair, Loss]:
+    """A and B of `rank` in the file's order, and the loss of the update."""
+    pairs, losses = [], []
+    for A, B in layer.parts:
+        (a, b), loss = truncate_pair(A.double(), B.double(), rank // layer.groups)
+        # What was zero stays zero: rounding would let a group of channels see another's.
+        a, b = a.masked_fill((A == 0).all(0), 0.0), b.masked_fill((B == 0).all(1, keepdim=True), 0.0)
+        pairs.append(pad_pair((a, b), rank // layer.groups))
+        losses.append(loss)
+    is_stack = layer.kind == "Parameter" and len(pairs) > 1
+    columns = [b for _, b in pairs]
+    B = torch.stack(columns, dim=2).flatten(1) if is_stack else torch.cat(columns)
+    lost, whole = (sum(squares) * layer.scale**2 for squares in zip(*losses, strict=True))
+    return (torch.cat([a for a, _ in pairs]), B), (lost, whole)
+
+
+def _error(losses: Iterable[Loss]) -> float:
+    lost, whole = map(sum, zip(*losses, strict=True))
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 def _json(values: Mapping[str, Any]) -> bytes:
