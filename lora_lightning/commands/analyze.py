@@ -21,7 +21,7 @@ from lora_lightning.analysis.similarity import compare_adapters
 from lora_lightning.analysis.truncation import Truncation, check_share, refuse_occupied, truncate
 from lora_lightning.cli.build import Run
 from lora_lightning.commands.adapter_sources import AUTO, Source, SourceOptions, labels_of, open_source
-from lora_lightning.commands.drift import DriftRequest, drift_of_run, drift_tables, write_record
+from lora_lightning.commands.drift import DriftRequest, drift_of_run, write_record
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.formats.peft.load import load_adapter
@@ -135,7 +135,7 @@ def write(result: Analysis, request: Request) -> dict[str, bytes]:
     values = {**asdict(result), "base_model": request.wanted.base_model, "pictures": pictures}
     write_bytes(folder / RESULTS, (json.dumps(finite(values)) + "\n").encode())
     sections = [table_section(table) for table in screens(result)] + figure_sections(drawings, svgs)
-    long = drift_tables(result.drift)[2 if result.drift.metric else 1 :] if result.drift is not None else []
+    long = tables.drift_tables(result.drift)[1] if result.drift is not None else []
     long += [*map(tables.pair_table, result.pairs), *map(tables.layer_table, result.adapters)]
     sections.append(Section("In full", [Block(table=table, fold=table.title) for table in long]))
     write_bytes(folder / PAGE, page(TITLE, INTRO, sections).encode())
@@ -152,7 +152,7 @@ def _earlier(folder: Path) -> Any:
 
 def screens(result: Analysis) -> list[Table]:
     """The tables on the screen, which the page shows first."""
-    rows = drift_tables(result.drift)[: 2 if result.drift.metric else 1] if result.drift is not None else []
+    rows = tables.drift_tables(result.drift)[0] if result.drift is not None else []
     rows += [tables.group_table(adapter) for adapter in result.adapters]
     rows += [tables.pair_table(pair, ("A", "B")) for pair in result.pairs]
     return rows + ([tables.truncation_table(result.truncation)] if result.truncation is not None else [])

@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.progress import Progress
 from torch.utils.data import DataLoader, IterableDataset
 
-from lora_lightning.analysis import tables
 from lora_lightning.analysis.drift import Batch, Drift, measure_drift
 from lora_lightning.analysis.drift_inputs import MOST, choose_texts, run_batches, text_batches
 from lora_lightning.analysis.strength import (
@@ -26,6 +25,7 @@ from lora_lightning.analysis.strength import (
     random_groups,
     validation_metrics,
 )
+from lora_lightning.analysis.tables import drift_tables
 from lora_lightning.cli.build import Run
 from lora_lightning.data.io.tables import lengths_of
 from lora_lightning.export.probe_batch import loaders_of
@@ -33,7 +33,6 @@ from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.reports.html import DRIFT, DRIFT_FIGURE, write_page
-from lora_lightning.reports.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,17 +168,10 @@ def _inputs(run: Run, request: DriftRequest) -> tuple[str, list[Batch], list[str
     return name, text_batches(texts, tokenizer, task, backbone, getattr(data, "max_length", None)), texts
 
 
-def drift_tables(drift: Strengths) -> list[Table]:
-    """Tables of the facts, the strengths where there are several, the blocks, and the texts that moved most."""
-    shown = [tables.drift_table(drift)]
-    shown += [tables.strengths_table(drift)] if drift.metric else []
-    shown += [tables.blocks_table(drift)] if drift.found[0].drift.layers else []
-    return [*shown, tables.moved_table(drift)]
-
-
 def write_record(folder: Path, drift: Strengths, figure: bytes | None) -> None:
     """Write the drift into the run's folder, for its page, in place of an earlier one."""
-    record = {**asdict(drift), "tables": [asdict(table) for table in drift_tables(drift)]}
+    short, long = drift_tables(drift)
+    record = {**asdict(drift), "tables": [asdict(table) for table in short + long]}
     try:
         write_bytes(folder / DRIFT, (json.dumps(record) + "\n").encode())
         if figure is not None:
@@ -191,4 +183,4 @@ def write_record(folder: Path, drift: Strengths, figure: bytes | None) -> None:
         rank_zero_warn(f"the drift is measured, and the run's page in '{folder}' is as it was: {error.strerror}")
 
 
-__all__ = ["DriftRequest", "drift_tables", "drift_of_run", "write_record"]
+__all__ = ["DriftRequest", "drift_of_run", "write_record"]
