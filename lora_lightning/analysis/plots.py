@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -27,6 +28,7 @@ SHOWN = 7
 """Layers in a figure of phi, where the user names none."""
 MOST_PANELS = 12
 MAP = "viridis"
+T = TypeVar("T")
 SIDE_NAMES = {"A": "A", "update_out": "BA's outputs"}
 """The sides with figures; tables have all four."""
 
@@ -44,83 +46,73 @@ class Analysis:
 
 def figures(analysis: Analysis, layers: str | None = None) -> dict[str, Drawing]:
     """The figures by file name, each with title and caption."""
-    drawings: dict[str, Drawing] = {}
+    adapters, drawings = analysis.adapters, dict[str, Drawing]()
     with plot_style():
-        if all(layer.base for adapter in analysis.adapters for layer in adapter.layers):
-            panels = by_layer(analysis.adapters, lambda m: m.base.relative if m.base else 0.0, "||sBA|| / ||W0||")
+        if all(layer.base for adapter in adapters for layer in adapter.layers):
+            panels = by_layer(adapters, lambda m: m.base.relative if m.base else 0.0, "||sBA|| / ||W0||")
         else:
-            panels = by_layer(analysis.adapters, lambda m: m.norm, "||sBA||")
-        drawings["norms"] = Drawing(
-            "Which layers hold the update",
-            "Frobenius norms of s B A, beside W0's where that is known.",
-            panels,
-        )
+            panels = by_layer(adapters, lambda m: m.norm, "||sBA||")
+        caption = "Frobenius norms of s B A, beside W0's where that is known."
+        drawings["norms"] = Drawing("Which layers hold the update", caption, panels)
         caption = "The share of ||s B A||_F^2 in the top k directions. Thin: a layer. Thick: the median of a group."
-        drawings["energy"] = Drawing("How many directions hold it", caption, energies(analysis.adapters))
-        for number, adapter in enumerate(analysis.adapters):
-            end = f"-{number + 1}" if len(analysis.adapters) > 1 else ""
+        drawings["energy"] = Drawing("How many directions hold it", caption, energies(adapters))
+        for end, adapter in _numbered(adapters):
             title = f"The rank that would do, {adapter.label}"
             drawings[f"ranks{end}"] = Drawing(title, "The smallest rank that holds 95% of the energy.", ranks(adapter))
-        known = [adapter for adapter in analysis.adapters if any(layer.base for layer in adapter.layers)]
+        known = [adapter for adapter in adapters if any(layer.base for layer in adapter.layers)]
         if known:
             caption = "||s B A||_F / ||U^T W0 V||_F in the update's own directions U, V (the paper's Table 7)."
             panels = by_layer(known, lambda m: m.base.amplification if m.base else math.nan, "amplification factor")
             drawings["amplification"] = Drawing("How much larger it is than W0 there", caption, panels)
-        _draw_pairs(analysis, layers, drawings)
-    if analysis.drift is not None and analysis.drift.metric:
-        drawings["drift"] = gain_against_drift(analysis.drift)
+        caption = (
+            "phi(i, j): 1 where the first i directions of one are within the first j of the other, or around them."
+        )
+        for end, pair in _numbered(analysis.pairs)[:MOST_PAIRS]:
+            for side, name in SIDE_NAMES.items():
+                candidates = [layer for layer in pair.layers if layer.side == side and layer.phi and layer.phi[0]]
+                if candidates:
+                    title = f"Directions of {name} that {pair.labels[0]} and {pair.labels[1]} share"
+                    maps = overlaps(pair, _choose_layers(candidates, analysis, layers))
+                    drawings[f"phi-{side}{end}"] = Drawing(title, caption, maps)
+        if analysis.drift is not None and analysis.drift.metric:
+            drawings["drift"] = gain_against_drift(analysis.drift)
     return drawings
+
+
+def _numbered(items: Sequence[T]) -> list[tuple[str, T]]:
+    """Each item with the end of its figure's name: `-1`, `-2` and so on, or nothing for a single one."""
+    return [(f"-{number}" if len(items) > 1 else "", item) for number, item in enumerate(items, 1)]
 
 
 def gain_against_drift(strengths: Strengths) -> Drawing:
     """The validation metric over the drift, a point for each strength with standard errors of both."""
-    with plot_style():
-        fig = figure(COLUMN, 3.0)
-        axis = fig.subplots()
-        x = [point.drift.main for point in strengths.found]
-        y = [point.metrics[strengths.metric] for point in strengths.found]
-        xs, ys = [mean.value for mean in x], [mean.value for mean in y]
-        errors = [[mean.error or 0.0 for mean in means] for means in (x, y)]
-        style: dict[str, Any] = {"elinewidth": 0.7, "capsize": 2, "lw": 1.2, "marker": "o", "ms": 4}
-        axis.errorbar(xs, ys, xerr=errors[0], yerr=errors[1], color=COLORS[0], **style)
-        for point, at in zip(strengths.found, zip(xs, ys, strict=True), strict=True):
-            place = (7, -11 if strengths.mode == "max" else 7)
-            axis.annotate(f"{point.scale:g}", at, place, textcoords="offset points", fontsize=7, color="#444")
-        scales: list[float | None] = [point.scale for point in strengths.found]
-        chosen = scales.index(strengths.chosen)
-        axis.plot(
-            xs[chosen], ys[chosen], "o", ms=9, mfc="none", mec=COLORS[1], mew=1.4, label=f"enough: {strengths.chosen:g}"
-        )
-        best = y[scales.index(strengths.best)]
-        if best.error:
-            limit = best.value - best.error if strengths.mode == "max" else best.value + best.error
+    fig = figure(COLUMN, 3.0)
+    axis = fig.subplots()
+    found, is_max = strengths.found, strengths.mode == "max"
+    x, y = [point.drift.main for point in found], [point.metrics[strengths.metric] for point in found]
+    xs, ys = ([mean.value for mean in means] for means in (x, y))
+    x_errors, y_errors = ([mean.error or 0.0 for mean in means] for means in (x, y))
+    style: dict[str, Any] = {"elinewidth": 0.7, "capsize": 2, "lw": 1.2, "marker": "o", "ms": 4}
+    axis.errorbar(xs, ys, xerr=x_errors, yerr=y_errors, color=COLORS[0], **style)
+    for point, at in zip(found, zip(xs, ys, strict=True), strict=True):
+        offset = (7, -11 if is_max else 7)
+        axis.annotate(f"{point.scale:g}", at, offset, textcoords="offset points", fontsize=7, color="#444")
+        if point.scale == strengths.chosen:
+            ring: dict[str, Any] = {"ms": 9, "mfc": "none", "mec": COLORS[1], "mew": 1.4}
+            axis.plot(*at, "o", label=f"enough: {point.scale:g}", **ring)
+    for point, best in zip(found, y, strict=True):
+        if point.scale == strengths.best and best.error:
+            limit = best.value - best.error if is_max else best.value + best.error
             axis.axhline(limit, color="#888", lw=0.7, ls=":", label="one standard error from the best")
-        axis.set_xlabel(
-            "KL(base || adapted) per token" if strengths.found[0].drift.kind == "kl" else "1 - cosine to the base"
-        )
-        axis.set_ylabel(f"val/{strengths.metric}")
-        axis.margins(0.1)
-        fig.legend(loc="outside lower center", ncols=2, frameon=False)
+    axis.set_xlabel("KL(base || adapted) per token" if found[0].drift.kind == "kl" else "1 - cosine to the base")
+    axis.set_ylabel(f"val/{strengths.metric}")
+    axis.margins(0.1)
+    fig.legend(loc="outside lower center", ncols=2, frameon=False)
     caption = (
         "Each point is a strength of the update, from the base (0) to what was trained (1) and beyond; bars are"
         f" standard errors. Ring: the smallest strength within one standard error of the best, {strengths.best:g}."
     )
     return Drawing("Gain against drift", caption, fig)
-
-
-def _draw_pairs(analysis: Analysis, layers: str | None, drawings: dict[str, Drawing]) -> None:
-    for number, pair in enumerate(analysis.pairs[:MOST_PAIRS]):
-        for side, name in SIDE_NAMES.items():
-            candidates = [layer for layer in pair.layers if layer.side == side and layer.phi and layer.phi[0]]
-            if not candidates:
-                continue
-            end = f"-{number + 1}" if len(analysis.pairs) > 1 else ""
-            title = f"Directions of {name} that {pair.labels[0]} and {pair.labels[1]} share"
-            caption = (
-                "phi(i, j): 1 where the first i directions of one lie within the first j of the other, or around them."
-            )
-            chosen = _choose_layers(candidates, analysis, layers)
-            drawings[f"phi-{side}{end}"] = Drawing(title, caption, overlaps(pair, chosen))
 
 
 def _choose_layers(candidates: list[LayerSimilarity], analysis: Analysis, layers: str | None) -> list[LayerSimilarity]:
@@ -141,14 +133,26 @@ def _choose_layers(candidates: list[LayerSimilarity], analysis: Analysis, layers
     return list(best.values())[:SHOWN]
 
 
+def _grid(count: int, columns: int, width: float, top: float, height: float, **options: Any) -> tuple[Figure, Any]:
+    """A figure with `count` panels in at most so many columns; `height` is a row's, below `top`."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    fig = figure(width, top + height * rows)
+    axes = fig.subplots(rows, columns, squeeze=False, **options).flatten().tolist()
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return fig, axes[:count]
+
+
+def _groups(adapters: Sequence[AdapterMeasures]) -> list[str]:
+    return list(dict.fromkeys(layer.group for adapter in adapters for layer in adapter.layers))
+
+
 def by_layer(adapters: Sequence[AdapterMeasures], value: Callable[[LayerMeasures], float], label: str) -> Figure:
     """A panel for each group of layers, a bar for each block and adapter."""
-    groups = list(dict.fromkeys(layer.group for adapter in adapters for layer in adapter.layers))[:MOST_PANELS]
-    columns = min(3, len(groups))
-    rows = -(-len(groups) // columns)
-    fig = figure(PAGE, 0.5 + 1.25 * rows)
-    axes = fig.subplots(rows, columns, sharey=True, squeeze=False).flatten().tolist()
-    for axis, group in zip(axes, groups, strict=False):
+    groups = _groups(adapters)[:MOST_PANELS]
+    fig, axes = _grid(len(groups), 3, PAGE, 0.5, 1.25, sharey=True)
+    for axis, group in zip(axes, groups, strict=True):
         blocks = list(dict.fromkeys(layer.block for a in adapters for layer in a.layers if layer.group == group))
         width = 0.8 / len(adapters)
         for number, adapter in enumerate(adapters):
@@ -157,54 +161,45 @@ def by_layer(adapters: Sequence[AdapterMeasures], value: Callable[[LayerMeasures
             axis.bar(at, list(of_block.values()), width, color=COLORS[number % len(COLORS)], label=adapter.label)
         axis.set_title(group)
         axis.set_xticks(*ticks(blocks if any(blocks) else [""] * len(blocks)))
-    _hide(axes[len(groups) :])
-    for axis in axes[max(0, len(groups) - columns) : len(groups)]:
+    for axis in axes[-3:]:
         axis.set_xlabel("block")
     fig.supylabel(label, fontsize=8)
-    _legend(fig, axes[0], len(adapters))
+    if len(adapters) > 1:
+        handles, labels = axes[0].get_legend_handles_labels()
+        fig.legend(handles, labels, loc="outside upper right", ncols=min(len(adapters), 4), frameon=False)
     return fig
 
 
 def energies(adapters: Sequence[AdapterMeasures]) -> Figure:
     """The share of `||s B A||_F^2` in the top k directions: a thin line for each layer, a thick one for each group."""
-    columns = min(3, len(adapters))
-    rows = -(-len(adapters) // columns)
-    fig = figure(PAGE if columns > 1 else 4.6, 0.4 + 2.3 * rows)
-    axes = fig.subplots(rows, columns, sharey=True, squeeze=False).flatten().tolist()
-    groups = list(dict.fromkeys(layer.group for adapter in adapters for layer in adapter.layers))
-    colors = {group: COLORS[i % len(COLORS)] for i, group in enumerate(groups)}
-    for axis, adapter in zip(axes, adapters, strict=False):
-        for group in groups:
+    fig, axes = _grid(len(adapters), 3, PAGE if len(adapters) > 1 else 4.6, 0.4, 2.3, sharey=True)
+    groups = _groups(adapters)
+    for axis, adapter in zip(axes, adapters, strict=True):
+        for number, group in enumerate(groups):
             curves = [layer.energy for layer in adapter.layers if layer.group == group and layer.energy]
-            _curves(axis, curves, colors[group], group)
+            color = COLORS[number % len(COLORS)]
+            for curve in curves:
+                axis.plot(range(1, len(curve) + 1), curve, color=color, linewidth=0.4, alpha=0.35)
+            if curves:
+                longest = max(map(len, curves))
+                middle = torch.tensor([curve + [1.0] * (longest - len(curve)) for curve in curves]).median(0).values
+                style: dict[str, Any] = {"linewidth": 1.6, "label": group, "marker": "." if longest <= 16 else ""}
+                axis.plot(range(1, longest + 1), middle, color=color, **style)
         for share in SHARES.values():
             axis.axhline(share, color="#999999", linewidth=0.5, linestyle=":", zorder=0)
         axis.set_title(adapter.label)
         axis.set_xlabel("top directions k")
         axis.set_ylim(0, 1.02)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    _hide(axes[len(adapters) :])
     axes[0].set_ylabel("share of the energy")
     if len(groups) <= len(COLORS):
-        axes[len(adapters) - 1].legend(loc="lower right", frameon=False, handlelength=1.2)
+        axes[-1].legend(loc="lower right", frameon=False, handlelength=1.2)
     return fig
-
-
-def _curves(axis: Any, curves: list[list[float]], color: str, label: str) -> None:
-    if not curves:
-        return
-    for curve in curves:
-        axis.plot(range(1, len(curve) + 1), curve, color=color, linewidth=0.4, alpha=0.35)
-    longest = max(map(len, curves))
-    filled = torch.tensor([curve + [1.0] * (longest - len(curve)) for curve in curves]).median(0).values
-    marker = "." if longest <= 16 else ""
-    axis.plot(range(1, longest + 1), filled, color=color, linewidth=1.6, label=label, marker=marker)
 
 
 def ranks(adapter: AdapterMeasures, share: str = "95%") -> Figure:
     """The smallest rank that holds `share` of the energy: a row for each group of layers, a column for each block."""
-    groups = list(dict.fromkeys(layer.group for layer in adapter.layers))
-    blocks = list(dict.fromkeys(layer.block for layer in adapter.layers))
+    groups, blocks = _groups([adapter]), list(dict.fromkeys(layer.block for layer in adapter.layers))
     table = torch.full((len(groups), len(blocks)), math.nan)
     for layer in adapter.layers:
         table[groups.index(layer.group), blocks.index(layer.block)] = layer.ranks[share]
@@ -227,27 +222,27 @@ def ranks(adapter: AdapterMeasures, share: str = "95%") -> Figure:
 
 def overlaps(pair: PairSimilarity, shown: Sequence[LayerSimilarity]) -> Figure:
     """The paper's Figures 3 and 4: phi(i, j) for some layers, and for two random subspaces at the end."""
-    columns = min(4, len(shown) + 1)
-    rows = -(-(len(shown) + 1) // columns)
-    fig = figure(PAGE, 0.55 + 1.75 * rows)
-    axes = fig.subplots(rows, columns, squeeze=False).flatten().tolist()
-    panels = [(layer.name, torch.tensor(layer.phi)) for layer in shown]
+    panels = [(_wrapped(layer.name), torch.tensor(layer.phi)) for layer in shown]
     panels.append(("random directions", _random_like(shown[0])))
+    fig, axes = _grid(len(panels), 4, PAGE, 0.55, 1.75)
     image: Any = None
-    for number, (axis, (title, phi)) in enumerate(zip(axes, panels, strict=False)):
+    for number, (axis, (title, phi)) in enumerate(zip(axes, panels, strict=True)):
         image = axis.imshow(phi, cmap=MAP, vmin=0, vmax=1, origin="lower", aspect="auto")
-        axis.set_title(_wrap_title(title), fontsize=6.5)
+        axis.set_title(title, fontsize=6.5)
         axis.set_xticks(*rank_ticks(phi.shape[1]))
         axis.set_yticks(*rank_ticks(phi.shape[0]))
         axis.set_xlabel(f"j ({pair.labels[1]})")
-        axis.set_ylabel(f"i ({pair.labels[0]})" if number % columns == 0 else "")
+        axis.set_ylabel(f"i ({pair.labels[0]})" if number % 4 == 0 else "")
         axis.spines[:].set_visible(False)
-    _hide(axes[len(panels) :])
     fig.colorbar(image, ax=axes, shrink=0.8, label=r"$\phi(i, j)$")
-    fig.suptitle(
-        f"directions of {SIDE_NAMES[shown[0].side]} that {pair.labels[0]} and {pair.labels[1]} share", fontsize=8
-    )
+    side = SIDE_NAMES[shown[0].side]
+    fig.suptitle(f"directions of {side} that {pair.labels[0]} and {pair.labels[1]} share", fontsize=8)
     return fig
+
+
+def _wrapped(name: str) -> str:
+    """A dotted name, wrapped at its dots."""
+    return "\n".join(textwrap.wrap(name.replace(".", ". "), 26)).replace(". ", ".")
 
 
 def _random_like(layer: LayerSimilarity) -> torch.Tensor:
@@ -258,24 +253,3 @@ def _random_like(layer: LayerSimilarity) -> torch.Tensor:
     frames = [torch.randn(n, q, generator=generator, dtype=torch.float64) for q in shape]
     U, V = (torch.linalg.qr(frame)[0] for frame in frames)
     return similarity(U, V)
-
-
-def _wrap_title(title: str, width: int = 26) -> str:
-    """A dotted name, wrapped at its dots."""
-    lines = [""]
-    for part in title.split("."):
-        if lines[-1] and len(lines[-1]) + len(part) >= width:
-            lines.append("")
-        lines[-1] += f"{part}."
-    return "\n".join(lines)[:-1]
-
-
-def _hide(axes: Sequence[Any]) -> None:
-    for axis in axes:
-        axis.set_visible(False)
-
-
-def _legend(fig: Any, axis: Any, count: int) -> None:
-    if count > 1:
-        handles, labels = axis.get_legend_handles_labels()
-        fig.legend(handles, labels, loc="outside upper right", ncols=min(count, 4), frameon=False)
