@@ -37,7 +37,7 @@ def operands(rows=(4, 3), *, bias=True, m=5, k=6):
 
 
 def mask_of(x, dropped, seed):
-    return torch.cat([mask.clone() for _, mask in fused._masks(x.flatten(0, -2), dropped, seed)]).view(x.shape)
+    return torch.cat([mask.clone() for _, mask in fused._blocks(x.flatten(0, -2), dropped, seed)]).view(x.shape)
 
 
 def next_seed():

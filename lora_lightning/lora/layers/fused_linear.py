@@ -9,6 +9,8 @@
   Only a seed is saved: backward generates the mask again, some rows at a time.
 - With many rows, `W' = W0 + s B A` is folded first, in float32 or float64, and one product with it replaces three; so
   also in backward for dX.
+- On a CPU, backward takes the four rank-sized products of some rows together, so that x and the gradient of the output
+  are read from memory once.
 
 With B = 0 the output equals the backbone's, bit for bit. Second derivatives are computed in eager form, as is
 everything for which `can_fuse` is false.
@@ -27,11 +29,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lightning.lora.layers.functional import lora_update
+from lora_lightning.lora.layers.functional import lora_update, wide_dtype
 from lora_lightning.lora.layers.tracing import is_ordinary, is_traced
 
-BLOCK = 2**17
-"""Elements of x that dropout processes at once on a CPU, so that they stay in its cache."""
+BLOCK = 2**18
+"""Elements of x that dropout, or backward in a wide dtype, processes at once on a CPU, so that its cache holds them."""
 
 FEW_ROWS = 128
 """With fewer rows, on a CPU, the function costs more than it saves: three layers of width 384 with 16 rows take 2.5
@@ -141,20 +143,22 @@ class FusedLinear(torch.autograd.Function):
                 dX, dA, dB = _differentiable_gradients(ctx, x, weight, A, B, grads[0])
                 return dX, None, dbias, dA, dB, None, None, None
             rows, a, b = x.to(ctx.dtype).reshape(-1, x.shape[-1]), A.to(ctx.dtype) * ctx.scale, B.to(ctx.dtype)
-            dz = _thin_product(g, b.t())
             if needs_x:
                 W = _folded(weight, A, B, ctx.scale, ctx.transposed) if ctx.folds else weight.to(ctx.dtype)
                 dX = torch.mm(g, W.t() if ctx.transposed else W)
-                if not (ctx.folds or ctx.dropped):
-                    dX.addmm_(dz, a)
-            if ctx.dropped:
-                dA = _add_dropped_(dX, rows, dz, a, ctx.dropped, ctx.seed)
-            elif needs_A:
-                dA = torch.mm(dz.t(), rows)
-            if needs_B:
-                z = _thin_product(rows, a) if z is None else z
-                dB = torch.mm(z.t(), g).t().to(B.dtype)
-            dA = (dA * ctx.scale).to(A.dtype) if dA is not None and needs_A else None
+            dA = a.new_zeros(a.shape, dtype=wide_dtype(a)) if needs_A else None
+            dB = b.new_zeros(b.shape[::-1], dtype=wide_dtype(b)) if needs_B else None  # transposed
+            for part, mask in _blocks(rows, ctx.dropped, ctx.seed):
+                dz = _thin_product(g[part], b.t())
+                if dX is not None and not ctx.folds:
+                    _add_product_(dX[part], dz, a, mask)
+                seen = _masked_(mask, rows[part])
+                if dA is not None:
+                    _add_product_(dA, dz.t(), seen)
+                if dB is not None:
+                    _add_product_(dB, (_thin_product(seen, a) if z is None else z[part]).t(), g[part])
+            dA = None if dA is None else (dA * ctx.scale).to(A.dtype)
+            dB = None if dB is None else dB.t().to(B.dtype)
         return None if dX is None else dX.view(x.shape).to(x.dtype), None, dbias, dA, dB, None, None, None
 
 
@@ -194,20 +198,25 @@ def _base_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: boo
     return plain
 
 
-def _masks(rows: Tensor, dropped: int, seed: int) -> Iterator[tuple[slice, Tensor]]:
-    """Dropout's mask in x's dtype, for some rows of x (n, k) at a time: 1 where an element stays, else 0.
+def _blocks(rows: Tensor, dropped: int, seed: int) -> Iterator[tuple[slice, Tensor | None]]:
+    """Some rows of x (n, k) at a time, with dropout's mask for them: 1 where an element stays, else 0, in x's dtype.
 
-    All masks share one buffer. On a GPU the first mask covers all rows.
+    All masks share one buffer. Without dropout there are none. On a GPU, and without dropout in half precision, whose
+    products on a CPU are quicker whole, one block covers all rows.
     """
     n, k = rows.shape
-    count = max(1, n if rows.device.type != "cpu" else min(n, BLOCK // max(1, k)))
-    generator = torch.Generator(rows.device).manual_seed(seed)
-    words = torch.empty(-(-count * k // 8), dtype=torch.int64, device=rows.device)
-    mask = torch.empty(count, k, dtype=rows.dtype, device=rows.device)
+    is_whole = rows.device.type != "cpu" or (not dropped and rows.dtype.itemsize == 2)
+    count = max(1, n if is_whole else min(n, BLOCK // max(1, k)))
+    if dropped:
+        generator = torch.Generator(rows.device).manual_seed(seed)
+        words = torch.empty(-(-count * k // 8), dtype=torch.int64, device=rows.device)
+        buffer = torch.empty(count, k, dtype=rows.dtype, device=rows.device)
     for start in range(0, n, count):
-        size = min(count, n - start)
-        random = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: size * k]
-        yield slice(start, start + size), torch.ge(random.view(size, k), dropped, out=mask[:size])
+        size, mask = min(count, n - start), None
+        if dropped:
+            random = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: size * k]
+            mask = torch.ge(random.view(size, k), dropped, out=buffer[:size])
+        yield slice(start, start + size), mask
 
 
 def _thin_product(rows: Tensor, a: Tensor) -> Tensor:
@@ -218,19 +227,24 @@ def _thin_product(rows: Tensor, a: Tensor) -> Tensor:
 def _dropped_product(rows: Tensor, a: Tensor, dropped: int, seed: int) -> Tensor:
     """`(mask x) a^T` (n, r)."""
     z = a.new_empty(len(a), len(rows)).t()
-    for part, mask in _masks(rows, dropped, seed):
-        z[part] = _thin_product(mask.mul_(rows[part]), a)
+    for part, mask in _blocks(rows, dropped, seed):
+        z[part] = _thin_product(_masked_(mask, rows[part]), a)
     return z
 
 
-def _add_dropped_(dX: Tensor | None, rows: Tensor, dz: Tensor, a: Tensor, dropped: int, seed: int) -> Tensor:
-    """Add `mask (dz a)` to dX; returns `dz^T (mask x)`, accumulated in float32 or wider."""
-    dA = torch.zeros(a.shape, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
-    for part, mask in _masks(rows, dropped, seed):
-        if dX is not None:
-            dX[part].addcmul_(torch.mm(dz[part], a), mask)
-        dA += torch.mm(dz[part].t(), mask.mul_(rows[part]))
-    return dA
+def _masked_(mask: Tensor | None, x: Tensor) -> Tensor:
+    """`mask x`, in the mask's memory."""
+    return x if mask is None else mask.mul_(x)
+
+
+def _add_product_(out: Tensor, left: Tensor, right: Tensor, mask: Tensor | None = None) -> None:
+    """Add `left right`, or `mask (left right)`, to `out`, which may be wider."""
+    if mask is not None:
+        out.addcmul_(torch.mm(left, right), mask)
+    elif out.dtype == left.dtype:
+        out.addmm_(left, right)
+    else:
+        out += torch.mm(left, right)
 
 
 def _differentiable_gradients(
@@ -243,7 +257,7 @@ def _differentiable_gradients(
         seen = cast = x_.to(ctx.dtype)
         if ctx.dropped:
             rows = cast.detach().reshape(-1, x.shape[-1])
-            masks = [mask.clone() for _, mask in _masks(rows, ctx.dropped, ctx.seed)]
+            masks = [mask.clone() for _, mask in _blocks(rows, ctx.dropped, ctx.seed) if mask is not None]
             seen = cast * torch.cat([rows[:0], *masks]).view(x.shape)
         W0 = weight.to(ctx.dtype)
         out = F.linear(cast, W0.t() if ctx.transposed else W0) + lora_update(seen, A_, B_, ctx.scale)
