@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lora_lightning.commands.projects.checks import questions
+from lora_lightning.commands.new import questions
 from tests.command.process import REPOSITORY
 
 TASKS = list(questions()["task"]["choices"].values())

@@ -11,9 +11,7 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from lora_lightning.commands.new import PACKAGE, new
-from lora_lightning.commands.projects import checks
-from lora_lightning.commands.projects.checks import questions, requirement
+from lora_lightning.commands.new import PACKAGE, new, questions, requirement
 from lora_lightning.lora.errors import LoRAError, MissingPackageError
 from tests.command.process import REPOSITORY, files_in, mistake
 from tests.new.test_git import told_by_pip
@@ -52,7 +50,7 @@ def test_a_backbone_may_be_named_in_any_way(backbone, task, lines, tmp_path, mon
     ],
 )
 def test_a_project_depends_on_what_package_says(package, needs, monkeypatch):
-    monkeypatch.setattr(checks, "installable", lambda: None)  # as from an index
+    monkeypatch.setattr("lora_lightning.commands.new.installable", lambda: None)  # as from an index
     assert requirement(package) == needs
     assert Requirement(needs)
 

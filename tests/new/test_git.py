@@ -9,9 +9,8 @@ import copier
 import pytest
 import yaml
 
-from lora_lightning.commands.new import new
-from lora_lightning.commands.projects import render
-from lora_lightning.commands.projects.origin import origin
+from lora_lightning.commands.new import TEMPLATE, new
+from lora_lightning.commands.package_origin import template_origin
 from tests.command.process import REPOSITORY
 from tests.new.projects import git
 
@@ -99,21 +98,21 @@ def test_a_package_names_its_repository_with_its_commit_and_a_clone_as_long_as_i
     versions, tmp_path, monkeypatch
 ):
     told_by_pip(monkeypatch, url="https://example.org/l.git", vcs_info={"vcs": "git", "commit_id": "abc123"})
-    assert origin(render.TEMPLATE) == {"_src_path": "git+https://example.org/l.git", "_commit": "abc123"}
+    assert template_origin(TEMPLATE) == {"_src_path": "git+https://example.org/l.git", "_commit": "abc123"}
     git(versions, "checkout", "--quiet", "v0.1.0")
     installed = tmp_path / "site-packages/lora_lightning/template"
     shutil.copytree(versions / "lora_lightning/template", installed)
     told_by_pip(monkeypatch, url=versions.as_uri(), dir_info={})
-    assert origin(installed) == {"_src_path": str(versions), "_commit": "v0.1.0"}
+    assert template_origin(installed) == {"_src_path": str(versions), "_commit": "v0.1.0"}
     git(versions, "checkout", "--quiet", "v0.2.0")
-    assert origin(installed) == {}
+    assert template_origin(installed) == {}
     told_by_pip(monkeypatch)  # of a clone that the package lies in, by its remote where that has the commit
     git(tmp_path, "clone", "--quiet", str(versions), "mine")
     template = tmp_path / "mine/lora_lightning/template"
-    assert origin(template) == {"_src_path": str(versions), "_commit": "v0.2.0"}
+    assert template_origin(template) == {"_src_path": str(versions), "_commit": "v0.2.0"}
     git(tmp_path / "mine", "commit", "--quiet", "--allow-empty", "--message", "unpublished")
-    assert origin(template)["_src_path"] == str(tmp_path / "mine")
-    monkeypatch.setattr(render, "TEMPLATE", template)
+    assert template_origin(template)["_src_path"] == str(tmp_path / "mine")
+    monkeypatch.setattr("lora_lightning.commands.new.TEMPLATE", template)
     new("project", "own", git=False, defaults=True)
     answers = yaml.safe_load((tmp_path / "project/.copier-answers.yml").read_text())
     assert answers["_src_path"] == str(tmp_path / "mine"), "where copier's update will look"
