@@ -8,7 +8,7 @@ import sys
 
 from lora_lightning.cli.config_files import check
 from lora_lightning.cli.exit_codes import CLOSED, DEBUG, report_error
-from lora_lightning.cli.help import answer_without_command, put_command_first
+from lora_lightning.cli.help import command_words
 from lora_lightning.training.population.heap import share_heap
 
 
@@ -28,7 +28,7 @@ def main() -> None:
         sys.argv.remove("--debug")
         os.environ[DEBUG] = "1"
     try:
-        run(put_command_first(sys.argv[1:]))
+        run(sys.argv[1:])
         sys.stdout.flush()
     except SystemExit as stopped:
         # Lightning ends a run that Ctrl-C has stopped with 1.
@@ -43,7 +43,7 @@ def main() -> None:
 
 def run(args: list[str]) -> None:
     """Run one command."""
-    if answer_without_command(args):
+    if not (args := command_words(args)):
         return
     check(args)  # YAML errors come before torch is imported
     from lora_lightning.cli.log_filters import silence_others
@@ -57,7 +57,7 @@ def run(args: list[str]) -> None:
     else:
         from lora_lightning.cli.main import LoRACLI
 
-        LoRACLI(args=None if args == sys.argv[1:] else args)
+        LoRACLI(args=args)
 
 
 def _nobody_reads() -> bool:

@@ -215,8 +215,8 @@ by training/resume::test_what_a_checkpoint_overrules_is_said
 +if False:
 by training/guards::test_another_metric_than_the_checkpoints_begins_its_own_best
 == on by default, in cli.main.LoRACLI.instantiate_trainer
--        for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite, StepFigures, Throughput):
-+        for default in (FreezeBase, PredictionWriter, Resume, StepFigures, Throughput):
+-        first = [Throughput, StepFigures, StopOnNonFinite, Resume, PredictionWriter, FreezeBase]
++        first = [Throughput, StepFigures, Resume, PredictionWriter, FreezeBase]
 by training/guards::test_every_guard_is_on_by_default_in_the_command
 == loggers: the run of the newest state goes on, in training.tracking.wandb_logger.go_on_with
 -            logger.go_on_with(str(mine[1]))

@@ -17,8 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_lightning
 from lora_lightning import ChatData, LoRAConfig, load_loralib
-from lora_lightning.cli.parser import command_parser, with_values
-from lora_lightning.cli.registry import COMMANDS, function_of
+from lora_lightning.cli.parser import command_parser
+from lora_lightning.cli.registry import COMMANDS
 from tests.chats import CHATML
 from tests.command.process import REPOSITORY, command, ends
 from tests.recipes.recipe import parse
@@ -73,7 +73,7 @@ def overlays(args):
 def test_a_command_of_a_page_is_parsed(line):
     name, *args = shlex.split(line)
     if name in COMMANDS:
-        given = command_parser(name).parse_args(with_values(args, function_of(name).__annotations__))
+        given = command_parser(name).parse_args(args)
         args, name = (given.fit, "fit") if name == "plan" else ([], name)
     files, rest = overlays(args)
     if name == "fit":

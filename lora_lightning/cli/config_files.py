@@ -37,9 +37,9 @@ def config_values(args: Sequence[str]) -> list[str]:
     """Return the values of `-c` and `--config` in their order, of which the later ones win."""
     values = []
     for arg, follower in pairwise([*args, ""]):
-        flag, _, value = arg.partition("=")
-        if arg == "-c" or flag == "--config":
-            values.append(value or follower)
+        flag, equals, value = arg.partition("=")
+        if flag in ("-c", "--config"):
+            values.append(value if equals else follower)
     return [value for value in values if value]
 
 

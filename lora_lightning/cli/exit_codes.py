@@ -8,7 +8,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import CodeType
 
@@ -139,7 +139,7 @@ def _from_another_folder(text: str, args: Sequence[str]) -> str:
     match = re.match(r"no (?:file|folder|model|directory|tokenizer) '?([^';:]+?)'?(?:[;:, ]|$)", text)
     if match is None or Path(match[1]).is_absolute():
         return ""
-    from lora_lightning.cli.config_overrides import with_run_config
+    from lora_lightning.cli.trained_run import with_run_config
     from lora_lightning.training.checkpoints import run_folder as run
 
     files = [Path(file) for file in config_values(with_run_config(list(args)))]
@@ -154,11 +154,8 @@ def _from_another_folder(text: str, args: Sequence[str]) -> str:
 
 def disk_line(error: OSError) -> str:
     """Return the line for a disk's error, or that of a checkpoint's error before it, which has the same cause."""
-    before: BaseException | None = error
-    while before is not None:
-        if isinstance(before, LoRAError):
-            return " ".join(str(before).split())
-        before = before.__context__
+    if ours := [before for before in chain(error) if isinstance(before, LoRAError)]:
+        return " ".join(str(ours[0]).split())
     file = f"'{_from_here(Path(error.filename))}'" if isinstance(error.filename, str) else "a file"
     if error.errno == errno.ENOTDIR:
         return f"{file} cannot be a folder, for a part of its path is a file: give another --runs_dir"
@@ -174,6 +171,13 @@ def disk_line(error: OSError) -> str:
 
 def _from_here(file: Path) -> Path:
     return file.relative_to(Path.cwd()) if Path.cwd() in file.parents else file
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it was raised from, the last one first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def is_raised_by_user(error: BaseException) -> bool:

@@ -11,15 +11,15 @@ import shutil
 import sys
 import textwrap
 from argparse import SUPPRESS, Action
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lora_lightning.cli.exit_codes import CODES
-from lora_lightning.cli.registry import ENTRIES, FROM_CHECKPOINT
-from lora_lightning.cli.registry import GROUPS as COMMAND_GROUPS
+from lora_lightning.cli.registry import ENTRIES, FROM_CHECKPOINT, GROUPS
 from lora_lightning.lora.errors import LoRAError, did_you_mean
+
+# ---- the first screen
 
 ELSEWHERE = {
     **dict.fromkeys(("train", "finetune", "sft", "tune"), "fit"),
@@ -50,14 +50,14 @@ def front_page() -> str:
         "usage: lora-lightning COMMAND [options]",
         "LoRA fine-tuning on PyTorch Lightning: a YAML file describes a run.",
     ]
-    for title, commands in COMMAND_GROUPS.items():
+    for title, commands in GROUPS.items():
         parts.append("\n".join([title, *(f"  {name:<12}{command.line}" for name, command in commands.items())]))
     codes = [f"  {code:<5}{meaning}" for code, meaning in CODES.items()]
     return "\n\n".join([*parts, EXAMPLES, OPTIONS, "\n".join(["exit codes", *codes])])
 
 
-def answer_without_command(args: list[str]) -> bool:
-    """Answer arguments without a command, such as --version; return whether there were such.
+def command_words(args: list[str]) -> list[str]:
+    """Return the words with a command in front; none where the first screen or the version has answered them.
 
     Raises:
         LoRAError: the first word is no command.
@@ -66,65 +66,50 @@ def answer_without_command(args: list[str]) -> bool:
     if not args:
         print(front_page(), file=sys.stderr)
         sys.exit(2)
-    first = args[0]
-    if first in ("-h", "--help", "help") and not args[1:]:
+    first, *rest = args
+    if first in ENTRIES:
+        return args
+    if first in ("-h", "--help", "help"):
+        if rest:
+            return command_words([rest[0], "--help", *rest[1:]])
         print(front_page())
-        return True
+        return []
     if first in ("--version", "-V"):
         print(f"lora_lightning {version('lora_lightning')}")
-        return True
-    refuse_no_command(args)
-    return False
-
-
-def refuse_no_command(args: list[str]) -> None:
-    """Raise for a first word that is no command."""
-    first = args[0]
-    if first in ENTRIES:
-        return
+        return []
     if first in GONE:
         raise LoRAError(f"'{first}' is no command any more: {GONE[first]}")
-    named = next((arg for arg in args if arg in ENTRIES), None)
-    if Path(first).suffix in (".yaml", ".yml"):
-        raise LoRAError(f"a command comes first: lora-lightning {named or 'fit'} -c {first}")
-    if first.startswith("-"):
-        rest = " ".join(arg for arg in args if arg != named)
-        raise LoRAError(f"a command comes first: lora-lightning {named or 'fit'} {rest}")
+    if (config := Path(first).suffix in (".yaml", ".yml")) or first.startswith("-"):
+        named = next((arg for arg in args if arg in ENTRIES), "fit")
+        words = ["-c", first] if config else [arg for arg in args if arg != named]
+        raise LoRAError(f"a command comes first: lora-lightning {' '.join([named, *words])}")
     meant = f": here it is '{ELSEWHERE[first]}'" if first in ELSEWHERE else did_you_mean(first, ENTRIES)
     raise LoRAError(f"no command '{first}'{meant} (there are {', '.join(ENTRIES)})")
 
 
-def put_command_first(args: list[str]) -> list[str]:
-    """Turn `help fit` and `--help fit` into `fit --help`."""
-    if args[1:] and args[0] in ("-h", "--help", "help"):
-        return [args[1], "--help", *args[2:]]
-    return args
-
-
 # ---- a command's screen
 
-TRAINER = (
-    *("max_epochs", "max_steps", "accelerator", "devices", "num_nodes", "strategy", "precision"),
-    *("accumulate_grad_batches", "gradient_clip_val", "val_check_interval", "check_val_every_n_epoch"),
-    *("limit_train_batches", "log_every_n_steps", "fast_dev_run", "callbacks", "logger"),
-)
-"""Options of the Trainer that most runs set."""
+TITLES = {
+    "run": "the run",
+    "model": "model: what is trained, and how",
+    "lora": "model.lora: what is adapted",
+    "data": "data: where the rows are",
+    "trainer": "trainer: Lightning's own",
+}
+"""The groups of options."""
 
 TO_TRAIN = (
-    *("max_epochs", "max_steps", "max_time", "accumulate_grad_batches", "gradient_clip_val", "val_check_interval"),
+    *("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "val_check_interval"),
     *("check_val_every_n_epoch", "limit_train_batches", "log_every_n_steps"),
 )
-"""Those of them that matter only in training."""
-
-CHECKPOINT = {
-    "fit": "go on from auto (the newest), last, best, a run folder or a .ckpt file",
-    "other": "what to use: best, last, a run folder or a .ckpt file",
-}
-"""Texts in place of Lightning's, which does not know our words."""
+TRAINER = (
+    *("accelerator", "devices", "num_nodes", "strategy", "precision", "fast_dev_run", "callbacks", "logger"),
+    *TO_TRAIN,
+)
+"""Options of the Trainer that most runs set, and those of them that matter only in training."""
 
 COLUMN = 31
 """Column of the options' texts, after all but the longest names."""
-GROUPS = ("run", "model", "lora", "data", "trainer")
 
 
 class ShowHelp(argparse.Action):
@@ -140,117 +125,84 @@ class ShowHelp(argparse.Action):
 
 def screen(parser: Any, word: str | None = None) -> str:
     """Return the screen of `--help`: the short one, everything, or one group."""
-    everything = str(parser.format_help())
-    if word == "all" or not (word or has_groups(parser)):
+    everything, groups = str(parser.format_help()), TITLES if has_groups(parser) else {}
+    if word == "all" or not (word or groups):
         return everything
-    if word is None:
+    if not word:
         return short_screen(parser)
-    if word not in GROUPS or not has_groups(parser):
-        words = ["all", *(GROUPS if has_groups(parser) else ())]
-        return f"--help {word}: no such group{did_you_mean(word, words)} ({', '.join(words)})"
-    return "\n\n".join(part for part in everything.split("\n\n") if _group_of(_first_flag(part)) == word)
-
-
-def _first_flag(section: str) -> str:
-    match = re.search(r"^ +(?:-\w \w+, )?--([\w.]+)", section, re.M)
-    return match[1] if match and "-->" not in section else "-"
+    if word not in groups:
+        return f"--help {word}: no such group{did_you_mean(word, ['all', *groups])} ({', '.join(['all', *groups])})"
+    sections = {part: re.search(r"^ +(?:-\w \w+, )?--([\w.]+)", part, re.M) for part in everything.split("\n\n")}
+    return "\n\n".join(
+        part for part, flag in sections.items() if flag and "-->" not in part and _group_of(flag[1]) == word
+    )
 
 
 def _group_of(key: str) -> str:
-    if key.startswith("model.lora"):
-        return "lora"
-    first = key.partition(".")[0]
-    return first if first in GROUPS else "" if key == "-" else "run"
-
-
-# ---- the short screen
-
-
-TITLES = {
-    "run": "the run",
-    "model": "model: what is trained, and how",
-    "lora": "model.lora: what is adapted",
-    "data": "data: where the rows are",
-    "trainer": "trainer: Lightning's own",
-}
+    first = "lora" if key.startswith("model.lora") else key.partition(".")[0]
+    return first if first in TITLES else "run"
 
 
 def short_screen(parser: Any) -> str:
     """Return a line for each option that most runs set, in groups."""
     command = parser.prog.rpartition(" ")[2]
-    lines = [f"usage: {usage_of_run(parser.prog)}", "", *_head(command), ""]
-    actions = list(_actions(parser))
-    hidden = [action for action in actions if _is_hidden(action, command)]
-    for group, title in TITLES.items():
-        shown = [action for action in actions if _group_of(action.dest) == group and action not in hidden]
-        lines += [title, *(_row(action, command) for action in shown)]
-        if group == "trainer" and hidden:
-            lines.append(f"  and {len(hidden)} more: lora-lightning {command} --help trainer")
-        lines.append("")
-    return "\n".join(lines).rstrip()
-
-
-def _head(command: str) -> list[str]:
-    """Return the lines with the command's purpose and where to find further help."""
-    example = "For example: fit -c configs/demo.yaml"
-    if command in FROM_CHECKPOINT:
-        example = f"For example: {command} --ckpt_path runs/demo"
-    line = ENTRIES[command].line if command in ENTRIES else ""
-    return [
+    example = f"{command} --ckpt_path runs/demo" if command in FROM_CHECKPOINT else "fit -c configs/demo.yaml"
+    line = ENTRIES[command].line
+    lines = [
+        f"usage: {usage_of_run(parser.prog)}",
+        "",
         f"{line[:1].upper()}{line[1:]}.",
-        example,
+        f"For example: {example}",
         "",
         f"  {command} --help all        every option with all that is told of it, or of a group:",
         f"  {command} --help trainer    run, model, lora, data or trainer",
         f"  {command} --data.help CLASS the arguments of a class; so do --model.task.help,",
         "        --model.backbone.help, --model.optimizer.help, --trainer.callbacks.help ...",
     ]
-
-
-def _actions(parser: Any) -> Iterator[Action]:
-    """Yield the options with a value, without those that jsonargparse adds, which the head explains."""
-    groups = {action.dest.rpartition(".")[0] for action in parser.options() if not action.dest.endswith(".help")}
-    for action in parser.options():
-        has_value = action.option_strings and not action.dest.endswith(".help") and action.dest not in groups
-        if has_value and action.help != SUPPRESS and action.dest not in ("help", SUPPRESS):
-            yield action
-
-
-def _is_hidden(action: Action, command: str) -> bool:
-    """Return whether only `--help trainer` shows an option: few runs set it, or only training needs it."""
-    group, _, name = action.dest.partition(".")
-    return group == "trainer" and (name not in TRAINER or (command != "fit" and name in TO_TRAIN))
+    rows: dict[str, list[str]] = {group: [] for group in TITLES}
+    hidden = 0
+    options = [action for action in parser.options() if not action.dest.endswith(".help")]
+    prefixes = {action.dest.rpartition(".")[0] for action in options}
+    for action in options:
+        if not action.option_strings or action.dest in prefixes or SUPPRESS in (action.help, action.dest):
+            continue  # jsonargparse's own, such as a file for a whole group
+        group, _, name = action.dest.partition(".")
+        if group == "trainer" and (name not in TRAINER or (command != "fit" and name in TO_TRAIN)):
+            hidden += 1
+        else:
+            rows[_group_of(action.dest)].append(_row(action, command))
+    rows["trainer"].append(f"  and {hidden} more: lora-lightning {command} --help trainer")
+    for group, title in TITLES.items():
+        lines += ["", title, *rows[group]]
+    return "\n".join(lines)
 
 
 def _row(action: Action, command: str) -> str:
-    text = sentence(action.help or "")
+    """Return an option's first sentence and its default, or what we say of it instead."""
+    text, default, fold = first_sentence(action.help or ""), _default(action), 2
     if action.dest == "ckpt_path":
-        text = CHECKPOINT.get(command, CHECKPOINT["other"])
-    if action.dest in ("data", "model.task"):
-        text = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
-    flags = ", ".join(str(option) for option in action.option_strings if not option.endswith("+"))
-    end = _default(action)
-    few: dict[str, Any] = {} if action.dest in ("data", "model.task") else {"max_lines": 2, "placeholder": f" ...{end}"}
+        newest = "go on from auto (the newest), last, best," if command == "fit" else "what to use: best, last,"
+        text = f"{newest} a run folder or a .ckpt file"
+    elif action.dest in ("data", "model.task"):
+        text, fold = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own", 9
+    flags = ", ".join(option for option in action.option_strings if not option.endswith("+"))
     return textwrap.fill(
-        text + end,
-        _width(),
+        text + default,
+        min(max(shutil.get_terminal_size().columns, 72), 120),
         initial_indent=f"  {flags:<{COLUMN - 3}} ",
         subsequent_indent=" " * COLUMN,
         break_on_hyphens=False,
         break_long_words=False,
-        **few,
+        max_lines=fold,
+        placeholder=f" ...{default}",
     )
 
 
-def _width() -> int:
-    return min(max(shutil.get_terminal_size().columns, 72), 120)
-
-
-def sentence(text: str) -> str:
+def first_sentence(text: str) -> str:
     """Return a docstring's first sentence without markup."""
     text = re.sub(r" \([^()]*arXiv[^()]*\)", "", " ".join(text.split()))
     first = re.split(r"(?<=[a-z0-9)`])[.;:](?:\s|$)", text, maxsplit=1)[0]
-    return first.replace("``", "").replace("`", "")
+    return first.replace("`", "")
 
 
 def _default(action: Action) -> str:
@@ -262,19 +214,16 @@ def _default(action: Action) -> str:
     return f" ({str(value).lower() if isinstance(value, bool) else value})"
 
 
-BASES = ("TableData", "Task", "StepOutput")
-"""Classes that users subclass."""
-
-
 def classes_of(key: str) -> list[str]:
-    """Return the names of this package's classes for `data` or `model.task`."""
+    """Return the names of this package's classes for `data` or `model.task`, less those that users subclass."""
     import lora_lightning
 
     where, ending = ("lora_lightning.data.", "Data") if key == "data" else ("lora_lightning.tasks.", "")
     return sorted(
         name
         for name, module in lora_lightning._WHERE.items()
-        if module.startswith(where) and name.endswith(ending) and name[0].isupper() and name not in BASES
+        if module.startswith(where) and name.endswith(ending) and name[0].isupper()
+        if name not in ("TableData", "Task", "StepOutput")
     )
 
 

@@ -10,22 +10,16 @@ from typing import Any, Literal
 from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.cli.config_files import check
-from lora_lightning.cli.config_overrides import (
-    labels_of_run,
-    precision_for_backbone,
-    refuse_other_split,
-    rows_by_flag,
-    with_run_config,
-)
+from lora_lightning.cli.config_overrides import set_precision
 from lora_lightning.cli.diagnostics import refuse_config
-from lora_lightning.cli.exit_codes import is_raised_by_user
-from lora_lightning.cli.parser import CommandLine, OneLine
-from lora_lightning.cli.registry import FROM_CHECKPOINT
+from lora_lightning.cli.exit_codes import chain, is_raised_by_user
+from lora_lightning.cli.parser import OneLine
+from lora_lightning.cli.trained_run import resolve_checkpoint, use_run_data, with_run_config
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.callbacks.gradient_norms import StepFigures
@@ -114,11 +108,8 @@ class LoRACLI(LightningCLI):
     Args:
         args: the words of the command line, those of the process by default; or a config as a dict.
         until: where to stop, for code that reads a run without starting it: see `cli.build`.
-        edit: changes the command's config in place before anything is built.
+        edit: changes a copy of the command's config in place, of which everything is built.
     """
-
-    _goes_on: int | None = None
-    """The version of the run that a fit continues; None where it makes a new one."""
 
     _named_data: str | None = None
     """The short name of data that a flag sets, where a trained run is tested or predicts on other data."""
@@ -133,7 +124,7 @@ class LoRACLI(LightningCLI):
     ) -> None:
         words = sys.argv[1:] if args is None else args
         self.until, self.edit = until, edit
-        self.line = CommandLine(list(map(str, words)) if isinstance(words, list) else [])
+        self.words = list(map(str, words)) if isinstance(words, list) else []
         super().__init__(
             model_class=LoRAModule,
             datamodule_class=None,  # any, and none where a command can do without
@@ -150,16 +141,17 @@ class LoRACLI(LightningCLI):
             **kwargs,
         )
 
+    # ---- the parser
+
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return Lightning's subcommands and `export`, or only the one that runs: each parser takes 0.3 s."""
         known = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
-        command = self.line.words[0] if self.line.words else ""
-        return {command: known[command]} if command in known else known
+        return {name: known[name] for name in self.words[:1] if name in known} or known
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser for the command or for one subcommand."""
         kwargs.pop("dump_header", None)
-        parser = Parser(**kwargs, line=self.line)
+        parser = Parser(**kwargs, words=self.words)
         parser.add_argument("-c", "--config", action="config", help="A YAML file; given again, the later one wins.")
         return parser
 
@@ -173,72 +165,42 @@ class LoRACLI(LightningCLI):
             default=None,
             help="Optimizer steps between two last.ckpt; by default an epoch's.",
         )
-        self.link_data(parser)
+        for target, source in LINKS.items():
+            parser.link_arguments(source, target, apply_on="instantiate")
         # Left out, alpha is 2 r whatever r a flag gives; LoRAConfig's default instance has worked it out for r=8.
         parser.set_defaults({"model.lora.alpha": None})
         # The injection table says what trains; Lightning's own summary would say it again, in one row.
         parser.set_defaults({"trainer.enable_model_summary": False})
 
-    def link_data(self, parser: LightningArgumentParser) -> None:
-        """Link labels, padding and tokenizer of the data to the backbone and the task."""
-        for target, source in LINKS.items():
-            parser.link_arguments(source, target, apply_on="instantiate")
+    # ---- the config
+
+    @property
+    def command(self) -> Namespace:
+        """The command's config, as the user gave it."""
+        return self.config[str(self.config.subcommand)]  # type: ignore[no-any-return]
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; without --config, a command on a trained run takes the config that the run was made with."""
         if self.until == "parser":
             self.config = Namespace(subcommand=None, seed_everything=False)  # type: ignore[no-untyped-call]
             return
-        words = self.line.words
-        self.line.words = full = with_run_config(words)
-        check(full)
-        super().parse_arguments(parser, full if words and (args is not None or full != words) else args)
+        words = with_run_config(self.words)
+        check(words)
+        self.config = parser.parse_object(args) if isinstance(args, dict | Namespace) else parser.parse_args(words)
         name = self.config.get("subcommand")
         if name is None:
             return
-        config = self.config[name]
-        refuse_config(config, full)
-        refuse_unsupported_name(getattr(config.get("trainer.strategy"), "class_path", None))
-        if name != "export" and config.get("data") is None:
+        refuse_config(self.command, words)
+        refuse_unsupported_name(getattr(self.command.get("trainer.strategy"), "class_path", None))
+        if name != "export" and self.command.get("data") is None:
             raise LoRAError(f"{name} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
-        if words and self.until != "module":
-            self._resolve_checkpoint(config)
-            refuse_other_split(config)
-            if name != "fit":
-                self._named_data = rows_by_flag(config, name, full)
-                labels_of_run(config)
-
-    def _resolve_checkpoint(self, config: Any) -> None:
-        """Turn `best`, `last`, `auto` or a folder into a file before Lightning sees it."""
-        path, command = config.get("ckpt_path"), str(self.config.subcommand)
-        if path is None:
-            if command in FROM_CHECKPOINT:
-                raise LoRAError(f"{command} needs --ckpt_path: best, last, a run folder or a .ckpt file")
-            return
-        runs = Path(config.runs_dir) / config.name
-        if path == "auto":
-            if command != "fit":
-                raise LoRAError(f"--ckpt_path auto is for fit, which starts anew where there is none; {command}: best")
-            newest = run.newest_checkpoint(runs)
-            config.ckpt_path = None if newest is None else str(newest)
-        elif path == "last" and command == "fit" and run.newest_checkpoint(runs) is None:
-            raise LoRAError(
-                f"there is no checkpoint under '{runs}' to go on from: leave --ckpt_path out, or say --ckpt_path auto,"
-                " which starts anew where there is none"
-            )
-        elif path in ("best", "last") and not runs.is_dir():
-            raise LoRAError(
-                f"no run under '{runs}' yet{run.similar_names(runs)}: fit first, or name a run with --ckpt_path"
-            )
-        elif path in ("best", "last"):
-            config.ckpt_path = str(run.find_checkpoint(runs, path))
-        elif "://" not in str(path) and path not in ("hpc", "registry"):
-            config.ckpt_path = str(run.find_checkpoint(path, "last" if command == "fit" else "best"))
-        if command == "fit" and config.ckpt_path and "://" not in str(config.ckpt_path):
-            self._goes_on = run.continued_version(Path(config.ckpt_path), runs)
+        resolve_checkpoint(self.command, name)
+        self._named_data = use_run_data(self.command, name, words)
 
     def _parse_ckpt_path(self) -> None:
         """Read nothing: Lightning would open an unchecked file for hyperparameters, which ours does not have."""
+
+    # ---- the objects
 
     def instantiate_classes(self) -> None:
         """Make the objects; an error of a class is raised without jsonargparse's list of the types that it tried.
@@ -249,58 +211,50 @@ class LoRACLI(LightningCLI):
         """
         if self.until == "parser":
             return
-        self.command = self.config[str(self.subcommand)]
+        config, name = self.config.clone(), str(self.subcommand)
         if self.edit is not None:
-            self.command = self.command.clone()
-            self.edit(self.config[str(self.subcommand)])
+            self.edit(config[name])
         try:
-            with precision_for_backbone(self.config[str(self.subcommand)]):
-                super().instantiate_classes()
+            set_precision(config[name])
+            self.config_init = self.parser.instantiate(config)
         except ValueError as error:
-            causes: list[BaseException] = [error]
-            while before := causes[-1].__cause__ or causes[-1].__context__:
-                causes.append(before)
-            known = [cause for cause in causes if isinstance(cause, LoRAError) or is_raised_by_user(cause)]
-            if not known:
-                raise
-            raise known[0] from None
-
-    def before_fit(self) -> None:
-        """Refuse what would end a running fit, before there is a run folder."""
-        config = self.config[str(self.subcommand)]
-        refuse_other_count(config, self.datamodule)
-        refuse_other_size(self.model.backbone, self.model.task, self.datamodule)
-        refuse_unlogged(self.trainer, self.model, config.get("model.lr_scheduler.init_args"))
+            for cause in chain(error):
+                if isinstance(cause, LoRAError) or is_raised_by_user(cause):
+                    raise cause from None
+            raise
+        made = self.config_init[name]
+        self.datamodule, self.model = made.get("data"), made.model
+        self.trainer = None if self.until == "module" else self.instantiate_trainer()  # type: ignore[assignment]
 
     def after_instantiate_classes(self) -> None:
         """Run nothing where `until` says so."""
         if self.until != "end":
             self.subcommand = None
 
+    def before_fit(self) -> None:
+        """Refuse what would end a running fit, before there is a run folder."""
+        refuse_other_count(self.command, self.datamodule)
+        refuse_other_size(self.model.backbone, self.model.task, self.datamodule)
+        refuse_unlogged(self.trainer, self.model, self.command.get("model.lr_scheduler.init_args"))
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that are on by default, and a log in the run folder."""
-        if self.until == "module":
-            return None  # type: ignore[return-value]
         config = self.config_init[str(self.subcommand)].trainer
-        callbacks = config.get("callbacks") or []
-        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite, StepFigures, Throughput):
-            if not any(isinstance(callback, default) for callback in callbacks):
-                callbacks.insert(0, default())
-        if not any(isinstance(callback, RunReport) for callback in callbacks):
-            callbacks.append(RunReport())  # its table closes a fit, after the other callbacks have added to it
-        if not any(isinstance(callback, Tracking) for callback in callbacks):
-            callbacks.append(Tracking())
-        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+        callbacks = _as_list(config.get("callbacks"))
+
+        def lacks(kind: type[Callback]) -> bool:
+            return not any(isinstance(callback, kind) for callback in callbacks)
+
+        first = [Throughput, StepFigures, StopOnNonFinite, Resume, PredictionWriter, FreezeBase]
+        last: list[type[Callback]] = [RunReport, Tracking]  # a table closes a fit, after the others have added to it
+        callbacks = [*(kind() for kind in first if lacks(kind)), *callbacks, *(kind() for kind in last if lacks(kind))]
+        if config.get("enable_progress_bar") is not False and lacks(ProgressBar):
             callbacks.append(Progress())
-        if config.get("enable_checkpointing") is not False and not any(
-            isinstance(callback, ModelCheckpoint) for callback in callbacks
-        ):
-            callbacks.append(Checkpoints(save_every=self.config[self.config.subcommand].save_every))
+        if config.get("enable_checkpointing") is not False and lacks(ModelCheckpoint):
+            callbacks.append(Checkpoints(save_every=self.command.save_every))
         if config.get("logger") is False and not config.get("default_root_dir"):
-            command = self.config[self.config.subcommand]
-            kwargs["default_root_dir"] = str(Path(command.runs_dir) / command.name)
-        if self.config.subcommand == "export":
+            kwargs["default_root_dir"] = str(Path(self.command.runs_dir) / self.command.name)
+        if self.subcommand == "export":
             kwargs |= single_process_options(config.get("accelerator"))
         return super().instantiate_trainer(callbacks=callbacks, logger=self._loggers(config.get("logger")), **kwargs)
 
@@ -308,32 +262,38 @@ class LoRACLI(LightningCLI):
         """Return a CSV log, which sets the run's folder, and the loggers of the config."""
         if configured is False:
             return False
-        if self.config.subcommand == "fit" and self.config.fit.ckpt_path:
-            resume_loggers(None if configured in (None, True) else configured, self.config.fit.ckpt_path)
-        loggers = (
-            [] if configured in (None, True) else list(configured) if isinstance(configured, list) else [configured]
-        )
+        loggers, command, fits = _as_list(configured), self.command, self.subcommand == "fit"
+        checkpoint = command.get("ckpt_path")
+        if fits and checkpoint:
+            resume_loggers(loggers, checkpoint)
         if any(isinstance(logger, CSVLogger) for logger in loggers):
             return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))
-        command = self.config[self.config.subcommand]
-        if self._goes_on is not None:
-            return [ContinuedCSVLogger(command.runs_dir, name=command.name, version=self._goes_on), *loggers]
-        if self.config.subcommand != "fit" and command.get("ckpt_path"):
-            version, folder = str(self.config.subcommand), run.run_of_checkpoint(Path(command.ckpt_path))
-            if self._named_data is None or version == "predict":
-                go_on_with_run_of(loggers, command.ckpt_path)
-            else:  # the figures of the run's own data stay
-                version = f"{version}_{self._named_data}"
-            return [RepeatedCSVLogger(folder, name="", version=version), *loggers]
-        return [CSVLogger(command.runs_dir, name=command.name), *loggers]
+        if fits and checkpoint and "://" not in checkpoint:
+            version = run.continued_version(Path(checkpoint), Path(command.runs_dir) / command.name)
+            if version is not None:
+                return [ContinuedCSVLogger(command.runs_dir, name=command.name, version=version), *loggers]
+        if fits or not checkpoint:
+            return [CSVLogger(command.runs_dir, name=command.name), *loggers]
+        folder, stage = run.run_of_checkpoint(Path(checkpoint)), str(self.subcommand)
+        if self._named_data is None or stage == "predict":
+            go_on_with_run_of(loggers, checkpoint)
+        else:  # the figures of the run's own data stay
+            stage = f"{stage}_{self._named_data}"
+        return [RepeatedCSVLogger(folder, name="", version=stage), *loggers]
 
 
-def resume_loggers(loggers: Any, checkpoint: str) -> None:
+def _as_list(value: Any) -> list[Any]:
+    """Return the members of an option that takes one, several, or none."""
+    if value is None or value is True:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def resume_loggers(loggers: list[Any], checkpoint: str) -> None:
     """Let loggers continue the runs of the checkpoint, where it is the newest state of its run."""
     if not loggers or "://" in checkpoint or not run.is_newest_state(Path(checkpoint)):
         return
     content = run.load_checkpoint(checkpoint)
     if RESUME_KEY in content:
         stepped = content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
-        loggers = loggers if isinstance(loggers, list) else [loggers]
         go_on_with(loggers, content[RESUME_KEY].get("loggers", []), next_log_step(content[RESUME_KEY], stepped))

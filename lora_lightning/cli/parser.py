@@ -6,37 +6,28 @@ import argparse
 import inspect
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
 from lora_lightning.cli.diagnostics import explain
 from lora_lightning.cli.help import KNOWN, ShowHelp, has_groups, shorten_subclasses, usage_of_run
-from lora_lightning.cli.registry import COMMANDS, function_of
-
-
-@dataclass
-class CommandLine:
-    """The words and the parsers of one command, shared by its parsers."""
-
-    words: list[str] = field(default_factory=list)
-    """The user's words, with a trained run's config in front where the command adds it."""
-    parsers: list[OneLine] = field(default_factory=list)
-    """The command's, and those of its subcommands."""
+from lora_lightning.cli.registry import COMMANDS, REST, function_of
 
 
 class OneLine(ArgumentParser):
-    """A parser that answers a mistake in one line instead of a screen of usage."""
+    """A parser that answers a mistake in one line instead of a screen of usage.
 
-    def __init__(self, *args: Any, line: CommandLine | None = None, **kwargs: Any) -> None:
+    Args:
+        words: the list of the user's words, which the parsers of a command share.
+    """
+
+    def __init__(self, *args: Any, words: list[str] | None = None, **kwargs: Any) -> None:
         kwargs["allow_abbrev"] = False  # `--model.lora.rank` must not be taken for rank_pattern
         wanted = kwargs.pop("add_help", True)
         super().__init__(*args, add_help=False, **kwargs)
-        self.line = line or CommandLine()
-        self.line.parsers.append(self)
+        self.words = [] if words is None else words
         if wanted:
             self.add_argument("-h", "--help", action=ShowHelp)
 
@@ -50,24 +41,24 @@ class OneLine(ArgumentParser):
         """Parse as jsonargparse does, but pass `null` to a class's parser as null and not as the text None."""
         if not self.exit_on_error and args and str(args[0]).endswith("=None"):
             args = [f"{args[0].removesuffix('None')}null", *args[1:]]
-        if self.exit_on_error and self is self.line.parsers[0]:
-            self.line.words = list(map(str, sys.argv[1:] if args is None else args))
+        if self.exit_on_error and getattr(self, "subcommand", None) is None:
+            self.words[:] = map(str, sys.argv[1:] if args is None else args)
         return super().parse_args(args, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and what to do, and exit with 2; a class's parser leaves that to the command's."""
         if not self.exit_on_error:
             raise argparse.ArgumentError(None, message) from ex
-        words = self.line.words
-        command = str(getattr(self, "subcommand", None) or self.prog.rpartition(" ")[2])
-        known = self.options_of(words[0] if words else "")  # files are read by the parser of all commands
-        print(f"lora-lightning: error: {explain(message, words, known, command)}", file=sys.stderr)
+        known = self.options_of(*self.words[:1])  # files are read by the parser of all commands
+        line = explain(message, self.words, known, self.prog.rpartition(" ")[2])
+        print(f"lora-lightning: error: {line}", file=sys.stderr)
         sys.exit(2)
 
-    def options_of(self, command: str) -> list[str]:
+    def options_of(self, command: str = "") -> list[str]:
         """Return the flags of a subcommand, or of the parser itself where there is none of that name."""
-        inner = {getattr(parser, "subcommand", None): parser for parser in self.line.parsers}
-        return [option for action in inner.get(command, self).options() for option in action.option_strings]
+        choices = [action.choices for action in self.options() if isinstance(action.choices, Mapping)]
+        parser = next((parsers[command] for parsers in choices if command in parsers), self)
+        return [option for action in parser.options() for option in action.option_strings]
 
     def options(self) -> list[argparse.Action]:
         """Return all actions, those of classes and functions too, as argparse hands them to its usage formatter."""
@@ -83,88 +74,54 @@ class OneLine(ArgumentParser):
         return actions_of_all
 
 
+class PassingOn(OneLine):
+    """A parser that hands every flag which is not its own to the `fit` that it runs."""
+
+    several: tuple[str, ...] = ()
+    """Its options of several texts, each of which takes the words up to the next flag, as often as it is there."""
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """Parse; what is left over is `config.fit`."""
+        own = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        for action in self.options():
+            how: dict[str, Any] = {"nargs": "?", "const": action.const or ""} if action.nargs == "?" else {}
+            if action.dest in self.several:
+                how = {"nargs": "*", "action": "extend"}
+            own.add_argument(action.option_strings[-1].rstrip("+"), default=argparse.SUPPRESS, **how)
+        try:
+            given, others = own.parse_known_args(args)
+        except argparse.ArgumentError as error:
+            self.error(str(error))
+        words = [f"--{name}={json.dumps(v) if isinstance(v, list) else v}" for name, v in vars(given).items()]
+        config = super().parse_args(words, *rest, **kwargs)
+        config.fit = others
+        return config
+
+
 def command_parser(name: str) -> OneLine:
     """Make the parser of a command that needs no config."""
     function, entry = function_of(name), COMMANDS[name]
     described = (inspect.getdoc(function) or "").partition("\n")[0]
-    parser = (PassingOn if entry.rest else OneLine)(prog=f"lora-lightning {name}", description=described)
-    positional = entry.positional
-    parameters = inspect.signature(function).parameters
-    several = positional is not None and str(parameters[positional].annotation).startswith("list")
-    optional = positional is not None and parameters[positional].default is not inspect.Parameter.empty
-    if positional is not None and (several or optional):
-        parser.add_argument(positional, nargs="+" if several else "?", type=str, help=entry.help)
-        skip: set[str | int] | None = {positional}
-    else:
-        skip = {entry.rest} if entry.rest else None
-    parser.add_function_arguments(
-        function, as_group=False, skip=skip, as_positional=positional is not None and skip is None
-    )
+    parser = (PassingOn if entry.nargs == REST else OneLine)(prog=f"lora-lightning {name}", description=described)
+    if entry.positional and entry.nargs != REST:
+        parser.add_argument(entry.positional, nargs=entry.nargs, type=str, help=entry.help)
+    parser.add_function_arguments(function, as_group=False, skip={entry.positional or ""})
+    types = {key: str(kind) for key, kind in function.__annotations__.items()}
     if isinstance(parser, PassingOn):
-        parser.passed_as = str(entry.rest)
-        parser.lists = frozenset(f"--{key}" for key, one in parameters.items() if "list[str] | None" in one.annotation)
-    needed = [action for action in parser.options() if action.required]
-    parser.usage = " ".join([parser.prog, *map(_usage, needed), "[options]"])
+        parser.several = tuple(key for key, kind in types.items() if kind == "list[str] | None")
+    parser.usage = parser.prog
+    for action in parser.options():
+        word = action.dest.upper()
+        if types.get(action.dest, "").startswith("bool"):
+            action.nargs, action.const = "?", True  # `--json` is `--json true`
+        if action.required and action.option_strings:
+            parser.usage += f" {action.option_strings[-1]} {word}"
+        elif action.required:
+            parser.usage += f" {word.removesuffix('S')} [{word.removesuffix('S')} ...]"
+    parser.usage += " [options]"
     return parser
-
-
-def _usage(action: argparse.Action) -> str:
-    """Return a required argument as the usage line shows it."""
-    word = action.dest.upper()
-    if action.option_strings:
-        return f"{action.option_strings[-1]} {word}"
-    return f"{word.removesuffix('S')} [{word.removesuffix('S')} ...]" if action.nargs == "+" else word
-
-
-class PassingOn(OneLine):
-    """A parser that collects every flag which is not its own for the command that it runs."""
-
-    passed_as = ""
-    lists: frozenset[str] = frozenset()
-    """Options that take several words."""
-
-    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """Parse: an option takes the words up to the next flag, and a list all values of its repeated flags."""
-        words, others = self._divide(list(sys.argv[1:] if args is None else args))
-        config = super().parse_args(words, *rest, **kwargs)
-        config[self.passed_as] = others
-        return config
-
-    def _divide(self, words: list[str]) -> tuple[list[str], list[str]]:
-        by_option: dict[str, list[str]] = {}
-        flags = self.options_of("")
-        others: list[str] = []
-        current = None
-        for word in words:
-            option, equals, value = word.partition("=")
-            if not word.startswith("-"):
-                (others if current is None else by_option[current]).append(word)
-            elif option not in flags:
-                current = None
-                others.append(word)
-            else:
-                current = option
-                before = by_option.get(option, []) if option in self.lists else []  # else the later one wins
-                by_option[option] = [*before, *([value] if equals else [])]
-            if current is not None and current not in self.lists and by_option[current]:
-                current = None
-        arguments = []
-        for option, values in by_option.items():
-            arguments += [f"{option}={json.dumps(values)}"] if option in self.lists else [option, *values]
-        return arguments, others
 
 
 def run_command(name: str, args: list[str]) -> None:
     """Run a command that needs no config."""
-    function = function_of(name)
-    config = command_parser(name).parse_args(with_values(args, function.__annotations__))
-    function(**config.as_dict())
-
-
-def with_values(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
-    """Add the value of a switch without one: `--json` becomes `--json true`."""
-    switches = {f"--{name}" for name, kind in types.items() if kind is bool or str(kind).startswith("bool")}
-    words = []
-    for arg, follower in pairwise([*args, "--"]):
-        words += [arg, "true"] if arg in switches and follower.startswith("-") else [arg]
-    return words
+    function_of(name)(**command_parser(name).parse_args(args).as_dict())

@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+REST = "..."
+
 
 class Command(NamedTuple):
     """One command."""
@@ -15,11 +17,11 @@ class Command(NamedTuple):
     function: str | None = None
     """`module:function` whose signature and docstring are its `--help`; None for those of LightningCLI."""
     positional: str | None = None
-    """The argument without a flag; repeated where it is a list."""
+    """The argument without a flag."""
+    nargs: str = "?"
+    """How often it is there: `?` at most once, `+` at least once, or `REST`, every flag which is not the command's."""
     help: str = ""
-    """Help of the positional argument."""
-    rest: str | None = None
-    """The argument that collects every flag which is not the command's."""
+    """Its help."""
 
 
 GROUPS: dict[str, dict[str, Command]] = {
@@ -31,12 +33,14 @@ GROUPS: dict[str, dict[str, Command]] = {
         "plan": Command(
             "what a config will train and cost, without a weight",
             "lora_lightning.commands.registry_commands:plan",
-            rest="fit",
+            "fit",
+            REST,
         ),
         "sweep": Command(
             "fits of one config with other values of some flags, ranked",
             "lora_lightning.commands.registry_commands:sweep",
-            rest="fit",
+            "fit",
+            REST,
         ),
         "export": Command("a trained run as PEFT adapter and merged model, each compared with it"),
     },
@@ -48,6 +52,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "how much of its rank an adapter uses, and how far it moved its model",
             "lora_lightning.commands.registry_commands:analyze",
             "adapters",
+            "+",
             "Adapters: directories, run folders or checkpoints.",
         ),
     },
@@ -56,7 +61,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "a project from the template, with configs, data, a backbone, a task and tests",
             "lora_lightning.commands.new:new",
             "folder",
-            "A new or empty folder, whose name is the project's.",
+            help="A new or empty folder, whose name is the project's.",
         ),
     },
     "this machine": {

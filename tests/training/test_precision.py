@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lora_lightning import Checkpoints, FreezeBase, LoRAConfig, LoRAError, huggingface, inject
-from lora_lightning.cli.config_overrides import NF4, precision_for_backbone
+from lora_lightning.cli.config_overrides import NF4, set_precision
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.dtype import base_dtypes, base_floats, cast_base
 from lora_lightning.lora.frozen.fingerprint import fingerprint
@@ -203,9 +203,8 @@ def test_the_command_hands_the_words_meaning_down_and_forgets_it():
     ]
     for word, given, wanted in cases:
         backbone = SimpleNamespace(class_path="lora_lightning.huggingface", init_args=dict(given))
-        with precision_for_backbone({"trainer.precision": word, "model.backbone": backbone}):
-            assert backbone.init_args == given | wanted
-        assert backbone.init_args == given
+        set_precision({"trainer.precision": word, "model.backbone": backbone})
+        assert backbone.init_args == given | wanted
     other = SimpleNamespace(class_path="torch.nn.Identity", init_args={})
-    with precision_for_backbone({"trainer.precision": "nf4-base", "model.backbone": other}):
-        assert other.init_args == {}
+    set_precision({"trainer.precision": "nf4-base", "model.backbone": other})
+    assert other.init_args == {}

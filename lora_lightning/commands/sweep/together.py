@@ -16,7 +16,6 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 
 from lora_lightning.cli.build import build_run
-from lora_lightning.cli.main import SaveRunConfig
 from lora_lightning.commands.sweep.runner import LOG, Say, Stopped, take_result
 from lora_lightning.commands.sweep.study import Study, Trial
 from lora_lightning.lora.errors import LoRAError
@@ -122,9 +121,6 @@ class Together:
                 refuse_other_count(built.config, data)
                 refuse_other_size(built.module.backbone, built.module.task, data)
                 refuse_unlogged(built.trainer, built.module, built.config.get("model.lr_scheduler.init_args"))
-            for callback in built.trainer.callbacks:  # type: ignore[union-attr]
-                if isinstance(callback, SaveRunConfig):
-                    callback.config = built.config
             member = Member(
                 name=name,
                 module=built.module,
