@@ -10,7 +10,6 @@ import sysconfig
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import CodeType
 
 from lora_lightning.cli.config_files import config_values
 from lora_lightning.lora.errors import LoRAError, MissingPackageError, did_you_mean
@@ -111,27 +110,18 @@ def report_error(error: BaseException, args: Sequence[str] = ()) -> int:
 
 def exit_code_and_line(error: BaseException) -> tuple[int, str]:
     """Return the exit code and the line for an error."""
+    text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "stopped by Ctrl-C"
-    ours = isinstance(error, LoRAError | MissingPackageError) or not is_raised_by_user(error)
-    if ours and (known := _line_without_place(error)) is not None:
-        return MISTAKE, known
-    if ours and isinstance(error, OSError) and error.errno in DISK:
-        return MISTAKE, disk_line(error)
-    message = " ".join(str(error).split())
-    kind = type(error).__name__
-    return FAILED, f"{kind}{f': {message}' if message else ''} ({place(error)}; --debug shows the traceback)"
-
-
-def _line_without_place(error: BaseException) -> str | None:
-    """Return the line of an error that needs no place in the code; None for other errors."""
-    text = " ".join(str(error).split())
     if isinstance(error, LoRAError | MissingPackageError):
-        return text
-    if (meant := explain_message(text)) is not None:
-        return meant
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return text if "MisconfigurationException" in names else None
+        return MISTAKE, text
+    if not is_raised_by_user(error):
+        misconfigured = any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__)
+        known = explain_message(text) or (text if misconfigured else _explain_disk(error))
+        if known is not None:
+            return MISTAKE, known
+    kind = type(error).__name__
+    return FAILED, f"{kind}{f': {text}' if text else ''} ({_place(error)}; --debug shows the traceback)"
 
 
 def _from_another_folder(text: str, args: Sequence[str]) -> str:
@@ -152,8 +142,10 @@ def _from_another_folder(text: str, args: Sequence[str]) -> str:
     )
 
 
-def disk_line(error: OSError) -> str:
-    """Return the line for a disk's error, or that of a checkpoint's error before it, which has the same cause."""
+def _explain_disk(error: BaseException) -> str | None:
+    """Return the line for a disk's error, or that of a checkpoint's error before it; None for other errors."""
+    if not isinstance(error, OSError) or error.errno not in DISK:
+        return None
     if ours := [before for before in chain(error) if isinstance(before, LoRAError)]:
         return " ".join(str(ours[0]).split())
     file = f"'{_from_here(Path(error.filename))}'" if isinstance(error.filename, str) else "a file"
@@ -169,10 +161,6 @@ def disk_line(error: OSError) -> str:
     )
 
 
-def _from_here(file: Path) -> Path:
-    return file.relative_to(Path.cwd()) if Path.cwd() in file.parents else file
-
-
 def chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yield an error and those that it was raised from, the last one first."""
     while error is not None:
@@ -180,39 +168,36 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+# ---- whose code raised it, and where
+
+PACKAGE = Path(__file__).parents[1]
+
+
 def is_raised_by_user(error: BaseException) -> bool:
     """Return whether the user's code has raised it: then they need its type, message and place."""
-    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and _is_of_user(frames[-1])
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and _is_of_user(Path(frames[-1][0].f_code.co_filename))
 
 
-def place(error: BaseException) -> str:
+def _place(error: BaseException) -> str:
     """Return `FILE:LINE, in FUNCTION` of the last frame in the user's code, else in ours, else of the last frame."""
-    frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    if not frames:
-        return "no place"
+    frames = [(Path(f.f_code.co_filename), line, f.f_code) for f, line in traceback.walk_tb(error.__traceback__)]
     of_user = [frame for frame in frames if _is_of_user(frame[0])]
-    of_package = [frame for frame in frames if _package() in Path(frame[0].co_filename).parents]
-    code, line = (of_user or of_package or frames)[-1]
-    return f"{_short_path(code)}:{line}, in {code.co_qualname}"
+    of_package = [frame for frame in frames if PACKAGE in frame[0].parents]
+    for file, line, code in (of_user or of_package or frames)[-1:]:
+        near = next((base for base in (Path.cwd(), PACKAGE.parent) if base in file.parents), None)
+        shown = Path(*file.parts[-2:]) if near is None else file.relative_to(near)
+        shown = Path(*file.parts[-2:]) if "site-packages" in shown.parts else shown
+        return f"{shown}:{line}, in {code.co_qualname}"
+    return "no place"
 
 
-def _package() -> Path:
-    return Path(__file__).parents[1]
-
-
-def _is_of_user(code: CodeType) -> bool:
-    """Return whether code is neither of this package nor of an installed one nor Python's."""
-    file = Path(code.co_filename)
-    others = {_package(), Path(sysconfig.get_paths()["stdlib"])}
+def _is_of_user(file: Path) -> bool:
+    """Return whether a file of code is neither of this package nor of an installed one nor Python's."""
+    others = {PACKAGE, Path(sysconfig.get_paths()["stdlib"])}
     installed = {"site-packages", "dist-packages"} & set(file.parts)
     return file.is_file() and not installed and others.isdisjoint(file.parents)
 
 
-def _short_path(code: CodeType) -> str:
-    """Return the path from the folder where the command runs, or from the package's."""
-    file = Path(code.co_filename)
-    for base in (Path.cwd(), _package().parent):
-        if base in file.parents and "site-packages" not in file.relative_to(base).parts:
-            return str(file.relative_to(base))
-    return "/".join(file.parts[-2:])
+def _from_here(file: Path) -> Path:
+    return file.relative_to(Path.cwd()) if Path.cwd() in file.parents else file
