@@ -22,6 +22,8 @@ class Table:
     """The columns with text, which are aligned left; the others have numbers."""
     code: bool = False
     """Whether the first column has names of code, which pages show in a monospaced font."""
+    prose: bool = False
+    """Whether its texts keep their lines on a page."""
     note: str = ""
     """Text below the table."""
 
