@@ -16,7 +16,7 @@ from lora_lightning.analysis.adapters import OUT, Adapter, Factors
 from lora_lightning.analysis.measures import common_rank
 from lora_lightning.lora.bank.combine import Loss, pad_pair, truncate_pair
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.atomic_dir import write_together
+from lora_lightning.lora.formats.atomic_dir import refuse_occupied, write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.keys import PREFIX
 from lora_lightning.lora.formats.peft.save import ranks_and_alphas
@@ -24,8 +24,8 @@ from lora_lightning.lora.formats.tensor_files import file_content
 from lora_lightning.lora.frozen.spectrum import Pair
 from lora_lightning.lora.init.from_weight import is_from_weight
 
-MARK = "truncation.json"
-"""The file beside a truncated adapter that records how it was made."""
+WHAT, MARK = "a truncated adapter", "truncation.json"
+"""What is written, for errors, and the file beside it that records how it was made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +53,6 @@ def check_share(share: float) -> None:
         raise LoRAError(f"truncate must be a share of the energy, above 0 and at most 1 (0.95), got {share!r}")
 
 
-def refuse_occupied(directory: Path) -> None:
-    """Raise a LoRAError where files other than an earlier truncation's would be overwritten."""
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not (directory / MARK).is_file()):
-        raise LoRAError(f"'{directory}' holds something other than a truncated adapter: name an empty or new folder")
-
-
 def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
     """Write the smaller adapter as a PEFT directory that `load_adapter` and PEFT open on the same base.
 
@@ -68,7 +62,7 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
         LoRAError: `share` is invalid, the directory holds other files, or the adapter cannot be written.
     """
     check_share(share)
-    refuse_occupied(directory)
+    refuse_occupied(directory, WHAT, MARK)
     layers, config, record = adapter.factors, dict(adapter.files.peft), adapter.files.record
     ranks, alphas = dict[str, int](), dict[str, float]()  # by PEFT's names: two projections of an attention have one
     for layer in layers:

@@ -18,12 +18,12 @@ from lora_lightning.analysis import tables
 from lora_lightning.analysis.measures import measure_adapter
 from lora_lightning.analysis.plots import Analysis, figures
 from lora_lightning.analysis.similarity import compare_adapters
-from lora_lightning.analysis.truncation import Truncation, check_share, refuse_occupied, truncate
+from lora_lightning.analysis.truncation import MARK, WHAT, Truncation, check_share, truncate
 from lora_lightning.cli.build import Run
 from lora_lightning.commands.adapter_sources import AUTO, Source, SourceOptions, labels_of, open_source
 from lora_lightning.commands.drift import DriftRequest, drift_of_run, write_record
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
-from lora_lightning.lora.formats.atomic_dir import write_bytes
+from lora_lightning.lora.formats.atomic_dir import refuse_occupied, write_bytes
 from lora_lightning.lora.formats.peft.load import load_adapter
 from lora_lightning.lora.inject import remove
 from lora_lightning.lora.targets.patterns import regex_refusal
@@ -63,14 +63,10 @@ class Request:
             check_share(self.truncate)
             if len(self.adapters) > 1:
                 raise LoRAError(f"truncate takes one adapter, got {len(self.adapters)}: name the one to be cut")
-            refuse_occupied(self.output_dir / TRUNCATED)
+            refuse_occupied(self.output_dir / TRUNCATED, WHAT, MARK)
         if self.drift is not None and len(self.adapters) > 1:
             raise LoRAError(f"drift takes one run, got {len(self.adapters)}: name the one to be measured")
-        if self.output_dir.is_file():
-            raise LoRAError(f"'{self.output_dir}' is a file: name a folder")
-        known = not self.output_dir.is_dir() or (self.output_dir / RESULTS).is_file()
-        if not known and any(path.name != TRUNCATED for path in self.output_dir.iterdir()):
-            raise LoRAError(f"'{self.output_dir}' holds other files: name a new folder with --output_dir")
+        refuse_occupied(self.output_dir, "an analysis", RESULTS, f"{TRUNCATED}/{MARK}")
         if self.plots:
             refuse_missing()
 

@@ -6,19 +6,18 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_lightning.backbones.checkpoint import CONFIG, BaseFiles, main_dtype
 from lora_lightning.backbones.key_mapping import groups_of, name_of
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.lora.errors import AdapterWarning, LoRAError, first_few
-from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
+from lora_lightning.lora.formats.atomic_dir import refuse_occupied, stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.frozen.dtype import DType, dtype_name, parse_dtype
@@ -65,49 +64,26 @@ def merge_on_disk(
     base, adapter, target = Path(resolve(str(base_dir))), Path(resolve(str(adapter_dir))), Path(output_dir)
     to_dtype = parse_dtype(dtype)
     _refuse_target(target, {"base": base, "adapter": adapter})
-    merge, written = _plan(base, adapter, to_dtype, allow_other_base=allow_other_base, alphas=alphas)
+    plain = BaseFiles(base)  # first, so that errors of the base come before errors of the adapter
+    files = AdapterFiles.read(adapter)
+    make, heads = plain.maker(files)
+    groups = groups_of(make(), plain.checkpoint)
+    options: dict[str, Any] = {"dtype": to_dtype, "allow_other_base": allow_other_base, "alphas": alphas}
+    merge = StreamedMerge(make, plain.checkpoint, groups, files, **options)
+    for key in merge.new:
+        if name_of(make(), key) != key:
+            raise LoRAError(f"'{key}' would be new and loaded under another name: merge in memory")
     try:
         # with room for headers, tokenizer and config
         with stage_folder(target, merge.size + merge.size // 100 + 2**24) as folder:
             with _progress(merge.size) as advance:
                 report = merge.write(folder, advance)
-            _write_side_files(base, folder, merge, report, written)
-            _write_report(folder, report)
+            _write_side_files(base, folder, merge, report, heads)
     except OSError as error:
         raise LoRAError(f"'{target}' cannot be written ({error}); it is as it was") from error
     if warning := rounding_warning(report.kept, to_dtype or main_dtype(merge.checkpoint)):
         warnings.warn(warning, AdapterWarning, stacklevel=2)
     return report
-
-
-def _plan(
-    base: Path,
-    adapter: Path,
-    dtype: torch.dtype | None,
-    *,
-    allow_other_base: bool,
-    alphas: Mapping[str, float] | None,
-) -> tuple[StreamedMerge, dict[str, Any]]:
-    """The merge, and the changes to the base's config."""
-    plain = BaseFiles(base)  # first, so that errors of the base come before errors of the adapter
-    files = AdapterFiles.read(adapter)
-    make, heads = plain.maker(files)
-    merge = StreamedMerge(
-        make,
-        plain.checkpoint,
-        groups_of(make(), plain.checkpoint),
-        files,
-        dtype=dtype,
-        allow_other_base=allow_other_base,
-        alphas=alphas,
-    )
-    for key in merge.new:
-        if name_of(make(), key) != key:
-            raise LoRAError(f"'{key}' would be new and loaded under another name: merge in memory")
-    written = {**heads, "architectures": [type(merge.plain).__name__]}
-    if dtype is not None:
-        written["dtype"] = dtype_name(dtype)
-    return merge, written
 
 
 @contextmanager
@@ -120,9 +96,9 @@ def _progress(size: int) -> Iterator[Callable[[int], None]]:
 
 
 def _write_side_files(
-    base: Path, folder: Path, merge: StreamedMerge, report: StreamReport, written: Mapping[str, Any]
+    base: Path, folder: Path, merge: StreamedMerge, report: StreamReport, heads: Mapping[str, Any]
 ) -> None:
-    """Write the config and the index, and copy the base's other files that are no weights."""
+    """Write the config, the index and the report, and copy the base's other files that are no weights."""
     for path in sorted(base.rglob("*")):
         inner = path.relative_to(base)
         hidden = any(part.startswith(".") for part in inner.parts)
@@ -132,21 +108,28 @@ def _write_side_files(
             (folder / inner).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / inner)
     text = (base / CONFIG).read_text(encoding="utf-8")
-    config = _edit_config(json.loads(text), merge, written)
+    config = _edit_config(json.loads(text), merge, heads)
     if config != json.loads(text):
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        text = _json(config)
     write_bytes(folder / CONFIG, text.encode())
     if merge.checkpoint.index is not None:
         index: dict[str, Any] = dict(merge.checkpoint.index)
         index["weight_map"] = {key: file for file, keys in report.files.items() for key in sorted(keys)}
         index["metadata"] = {**(index.get("metadata") or {}), "total_size": report.size}
-        write_bytes(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        write_bytes(folder / INDEX, _json(index).encode())
+    facts = {name: value for name, value in asdict(report).items() if name != "files"}
+    write_bytes(folder / REPORT, _json({**facts, "written": sorted(_files(folder))}).encode())
 
 
-def _edit_config(config: dict[str, Any], merge: StreamedMerge, written: Mapping[str, Any]) -> dict[str, Any]:
-    """The base's config with only the merge's changes."""
-    edited = {**config, **written}
-    if "dtype" in written:
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def _edit_config(config: dict[str, Any], merge: StreamedMerge, heads: Mapping[str, Any]) -> dict[str, Any]:
+    """The base's config with only the merge's changes: new labels in `heads`, the class, the dtype, and ties."""
+    edited = {**config, **heads, "architectures": [type(merge.plain).__name__]}
+    if merge.dtype is not None:
+        edited["dtype"] = dtype_name(merge.dtype)
         edited.pop("torch_dtype", None)  # the field's older name
     if merge.untied and merge.plain.config.tie_word_embeddings is False:  # type: ignore[union-attr]
         edited["tie_word_embeddings"] = False
@@ -159,13 +142,12 @@ def _edit_config(config: dict[str, Any], merge: StreamedMerge, written: Mapping[
 
 def _refuse_target(target: Path, read: Mapping[str, Path]) -> None:
     """Raise a LoRAError where writing would delete files that no earlier merge wrote, or an input of this one."""
-    if target.is_file():
-        raise LoRAError(f"'{target}' is a file: name a folder")
-    if target.is_dir() and any(target.iterdir()):
-        if not (target / REPORT).is_file():
-            raise LoRAError(f"'{target}' is not empty: name an empty or new folder")
-        strangers = sorted(_files(target) - _written_before(target))
-        if strangers:
+    refuse_occupied(target, "a merged model", REPORT)
+    if (target / REPORT).is_file():
+        written = set[str]()  # of a report that cannot be read
+        with suppress(ValueError, KeyError, TypeError, OSError):
+            written = {*json.loads((target / REPORT).read_text(encoding="utf-8"))["written"]}
+        if strangers := sorted(_files(target) - written - {REPORT}):
             raise LoRAError(f"'{target}' holds files that no merge wrote ({first_few(strangers)}): name another folder")
     for what, path in read.items():
         if path.resolve().is_relative_to(target.resolve()):
@@ -178,18 +160,3 @@ def _refuse_target(target: Path, read: Mapping[str, Path]) -> None:
 
 def _files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-
-
-def _written_before(folder: Path) -> set[str]:
-    """The files that an earlier merge's report lists."""
-    try:
-        return {*json.loads((folder / REPORT).read_text(encoding="utf-8"))["written"], REPORT}
-    except (ValueError, KeyError, TypeError, OSError):
-        return set()
-
-
-def _write_report(folder: Path, report: StreamReport) -> None:
-    """Write `REPORT`."""
-    facts = {name: value for name, value in asdict(report).items() if name != "files"}
-    text = json.dumps({**facts, "written": sorted(_files(folder))}, indent=2, ensure_ascii=False)
-    write_bytes(folder / REPORT, (text + "\n").encode())

@@ -10,6 +10,7 @@ import torch
 
 from lora_lightning.lora.bank.strength import refuse_strength
 from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.formats.atomic_dir import refuse_occupied
 from lora_lightning.lora.frozen.dtype import DType, parse_dtype
 
 FORMATS = ("adapter", "merged")
@@ -30,7 +31,8 @@ def parse_options(
         LoRAError: an option has an invalid value, or does not go with another option.
     """
     wanted, to_dtype = parse_formats(formats), parse_dtype(dtype)
-    if max_shard_size is not None and not _is_size(max_shard_size):
+    is_size = max_shard_size > 0 if isinstance(max_shard_size, int) else SIZE.fullmatch(str(max_shard_size))
+    if max_shard_size is not None and not is_size:
         raise LoRAError(f"max_shard_size must be bytes or a size such as 5GB, got {max_shard_size!r}")
     if serving not in (None, "vllm"):
         raise LoRAError(f"serving must be 'vllm' or left out, got {serving!r}{did_you_mean(str(serving), ['vllm'])}")
@@ -71,14 +73,7 @@ def refuse_base_alone(scale: float) -> None:
         raise LoRAError("scale must be above 0, got 0: an export of it would be the base that the run began with")
 
 
-def _is_size(size: int | str) -> bool:
-    return size > 0 if isinstance(size, int) else SIZE.fullmatch(str(size)) is not None
-
-
 def check_target(target: Path) -> Path:
     """Raise a LoRAError where `target` holds something other than an older export; returns `target`."""
-    if target.is_file():
-        raise LoRAError(f"'{target}' is a file: name a folder")
-    if target.exists() and any(target.iterdir()) and not (target / REPORT).is_file():
-        raise LoRAError(f"'{target}' holds files that are not an export: name an empty or new folder")
+    refuse_occupied(target, "an export", REPORT)
     return target

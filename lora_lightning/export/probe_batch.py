@@ -49,7 +49,9 @@ def first_batch(loaders: Iterable[Any], module: LightningModule) -> dict[str, An
     Raises:
         LoRAError: the batch is no mapping by name and there is no `example_input_array`.
     """
-    batch = next((batch for loader in _flatten(loaders) for batch in loader), None)
+    combined = (one if isinstance(one, CombinedLoader) else CombinedLoader(one) for one in loaders)
+    single = (loader for one in combined for loader in one.flattened if loader is not None)
+    batch = next((batch for loader in single for batch in loader), None)
     task, backbone = getattr(module, "task", None), getattr(module, "backbone", None)
     if isinstance(task, Task) and task.takes_tuples and isinstance(batch, tuple | list):
         batch = task.inputs(module.backbone, batch)  # type: ignore[arg-type]
@@ -61,19 +63,6 @@ def first_batch(loaders: Iterable[Any], module: LightningModule) -> dict[str, An
         "an export is proven on a batch that names the backbone's arguments, such as {'input_ids': tensor}; the data's"
         f" first is {_describe(batch)}: let collate_fn return a dict, or give the module an example_input_array"
     )
-
-
-def _flatten(loaders: Any) -> Iterator[Any]:
-    """The loaders in lists, tuples, dicts and CombinedLoaders, in order."""
-    if isinstance(loaders, Mapping):
-        loaders = loaders.values()
-    for loader in loaders:
-        if isinstance(loader, CombinedLoader):
-            yield from loader.flattened
-        elif isinstance(loader, list | tuple | Mapping):
-            yield from _flatten(loader)
-        elif loader is not None:
-            yield loader
 
 
 def _describe(batch: Any) -> str:

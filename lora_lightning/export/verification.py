@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -79,25 +78,20 @@ def difference(adapted: list[Tensor], exported: list[Tensor], what: str) -> Diff
         raise MergeError(f"{what} returns {len(exported)} outputs, {_shapes(exported)}, for {_shapes(adapted)}")
     if not any(torch.isfinite(t).any() for t in adapted):
         raise MergeError("the adapted model returns no finite number for the probe: nothing can be compared")
-    largest = relative = 0.0
-    for a, b in zip(adapted, exported, strict=True):
-        far, size = _largest_difference(a.double(), b.double())
-        largest, relative = _max(largest, far), _max(relative, far / size)
+    figures = torch.stack([_farthest(a.double(), b.double()) for a, b in zip(adapted, exported, strict=True)])
+    largest, relative = figures.amax(0).tolist()
     return Difference(outputs=len(adapted), max_abs_diff=largest, max_rel_diff=relative)
 
 
-def _largest_difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Largest |b - a|, and the largest finite |a|."""
+def _farthest(a: Tensor, b: Tensor) -> Tensor:
+    """Largest |b - a|, and that over the largest finite |a|; a NaN in one of the two passes through."""
     equal = (a == b) | (a.isnan() & b.isnan())
-    far = torch.where(equal, 0.0, (a - b).abs())
-    finite = a[torch.isfinite(a)].abs()
-    size = float(finite.max()) if finite.numel() else 0.0
-    return float(far.max()) if far.numel() else 0.0, max(size, torch.finfo(torch.float32).tiny)
+    far, size = (_largest(x) for x in (torch.where(equal, 0.0, (a - b).abs()), a[a.isfinite()].abs()))
+    return torch.stack([far, far / size.clamp_min(torch.finfo(torch.float32).tiny)])
 
 
-def _max(a: float, b: float) -> float:
-    """The maximum, in which NaN is larger than any number: it must fail the comparison, and `max` would drop it."""
-    return a if math.isnan(a) or a > b else b
+def _largest(values: Tensor) -> Tensor:
+    return values.max() if values.numel() else values.new_zeros(())
 
 
 def _shapes(tensors: list[Tensor]) -> str:

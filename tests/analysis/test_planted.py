@@ -149,7 +149,7 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(tmp_path):
         "no folder": {"wanted": SourceOptions(base_model=str(tmp_path / "nowhere"))},
         "layers: '.' ": {"layers": "("},
         "got one adapter": {"layers": ".*", "plots": True},
-        "holds other files": {"output_dir": plain},
+        "holds files that are not an analysis": {"output_dir": plain},
     }
     for match, options in requests.items():
         with pytest.raises(LoRAError, match=match):

@@ -415,7 +415,7 @@ def test_a_merge_replaces_its_own_output_and_nothing_else(ready):
     out = ready / "out"
     out.mkdir()
     (out / "mine.txt").write_text("x")
-    with pytest.raises(LoRAError, match="is not empty"):
+    with pytest.raises(LoRAError, match="holds files that are not a merged model"):
         merged(ready)
     (out / "mine.txt").unlink()
     merged(ready)

@@ -179,6 +179,14 @@ def clear_leftovers(target: Path) -> None:
             _remove(path)
 
 
+def refuse_occupied(folder: Path, what: str, *marks: str) -> None:
+    """Raise a LoRAError where something else than `what`, which has one of the files `marks`, would be replaced."""
+    if folder.is_file():
+        raise LoRAError(f"'{folder}' is a file: name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / mark).is_file() for mark in marks):
+        raise LoRAError(f"'{folder}' holds files that are not {what}: name an empty or new folder")
+
+
 def hidden_path(target: Path, kind: str) -> Path:
     """A hidden name beside `target` with the machine and the process, since other machines may share the disk."""
     return target.with_name(f".{target.name}.{_host()}.{os.getpid()}.{kind}.part")
