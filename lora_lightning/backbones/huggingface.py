@@ -77,13 +77,12 @@ def huggingface(
         refuse_not_there("model", name)
     if label_names:
         kwargs |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
-        kwargs["num_labels"] = num_labels or len(label_names)
-    elif num_labels:
-        kwargs["num_labels"] = num_labels
-    if attn_implementation:
-        kwargs["attn_implementation"] = attn_implementation
-    if revision:
-        kwargs["revision"] = revision
+    given = {
+        "num_labels": num_labels or len(label_names or ()),
+        "attn_implementation": attn_implementation,
+        "revision": revision,
+    }
+    kwargs |= {key: value for key, value in given.items() if value}
     on_meta = on_meta and not builds_bare()
     if on_meta and add_tokens:
         raise LoRAError("add_tokens makes rows of the embedding, which on_meta has not read yet: leave on_meta out")

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.lora.errors import LoRAError, did_you_mean, first_few, first_line
+from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
+from lora_lightning.lora.frozen.tensors import refuse_misfits
 from lora_lightning.lora.meta.build import builds_bare
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -52,12 +53,13 @@ def timm_model(
         model: nn.Module = timm.create_model(model_name, pretrained=pretrained and checkpoint_path is None, **kwargs)
     except Exception as error:  # no weights, no network, arguments that the model does not take
         raise LoRAError(f"timm cannot make '{model_name}': {first_line(error)}") from error
-    heads = _timm_heads(model)
+    known: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}  # the weights' classes and their head
+    named = known.get("classifier") or ()
+    heads = {named} if isinstance(named, str) else {*named}
+    new: list[str] = []
     if checkpoint_path is not None:
         new = _fill(model, Path(resolve(checkpoint_path)), heads)
-    elif not pretrained or _classes_of(model) == num_classes or num_classes is None:
-        new = []
-    else:
+    elif pretrained and num_classes is not None and num_classes != known.get("num_classes"):
         new = [key for key in model.state_dict() if key.rpartition(".")[0] in heads]
     model.new_keys = new  # type: ignore[assignment]  # as of `huggingface`: what has random values
     return model
@@ -125,17 +127,6 @@ def check_timm_name(name: str) -> None:
         raise LoRAError(f"timm has no weights '{tag}' of '{architecture}'{did_you_mean(tag, known)}")
 
 
-def _timm_heads(model: nn.Module) -> set[str]:
-    """Names of the classification head's modules."""
-    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
-    return {named} if isinstance(named, str) else set(named)
-
-
-def _classes_of(model: nn.Module) -> int | None:
-    """How many classes timm's weights have."""
-    return (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
-
-
 def _torchvision_weights(model_name: str, weights: str | None) -> Any:
     from torchvision import models
 
@@ -198,15 +189,10 @@ def _fill(model: nn.Module, file: Path, heads: set[str] | None) -> list[str]:
         return key in expected and key in state and expected[key].shape[1:] == state[key].shape[1:]
 
     new = [key for key in expected if is_head(key) and (key not in state or state[key].shape != expected[key].shape)]
-    faults = [f"missing '{key}'" for key in expected if key not in state and key not in new]
-    unknown = [key for key in state if key not in expected and not is_head(key)]
-    faults += [f"left over '{key}'{did_you_mean(key, expected)}" for key in unknown]
-    faults += [
-        f"'{key}' of shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and key not in new and state[key].shape != expected[key].shape
-    ]
-    if faults:
-        raise LoRAError(f"{file.name} does not fit {type(model).__name__}: {first_few(faults)}")
+    refuse_misfits(
+        {key: tensor for key, tensor in expected.items() if key not in new},
+        {key: tensor for key, tensor in state.items() if key not in new and (key in expected or not is_head(key))},
+        f"{file.name} does not fit {type(model).__name__}",
+    )
     model.load_state_dict({key: expected[key] if key in new else state[key] for key in expected})
     return new

@@ -32,8 +32,8 @@ from lora_lightning.training.checkpoints.adapter_state import (
     CHECKPOINT_KEY,
     adapter_only,
     refuse_damaged_fields,
-    refuse_misfits,
     refuse_other_config,
+    refuse_other_tensors,
 )
 from lora_lightning.training.checkpoints.resume import Resume
 from lora_lightning.training.initialization import (
@@ -303,7 +303,7 @@ class LoRAModule(LightningModule):
         """
         current = self.state_dict()
         if strict:
-            refuse_misfits(self, current, state_dict)
+            refuse_other_tensors(self, current, state_dict)
         keys = {plain_name(self, key): key for key in current}
         renamed = {keys.get(plain_name(self, key), key): value for key, value in state_dict.items()}
         return super().load_state_dict(renamed, strict=False, assign=assign)

@@ -6,12 +6,12 @@ below it: `layers.0._orig_mod.weight`. Files, patterns and fingerprints use the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few
 from lora_lightning.lora.layers.class_swap import Grafted
 from lora_lightning.lora.layers.trained.module_copy import SavedCopy
 
@@ -152,3 +152,27 @@ def _adapter_keys(model: nn.Module) -> set[str]:
 def full_name(*parts: str) -> str:
     """A dotted name from its parts; the model's name is an empty part."""
     return ".".join(part for part in parts if part)
+
+
+def refuse_misfits(
+    expected: Mapping[str, Any], tensors: Mapping[str, Any], what: str = "the adapter does not fit this model"
+) -> None:
+    """Raise an AdapterError that lists all keys that are missing, left over, wrongly shaped or of another kind.
+
+    Of values that are no tensors only the keys are compared. The error begins with `what`.
+    """
+    problems = [f"missing '{key}'" for key in expected if key not in tensors]
+    problems += [f"left over '{key}'{did_you_mean(key, expected)}" for key in tensors if key not in expected]
+    pairs = {k: (t, tensors[k]) for k, t in expected.items() if k in tensors and isinstance(t, Tensor)}
+    problems += [
+        f"'{key}' has shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        for key, (want, got) in pairs.items()
+        if got.shape != want.shape
+    ]
+    problems += [
+        f"'{key}' holds {got.dtype}, expected {want.dtype}"
+        for key, (want, got) in pairs.items()
+        if got.dtype.is_floating_point != want.is_floating_point()
+    ]
+    if problems:
+        raise AdapterError(f"{what} ({len(problems)} keys): {first_few(problems, 10)}")

@@ -17,12 +17,12 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats.peft.config import subtracted_init, token_ids
 from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key
-from lora_lightning.lora.formats.peft.layout import from_peft, refuse_misfits
+from lora_lightning.lora.formats.peft.layout import from_peft
 from lora_lightning.lora.formats.peft.load import AdapterFiles, load_tensors
 from lora_lightning.lora.formats.peft.resolve import config_for, find_contents, resolve
 from lora_lightning.lora.formats.provenance import check_base, refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
-from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name
+from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name, refuse_misfits
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy, TokenRows
 from lora_lightning.lora.layers.trained.module_copy import COPY

@@ -19,11 +19,11 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError, did_you_mean
-from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
+from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name, refuse_misfits
 
 CHECKPOINT_KEY, PREFIX = "lora_lightning", "backbone."
 """The key of the adapter's settings in a checkpoint, and the prefix of its tensors' keys."""
@@ -129,7 +129,7 @@ def refuse_other_config(checkpoint: Mapping[str, Any], config: LoRAConfig) -> No
             )
 
 
-def refuse_misfits(module: nn.Module, expected: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+def refuse_other_tensors(module: nn.Module, expected: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Raise unless a checkpoint's tensors fit the adapter by keys and shapes.
 
     Args:
@@ -139,16 +139,8 @@ def refuse_misfits(module: nn.Module, expected: Mapping[str, Any], state: Mappin
     Raises:
         AdapterError: a list of keys that are missing, left over or wrongly shaped.
     """
-    expected = {plain_name(module, key): value for key, value in expected.items()}
     state = {plain_name(module, key): value for key, value in state.items()}
     frozen = frozen_keys_of(module)
-    problems = [f"missing '{k}'" for k in expected if k not in state and k not in frozen]
-    problems += [f"left over '{k}'{did_you_mean(k, expected)}" for k in state if k not in expected]
-    problems += [
-        f"'{k}' has shape {tuple(state[k].shape)}, expected {tuple(expected[k].shape)}"
-        for k in expected
-        if k in state and isinstance(expected[k], Tensor) and state[k].shape != expected[k].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise AdapterError(f"the checkpoint does not fit this model: {', '.join(problems[:4])}{more}")
+    named = {plain_name(module, key): value for key, value in expected.items()}
+    wanted = {key: value for key, value in named.items() if key in state or key not in frozen}
+    refuse_misfits(wanted, state, "the checkpoint does not fit this model")

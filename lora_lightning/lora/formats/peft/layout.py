@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few
 from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key, token_key
-from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name, named_modules
+from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name, named_modules, refuse_misfits
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter, TokenRows, TrainedBias
 from lora_lightning.lora.layers.parameter import CHILD
@@ -200,22 +199,3 @@ def from_peft(model: nn.Module, file: Mapping[str, Tensor], token_ids: Callable[
     ours |= {key: file[theirs] for key, theirs in bias_keys(model, layouts).items()}
     ours |= {key: file[copy_key(key)] for key in adapter_tensors(model) if copy_key(key) != key}
     return ours
-
-
-def refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise an AdapterError that lists all keys that are missing, left over, wrongly shaped or of another kind."""
-    problems = [f"missing '{key}'" for key in expected if key not in tensors]
-    problems += [f"left over '{key}'{did_you_mean(key, expected)}" for key in tensors if key not in expected]
-    pairs = {key: (tensor, tensors[key]) for key, tensor in expected.items() if key in tensors}
-    problems += [
-        f"'{key}' has shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        for key, (want, got) in pairs.items()
-        if got.shape != want.shape
-    ]
-    problems += [
-        f"'{key}' holds {got.dtype}, expected {want.dtype}"
-        for key, (want, got) in pairs.items()
-        if got.dtype.is_floating_point != want.is_floating_point()
-    ]
-    if problems:
-        raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {first_few(problems, 10)}")

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError, first_few
 from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS, read_config, token_ids
-from lora_lightning.lora.formats.peft.layout import from_peft, refuse_misfits
+from lora_lightning.lora.formats.peft.layout import from_peft
 from lora_lightning.lora.formats.peft.resolve import Read, config_for, find_contents, refuse_other_targets, resolve
 from lora_lightning.lora.formats.provenance import Record, check_base, read_record
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
-from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module
+from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module, refuse_misfits
 from lora_lightning.lora.init import from_weight
 from lora_lightning.lora.inject import inject, remove
 from lora_lightning.lora.layers import Grafted

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 
-from lora_lightning.training.checkpoints.adapter_state import adapter_only, refuse_misfits
+from lora_lightning.training.checkpoints.adapter_state import adapter_only, refuse_other_tensors
 from lora_lightning.training.checkpoints.file_io import is_remote, whole_file
 from lora_lightning.training.strategies.collectives import rank, run_in_all, run_in_first
 from lora_lightning.training.strategies.fsdp2.wrapping import read_as_stored
@@ -72,7 +72,7 @@ class AdapterCheckpoints(ModelParallelStrategy):
         """
         module, state = self._module, checkpoint["state_dict"]
         if strict:
-            refuse_misfits(module, module.state_dict(), state)
+            refuse_other_tensors(module, module.state_dict(), state)
         current = adapter_only(module, module.state_dict())
         shards = {key: _shard_like(value, current[key]) for key, value in state.items() if key in current}
         with read_as_stored(module.backbone):
