@@ -7,7 +7,7 @@ experts. This module applies transformers' rules and operations, in both directi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,20 +41,19 @@ def groups_of(model: PreTrainedModel, checkpoint: Checkpoint, *, to_write: bool 
     renamings, converters = _rules(model)
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state: dict[str, Any] = model.state_dict()
-    prefix = model.base_model_prefix
     groups: list[Group] = []
-    fused: dict[str, tuple[WeightConverter, dict[str, str]]] = {}
+    fusions: dict[str, _Fusion] = {}
     for key in sorted(checkpoint.stored, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
         if name not in state and key in state:
-            name, pattern = rename_source_key(key, [], [], prefix, state)
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, state)
         if name in state and pattern is None:
             groups.append(single_group(key, name))
         elif name in state and pattern is not None:
-            fused.setdefault(name, (of_pattern[pattern], {}))[1][key] = pattern
-    for name, (rule, patterns) in fused.items():
-        groups.append(_fused_group(model, checkpoint, name, rule, patterns, renamings, to_write=to_write))
-    return groups
+            fusion = fusions.setdefault(name, _Fusion(model, of_pattern[pattern], name))
+            fusion.patterns[key] = pattern
+            fusion.keys[_bare(apply_renamings(key, renamings), model)] = key
+    return groups + [fusion.group(checkpoint, to_write=to_write) for fusion in fusions.values()]
 
 
 def groups_to_load(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Group]:
@@ -75,79 +74,60 @@ def _rules(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightCon
     return [r for r in rules if isinstance(r, WeightRenaming)], [r for r in rules if isinstance(r, WeightConverter)]
 
 
-def _fused_group(
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    name: str,
-    rule: WeightConverter,
-    patterns: dict[str, str],
-    renamings: list[WeightRenaming],
-    *,
-    to_write: bool,
-) -> Group:
-    """The group of tensors that one rule fuses from the keys of `patterns`; the first of them is `name`.
+@dataclass
+class _Fusion:
+    """The tensors that one rule fuses from tensors in the files; the first of them is `name`."""
 
-    The rule is run on the meta device in both directions to learn names and shapes.
+    model: PreTrainedModel
+    rule: WeightConverter
+    name: str
+    patterns: dict[str, str] = field(default_factory=dict)
+    """By key in the files, the pattern of the rule that matched it."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """The files' keys by their names without prefix and renaming."""
 
-    Args:
-        patterns: by key in the files, the pattern of the rule that matched it.
-    """
-    load = _loader(model, name, rule, patterns)
-    bare_names = {_bare(apply_renamings(key, renamings), model): key for key in patterns}
-    store = _storer(model, rule, bare_names) if to_write else _refuse_to_write
-    stored = {key: checkpoint.stored[key] for key in patterns}
-    dtypes = {key: DTYPES.get(entry.dtype, torch.uint8) for key, entry in stored.items()}
-    before = {key: torch.empty(entry.shape, dtype=dtypes[key], device="meta") for key, entry in stored.items()}
-    try:
-        made = load(dict(before))
-        after = store(made) if to_write else before
-    except (RuntimeError, KeyError, ValueError, NotImplementedError) as error:
-        raise LoRAError(f"the tensors that make up '{name}' cannot be fused or parted again ({error})") from error
-    state = model.state_dict()
-    same = after.keys() == before.keys() and all(after[key].shape == before[key].shape for key in before)
-    if not same or any(n not in state or state[n].shape != tensor.shape for n, tensor in made.items()):
-        raise LoRAError(
-            f"'{name}' is stored as {len(patterns)} tensors, first '{next(iter(patterns))}', in a form that cannot be"
-            f" {'written back: load the model and merge it in memory' if to_write else 'read tensor by tensor'}"
-        )
-    return Group(stored=tuple(patterns), names=tuple(made), load=load, store=store)
+    def load(self, tensors: Tensors) -> Tensors:
+        converter = copy.deepcopy(self.rule)
+        for key, pattern in self.patterns.items():  # `pop`, so that the pieces are freed once they are fused
+            converter.add_tensor(self.name, key, pattern, tensors.pop(key))  # type: ignore[arg-type]
+        return self._convert(converter, self.name)
 
-
-def _loader(
-    model: PreTrainedModel, name: str, rule: WeightConverter, patterns: dict[str, str]
-) -> Callable[[Tensors], Tensors]:
-    def load(tensors: Tensors) -> Tensors:
-        converter = copy.deepcopy(rule)
-        for key, pattern in patterns.items():  # `pop`, so that the pieces are freed once they are fused
-            converter.add_tensor(name, key, pattern, tensors.pop(key))  # type: ignore[arg-type]
-        return _single(converter.convert(name, model=model, config=model.config))
-
-    return load
-
-
-def _storer(model: PreTrainedModel, rule: WeightConverter, keys: dict[str, str]) -> Callable[[Tensors], Tensors]:
-    """The inverse of `_loader`; `keys` are the files' keys by their names without prefix and renaming."""
-    reverse = rule.reverse_transform()
-    assert isinstance(reverse, WeightConverter)
-
-    def store(tensors: Tensors) -> Tensors:
-        converter, first = copy.deepcopy(reverse), ""
+    def store(self, tensors: Tensors) -> Tensors:
+        """The inverse of `load`."""
+        reverse, first = self.rule.reverse_transform(), ""
+        assert isinstance(reverse, WeightConverter)
         for name in sorted(tensors, key=dot_natural_key):
             renamed, pattern = apply_converters(name, [reverse])
             first = first or renamed
-            converter.add_tensor(renamed, name, pattern or "", tensors[name])  # type: ignore[arg-type]
-        made = _single(converter.convert(first, model=model, config=model.config))
-        return {keys[_bare(name, model)]: tensor for name, tensor in made.items()}
+            reverse.add_tensor(renamed, name, pattern or "", tensors[name])  # type: ignore[arg-type]
+        made = self._convert(reverse, first)
+        return {self.keys[_bare(name, self.model)]: tensor for name, tensor in made.items()}
 
-    return store
+    def _convert(self, converter: WeightConverter, name: str) -> Tensors:
+        made = converter.convert(name, model=self.model, config=self.model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
-
-def _refuse_to_write(tensors: Tensors) -> Tensors:
-    raise AssertionError("these groups are for reading")
-
-
-def _single(made: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+    def group(self, checkpoint: Checkpoint, *, to_write: bool) -> Group:
+        """The group; the rule runs on the meta device, in both directions if `to_write`, to learn names and shapes."""
+        state, before = self.model.state_dict(), dict[str, Tensor]()
+        for key in self.patterns:
+            stored = checkpoint.stored[key]
+            dtype = DTYPES.get(stored.dtype, torch.uint8)
+            before[key] = torch.empty(stored.shape, dtype=dtype, device="meta")
+        try:
+            made = self.load(dict(before))
+            after = self.store(made) if to_write else before
+        except (RuntimeError, KeyError, ValueError, NotImplementedError) as error:
+            raise LoRAError(
+                f"the tensors that make up '{self.name}' cannot be fused or parted again ({error})"
+            ) from error
+        same = after.keys() == before.keys() and all(after[key].shape == before[key].shape for key in before)
+        if not same or any(n not in state or state[n].shape != tensor.shape for n, tensor in made.items()):
+            raise LoRAError(
+                f"'{self.name}' is stored as {len(before)} tensors, first '{next(iter(before))}', in a form that cannot"
+                f" be {'written back: load the model and merge it in memory' if to_write else 'read tensor by tensor'}"
+            )
+        return Group(stored=tuple(before), names=tuple(made), load=self.load, store=self.store)
 
 
 def _bare(name: str, model: PreTrainedModel) -> str:
