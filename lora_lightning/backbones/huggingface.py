@@ -93,15 +93,20 @@ def huggingface(
         with quiet(), record_files(on_meta) as files:
             bare = random_weights or builds_bare()
             model = _from_config(cls, name, dtype, kwargs) if bare else _load(cls, name, dtype, kwargs)
+    except LoRAError:
+        raise
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, LoRAError):
-            raise
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
             raise LoRAError(
                 f"'{pretrained_model_name_or_path}' brings code of its own, which is not run unasked: read it, and then"
                 " give the backbone model_kwargs: {trust_remote_code: true}"
             ) from error
-        raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
+        if Path(pretrained_model_name_or_path).exists():
+            raise LoRAError(f"transformers cannot load '{pretrained_model_name_or_path}': {reason}") from error
+        raise LoRAError(
+            f"no model '{pretrained_model_name_or_path}': neither a directory nor found on the hub ({reason})"
+        ) from error
     except ImportError as error:
         raise LoRAError(f"'{pretrained_model_name_or_path}' asks for a package: {first_line(error)}") from error
     if on_meta:
@@ -194,10 +199,3 @@ def _new_keys(model: Any, without: list[str]) -> list[str]:
             " incomplete or belong to another architecture"
         )
     return without
-
-
-def _not_found(name: str, error: Exception) -> str:
-    reason = first_line(error)
-    if Path(name).exists():
-        return f"transformers cannot load '{name}': {reason}"
-    return f"no model '{name}': neither a directory nor found on the hub ({reason})"

@@ -111,16 +111,12 @@ def _as_keywords(backbone: nn.Module, example: Any) -> dict[str, Any]:
 def first_rows(batch: Mapping[str, Any]) -> dict[str, Any]:
     """At most `MOST_ROWS` rows of a batch without its labels; entries without a dimension of rows stay whole."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    rows = {len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()}
+    counted = {k: v for k, v in inputs.items() if isinstance(v, list | tuple) or (isinstance(v, Tensor) and v.dim())}
+    sizes = {key: len(value) for key, value in counted.items()}
+    rows = {size for key, size in sizes.items() if isinstance(inputs[key], Tensor)}
     if len(rows) != 1 or max(rows) <= MOST_ROWS:
         return inputs
-    return {key: value[:MOST_ROWS] if _rows(value) == max(rows) else value for key, value in inputs.items()}
-
-
-def _rows(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return len(value) if value.dim() else 0
-    return len(value) if isinstance(value, list | tuple) else 0
+    return {key: value[:MOST_ROWS] if sizes.get(key) in rows else value for key, value in inputs.items()}
 
 
 def cast_to_weights(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
