@@ -10,16 +10,18 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lora_lightning.lora.errors import AdapterError, first_few
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS, find_alphas, possible_ranks
 from lora_lightning.lora.formats.peft.keys import A_ENDS, PREFIX, WRAPPER, canonical_keys
 from lora_lightning.lora.formats.peft.load import AdapterFiles
-from lora_lightning.lora.frozen.spectrum import Pair, matrix_pair
+from lora_lightning.lora.frozen.spectrum import Pair, matrix_pair, spectrum
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.layers.functional import stack_factors
 from lora_lightning.lora.targets.patterns import matches
@@ -66,6 +68,11 @@ class Factors:
         A, B = self.pairs[0]
         rows = zip(A.chunk(self.groups), B.chunk(self.groups), strict=True)
         return [(a, b.chunk(self.groups, dim=1)[g]) for g, (a, b) in enumerate(rows)]
+
+    @cached_property
+    def common_values(self) -> Tensor:
+        """(q,): singular values of all parts together, which have one rank, so that energies add by direction."""
+        return pad_sequence([spectrum(A, B).S.square() for A, B in self.parts]).sum(1).sqrt()
 
     @property
     def parameters(self) -> int:

@@ -10,7 +10,6 @@ from statistics import median
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from lora_lightning.analysis.adapters import Adapter, Factors, places
 from lora_lightning.analysis.base_weights import Weights
@@ -104,14 +103,8 @@ class AdapterMeasures:
 
 
 def common_rank(layer: Factors, share: float) -> int:
-    """The smallest r of the layer that holds `share` of its energy; at least 1.
-
-    All entries of a stack, and all groups of a convolution, have one rank, so their energies are added by direction.
-    """
-    values = [spectrum(A, B).S.square() for A, B in layer.parts]
-    width = max(len(squares) for squares in values)
-    together = torch.stack([F.pad(squares, (0, width - len(squares))) for squares in values]).sum(0)
-    return layer.groups * max(1, smallest_rank(together.sqrt(), share))
+    """The smallest r of the layer that holds `share` of its energy; at least 1."""
+    return layer.groups * max(1, smallest_rank(layer.common_values, share))
 
 
 def _spectra(pairs: Sequence[Pair], scale: float) -> tuple[list[Spectrum], Tensor]:
