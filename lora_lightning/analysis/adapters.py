@@ -150,7 +150,7 @@ def _read_layer(
     key_a: str, end: str, tensors: Mapping[str, Tensor], files: AdapterFiles, modules: Mapping[str, nn.Module]
 ) -> Factors:
     """One layer without its scale. In what form PEFT wrote it, its keys and shapes say."""
-    path = key_a.removeprefix(PREFIX).removesuffix(end)
+    path = f".{key_a.removeprefix(PREFIX)}".removesuffix(end).removeprefix(".")  # empty for the model itself
     key_b = key_a.removesuffix(end) + end.replace("_A", "_B")
     A, B = tensors[key_a], tensors.get(key_b)
     if B is None:
@@ -189,7 +189,7 @@ def _unwrap(path: str, peft: Mapping[str, Any], modules: Mapping[str, nn.Module]
 
     PEFT wraps a module once for each of its adapted parameters, in the order of their registration.
     """
-    plain = re.sub(rf"(\.{WRAPPER})+$", "", path)
+    plain = re.sub(rf"(\.{WRAPPER})+$", "", f".{path}").removeprefix(".")
     depth = path.count(WRAPPER) - plain.count(WRAPPER)
     entries, holder = peft.get("target_parameters") or [], modules.get(plain)
     leaves = sorted({entry.rpartition(".")[2] for entry in entries})

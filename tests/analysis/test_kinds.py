@@ -81,8 +81,7 @@ def made(kind, *, r=4, adapted=True):
 
 
 def opened(directory, label="adapter"):
-    files = AdapterFiles.read(Path(directory))
-    layers, tensors = read_factors(files)
+    layers, tensors = read_factors(files := AdapterFiles.read(Path(directory)))
     return Adapter(label=label, source=str(directory), factors=layers, files=files, tensors=tensors)
 
 
@@ -205,12 +204,14 @@ def test_an_adapter_that_peft_wrote_has_pefts_own_update(tmp_path):
 
 def test_stacks_are_told_apart_whatever_order_the_config_has(tmp_path):
     """PEFT writes target_parameters in the order of a set, another each time."""
-    fields = {"r": 4, "target_modules": [], "target_parameters": STACKS}
-    of_peft(tmp_path / "adapter", Holder(Experts()), **fields)
+    of_peft(tmp_path / "adapter", Holder(Experts()), r=4, target_modules=[], target_parameters=STACKS)
     for order in (STACKS, STACKS[::-1]):
         edit_config(tmp_path / "adapter", target_parameters=order)
         shapes = {layer.name: layer.shape for layer in opened(tmp_path / "adapter").factors}
         assert shapes == {"blocks.0.gate_up_proj": (10, 8), "blocks.0.down_proj": (8, 10)}
+    inject(model := Experts(), LoRAConfig(r=2, target_modules=[], target_parameters=["gate_up_proj", "down_proj"]))
+    save_adapter(model, tmp_path / "whole")  # of a model that holds the stacks itself
+    assert {layer.name for layer in opened(tmp_path / "whole").factors} == {"gate_up_proj", "down_proj"}
 
 
 def test_parameters_of_unknown_order_ask_for_the_model(tmp_path):
@@ -224,8 +225,7 @@ def test_parameters_of_unknown_order_ask_for_the_model(tmp_path):
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"left, right, whose tensors only its model tells apart.*--base_model"):
         opened(tmp_path / "adapter")
-    files = AdapterFiles.read(tmp_path / "adapter")
-    layers, _ = read_factors(files, modules=dict(Holder(Two()).named_modules()))
+    layers, _ = read_factors(AdapterFiles.read(tmp_path / "adapter"), modules=dict(Holder(Two()).named_modules()))
     assert {layer.name: layer.shape for layer in layers} == {"blocks.0.right": (6, 4), "blocks.0.left": (5, 3)}
 
 
