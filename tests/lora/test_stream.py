@@ -23,9 +23,9 @@ from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import base as base_layer
 from tests.factories import hf
 from tests.lora.directories import edit_config, edit_tensors, names, of_peft
-from tests.lora.kinds import t5
+from tests.lora.kinds import run_seq2seq, t5
 from tests.lora.laws import relative, stir
-from tests.lora.test_families import BERT, FAMILIES, GROUPED, SMALL, image, logits, seq2seq
+from tests.lora.test_families import BERT, FAMILIES, GROUPED, SMALL, image, logits
 from tests.lora.test_peft_limits import deepseek
 
 SHARD = "12KB"
@@ -57,7 +57,7 @@ CASES = {
     "experts of deepseek": (deepseek, logits, FAMILIES["mixtral"][2]),
     "a tied embedding": (tied_llama, logits, {"target_modules": ["embed_tokens", "q_proj"]}),
     "a tied head": (tied_llama, logits, {"target_modules": ["lm_head", "q_proj"]}),
-    "a head of T5's four ties": (t5, seq2seq, {"target_modules": ["lm_head", "q"]}),
+    "a head of T5's four ties": (t5, run_seq2seq, {"target_modules": ["lm_head", "q"]}),
     "DoRA": (LLAMA, logits, {"use_dora": True, "target_modules": ["embed_tokens", "q_proj", "down_proj"]}),
     "DoRA on Conv1D and every bias": (GPT2, logits, {"use_dora": True, "bias": "all"}),
     "biases of B": (BERT_CLS, logits, {"lora_bias": True, "bias": "lora_only"}),
