@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.export.model_files import is_transformers, processing_of, write_labels
-from lora_lightning.export.options import FORMATS, REPORT, check_target, parse_options, refuse_base_alone
+from lora_lightning.export.options import FORMATS, REPORT, check_target, parse_options
 from lora_lightning.export.probe_batch import probe_from
 from lora_lightning.export.verification import ExportReport, Proof
 from lora_lightning.lora.bank.strength import scaled
@@ -73,9 +73,8 @@ def export(
         LoRAError: an invalid option, a folder in the way that is no export, no probe, or too little space.
         MergeError: W0 moved in training, or the exported model's outputs differ by more than the tolerance.
     """
-    wanted, to_dtype = parse_options(formats, dtype, max_shard_size, serving)
+    wanted, to_dtype = parse_options(formats, dtype, max_shard_size, serving, scale)
     target = check_target(Path(output_dir))
-    refuse_base_alone(scale)
     report = ExportReport(str(target), wanted, label_names=label_names, scale=float(scale))
     report.trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     report.total = sum(p.numel() for p in backbone.parameters())

@@ -24,13 +24,24 @@ def parse_options(
     dtype: DType = "auto",
     max_shard_size: int | str | None = None,
     serving: str | None = None,
+    scale: float = 1.0,
 ) -> tuple[list[str], torch.dtype | None]:
-    """The formats as a list, and the dtype, None for the backbone's.
+    """Each format once, from a list or from names with commas between, and the dtype, None for the backbone's.
 
     Raises:
         LoRAError: an option has an invalid value, or does not go with another option.
     """
-    wanted, to_dtype = parse_formats(formats), parse_dtype(dtype)
+    names = formats.split(",") if isinstance(formats, str) else [str(name) for name in formats]
+    wanted, to_dtype = list(dict.fromkeys(name.strip() for name in names if name.strip())), parse_dtype(dtype)
+    if "onnx" in wanted:
+        raise LoRAError(
+            "export writes no ONNX: export merged, and write ONNX from it with torch, as docs/export.md shows"
+        )
+    if unknown := [name for name in wanted if name not in FORMATS]:
+        near = did_you_mean(unknown[0], FORMATS)
+        raise LoRAError(f"unknown export format '{unknown[0]}'{near} (known: {', '.join(FORMATS)})")
+    if not wanted:
+        raise LoRAError(f"no export format given: name some of {', '.join(FORMATS)}")
     is_size = max_shard_size > 0 if isinstance(max_shard_size, int) else SIZE.fullmatch(str(max_shard_size))
     if max_shard_size is not None and not is_size:
         raise LoRAError(f"max_shard_size must be bytes or a size such as 5GB, got {max_shard_size!r}")
@@ -41,36 +52,10 @@ def parse_options(
             f"serving={serving!r} is a form of the adapter, got the formats {','.join(wanted)}: add adapter to them, or"
             " leave serving out"
         )
-    return wanted, to_dtype
-
-
-def parse_formats(formats: str | Iterable[str]) -> list[str]:
-    """Each format once, from a list of names or from names with commas between.
-
-    Raises:
-        LoRAError: an unknown name, or none.
-    """
-    names = formats.split(",") if isinstance(formats, str) else [str(name) for name in formats]
-    wanted = list(dict.fromkeys(name.strip() for name in names if name.strip()))
-    if "onnx" in wanted:
-        raise LoRAError(
-            "export writes no ONNX: export merged, and write ONNX from it with torch, as docs/export.md shows"
-        )
-    for name in wanted:
-        if name not in FORMATS:
-            raise LoRAError(
-                f"unknown export format '{name}'{did_you_mean(name, FORMATS)} (known: {', '.join(FORMATS)})"
-            )
-    if not wanted:
-        raise LoRAError(f"no export format given: name some of {', '.join(FORMATS)}")
-    return wanted
-
-
-def refuse_base_alone(scale: float) -> None:
-    """Raise a LoRAError for a strength of 0, which would export the base, or for an invalid one."""
     refuse_strength(scale)
     if scale == 0:
         raise LoRAError("scale must be above 0, got 0: an export of it would be the base that the run began with")
+    return wanted, to_dtype
 
 
 def check_target(target: Path) -> Path:

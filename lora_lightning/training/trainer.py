@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from lora_lightning.export.options import parse_options, refuse_base_alone
+from lora_lightning.export.options import parse_options
 from lora_lightning.export.probe_batch import first_batch, loaders_of
 from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError
@@ -148,8 +148,7 @@ class LoRATrainer(Trainer):
             serving: `vllm` writes the adapter with one rank and one alpha for all modules, as vLLM reads them.
             scale: factor on the update, such as 0.5 for half of it; it is written into the adapter's alpha.
         """
-        refuse_base_alone(scale)
-        wanted, _ = parse_options(formats, dtype, max_shard_size, serving)
+        wanted, _ = parse_options(formats, dtype, max_shard_size, serving, scale)
         checkpoint = run.find_checkpoint(ckpt_path)
         content = run.load_checkpoint(checkpoint)
         convert(model, self.precision_plugin)
