@@ -23,6 +23,7 @@ from lora_lightning import (
     huggingface,
 )
 from lora_lightning.data.io.splits import SplitConfig
+from lora_lightning.training.checkpoints.loop_state import place_of
 from lora_lightning.training.optim import WarmupDecay
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
@@ -32,12 +33,11 @@ from tests.training import small
 class EveryState(Checkpoints):
     """Keeps a copy of each `last.ckpt`, by its step and where in an epoch that was."""
 
-    def _save_newest(self, trainer: Trainer) -> None:
-        before = self._newest
-        super()._save_newest(trainer)
-        if self._newest != before and trainer.is_global_zero:
-            step, kind = self._newest
-            shutil.copyfile(self.last_model_path, Path(self.last_model_path).with_name(f"{step:03}-{kind}.ckpt"))
+    def _save_last_checkpoint(self, trainer: Trainer, *candidates: Any) -> None:
+        super()._save_last_checkpoint(trainer, *candidates)
+        if trainer.is_global_zero and self.save_last:
+            name = f"{trainer.global_step:03}-{place_of(trainer).kind}.ckpt"
+            shutil.copyfile(self.last_model_path, Path(self.last_model_path).with_name(name))
         trainer.strategy.barrier()
 
 

@@ -21,6 +21,7 @@ CASES = {
     "plain": ({}, [2, 6, 9, 18]),
     "accumulation": ({"accumulate_grad_batches": 4}, [1, 4]),
     "validation in mid-epoch": ({"val_check_interval": 2}, [2, 3]),
+    "validation mid-step": ({"val_check_interval": 3, "accumulate_grad_batches": 2}, [1, 4]),
     "plateau": ({"plateau": True}, [4, 12]),
     "fewer batches than there are": ({"limit_train_batches": 4}, [4, 7]),
     "no validation": ({"limit_val_batches": 0}, [6, 14]),
@@ -48,9 +49,8 @@ def test_resumed_from_any_state_is_uninterrupted(tiny, tmp_path, case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_from_each_state_is_uninterrupted(tiny, tmp_path, case):
-    settings, _ = CASES[case]
-    steps = {"accumulation": 6, "max_steps": 8, "fewer batches than there are": 12}.get(case, 18)
-    check(tiny, tmp_path, settings, range(1, steps + 1))
+    lengths = {"accumulation": 6, "max_steps": 8, "validation mid-step": 9, "fewer batches than there are": 12}
+    check(tiny, tmp_path, CASES[case][0], range(1, lengths.get(case, 18) + 1))
 
 
 @pytest.mark.slow

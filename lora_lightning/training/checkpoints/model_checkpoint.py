@@ -64,7 +64,7 @@ class Checkpoints(ModelCheckpoint):
             filename="best", save_last=True, enable_version_counter=False, monitor=monitor, mode=mode, dirpath=dirpath
         )
         self.save_every, self.exit_code = save_every, exit_code
-        self._sent_sigterm = self._leaves = False
+        self._sent_sigterm = self._leaves = self._overdue = False
         self._fits = True
         self._newest = (-1, "")
         self._steps = 0
@@ -88,7 +88,7 @@ class Checkpoints(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on SIGTERM waits for the end of a step. Before, it ends the process: there is nothing to save."""
         super().on_train_start(trainer, pl_module)
-        self._sent_sigterm = self._leaves = False
+        self._sent_sigterm = self._leaves = self._overdue = False
         self._newest = (trainer.global_step, "")
         self._steps = trainer.global_step
         if threading.current_thread() is threading.main_thread():
@@ -117,14 +117,17 @@ class Checkpoints(ModelCheckpoint):
         if place.kind == "epoch" or place.validates_next:
             return
         self._leaves = self._is_asked_to_leave(trainer)
-        due = self.save_every is not None and self._steps % self.save_every == 0
+        due = self._overdue or (self.save_every is not None and self._steps % self.save_every == 0)
         if due or self._leaves or self._steps == trainer.max_steps:
             self._save_newest(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
         training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         place = place_of(trainer) if training else None
+        self._overdue = place is not None and not place.at_step
+        self.save_last = not self._overdue  # between two steps there are gradients, which no file holds
+        super().on_validation_end(trainer, pl_module)
+        self.save_last = True
         if place is not None and place.kind == "batch" and place.at_step:
             self._leaves = self._is_asked_to_leave(trainer)
             self._save_newest(trainer)
@@ -158,7 +161,7 @@ class Checkpoints(ModelCheckpoint):
         last_saved = self._last_global_step_saved
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         self._last_global_step_saved = last_saved  # Lightning saves no best at a step at which it has saved
-        self._newest = now
+        self._newest, self._overdue = now, False
 
     def _is_asked_to_leave(self, trainer: Trainer) -> bool:
         """Whether any process was sent SIGTERM; all must leave after the same step."""
