@@ -26,7 +26,7 @@ from lora_lightning.data.io.tables import (
     values_of,
     with_row_numbers,
 )
-from lora_lightning.data.loading.sampler import EpochSampler, ResumableLoader, seeded_generator
+from lora_lightning.data.loading.sampler import EpochSampler, Loader, ResumableLoader, seeded_generator
 from lora_lightning.lora.errors import LoRAError
 
 MOST_SHOWN = 80
@@ -362,7 +362,7 @@ class TableData(LightningDataModule, ABC):
         lengths = lengths if self.length_grouped else None
         order = self.train_sampler if shuffle else EpochSampler
         sampler = order(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)
-        loader = ResumableLoader if shuffle else DataLoader
+        loader = ResumableLoader if shuffle else Loader
         return loader(
             table,  # type: ignore[arg-type]
             batch_size=batch_size,

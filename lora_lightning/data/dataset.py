@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.io.tables import is_saved
-from lora_lightning.data.loading.sampler import EpochSampler, ResumableLoader, StreamLoader, seeded_generator
+from lora_lightning.data.loading.sampler import EpochSampler, Loader, ResumableLoader, StreamLoader, seeded_generator
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 
 
@@ -115,7 +115,7 @@ class DatasetData(LightningDataModule):
             data, batch_size=batch_size, shuffle=shuffle, seed=self.seed, num_replicas=world[0], rank=world[1]
         )
         options |= {"persistent_workers": self.num_workers > 0, "generator": seeded_generator(self.seed)}
-        return (ResumableLoader if training else DataLoader)(data, sampler=sampler, **options)
+        return (ResumableLoader if training else Loader)(data, sampler=sampler, **options)
 
 
 class Share(IterableDataset[Any]):

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_lightning.data.io.splits import kind_of, rename_first_sets
 from lora_lightning.data.io.tables import ROW, TextBy, check_names, lengths_of, read_tables, values_of
 from lora_lightning.data.loading.packing import cut, cut_to_train, pack_rows, pack_table
-from lora_lightning.data.loading.sampler import StreamLoader, seeded_generator
+from lora_lightning.data.loading.sampler import Loader, StreamLoader, seeded_generator
 from lora_lightning.data.text import GivesPrompts, Prompt, beginning_of, held_out_split, rows_from_all_over
 from lora_lightning.lora.errors import LoRAError, first_few, first_line
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
@@ -191,7 +191,7 @@ class LanguageModellingData(GivesPrompts):
         if split not in self.streams:
             self.encoded_rows(split)  # raises
         shares: list[Any] = [share_of(self.streams[name], self.trainer) for name in self.sets(split)]
-        loaders = [DataLoader(s, batch_size=self.eval_batch_size, **self._stream_options()) for s in shares]
+        loaders = [Loader(s, batch_size=self.eval_batch_size, **self._stream_options()) for s in shares]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def _stream_options(self) -> dict[str, Any]:

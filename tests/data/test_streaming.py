@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import subprocess
 from collections import Counter
 from itertools import islice, pairwise
 from types import SimpleNamespace
@@ -138,10 +139,14 @@ def test_a_resumed_fit_is_the_uninterrupted_one(both, tmp_path, tokenizer, worke
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_stream_goes_on_with_the_rows_that_come_next(path, both, tokenizer, tmp_path, workers):
-    """Also of two workers, of which one has no file of its own."""
+    """Also of two workers, of which one has no file of its own; a SIGTERM to the whole process group ends neither."""
 
     def rows(data, count):
-        return [batch["input_ids"].tolist() for batch in islice(data.train_dataloader(), count)]
+        batches = iter(data.train_dataloader())
+        first = next(batches)["input_ids"].tolist()
+        for worker in torch.multiprocessing.active_children():
+            subprocess.run(["kill", str(worker.pid)], check=True)
+        return [first, *(batch["input_ids"].tolist() for batch in islice(batches, count - 1))]
 
     loop = fit(both, tokenizer, tmp_path, accumulate_grad_batches=2).fit_loop
     assert loop.epoch_loop.batch_progress.total.ready == 10

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import zlib
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -115,7 +119,33 @@ class EpochSampler(DistributedSampler[Any]):
         return torch.cat(whole + rest)
 
 
-class ResumableLoader(DataLoader[Any]):
+class Loader(DataLoader[Any]):
+    """A DataLoader whose workers are not ended by a SIGTERM to the whole process group or job, as SLURM and `timeout`
+    send it: the fit could not finish its step and save. That of their own process ends them.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if getattr(self.worker_init_fn, "func", None) is not _start_worker:  # Lightning may have put its own there
+            self.worker_init_fn = partial(_start_worker, self.worker_init_fn)
+        return super().__iter__()
+
+
+def _start_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    if init is not None:
+        init(worker)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+
+
+def _end_by_parent() -> None:
+    parent = os.getppid()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)  # as torch's own handler does
+
+
+class ResumableLoader(Loader):
     """A DataLoader over an `EpochSampler`, whose state Lightning saves in a checkpoint and restores.
 
     The sampler skips batches from before the checkpoint, so that none of their rows is loaded. Its order is computed
@@ -168,7 +198,7 @@ class ResumableLoader(DataLoader[Any]):
         return int(state["batches"])
 
 
-class StreamLoader(DataLoader[Any]):
+class StreamLoader(Loader):
     """A loader that skips what was trained on before, and sets the epoch of a stream that shuffles.
 
     A stream cannot begin in its middle, and a worker does not know its earlier batches: they are made again and
