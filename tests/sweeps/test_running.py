@@ -62,10 +62,9 @@ def test_other_values_and_more_seeds_add_trials_and_another_config_is_refused(tm
     outcome, said = run(file, grid=["model.lora.r=4,8"], config={"trainer": {"max_epochs": 2}})
     assert {s[1] for s in said} == {"8"}
     assert sorted(placed(outcome)) == [1, 2, 4, 8]
-    with pytest.raises(LoRAError, match=r"another trainer\.max_epochs \(2, now 3\): give another --name"):
-        run(file, config={"trainer": {"max_epochs": 3}})
-    with pytest.raises(LoRAError, match=r"another trainer\.max_epochs \(2, now 3\)"):  # of old fits
-        run(file, config={"trainer": {"max_epochs": 3}}, storage=str(tmp_path / "other.log"))
+    for storage in (None, str(tmp_path / "new.log")):  # of a new study, too, where the fits are an old one's
+        with pytest.raises(LoRAError, match=r"another trainer\.max_epochs \(2, now 3\): give another --name"):
+            run(file, config={"trainer": {"max_epochs": 3}}, storage=storage)
     with pytest.raises(LoRAError, match="another keys"):
         run(file, grid=["model.lora.r=1", "model.lora.dropout=0.1"], config={"trainer": {"max_epochs": 2}})
 

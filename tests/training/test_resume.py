@@ -42,8 +42,7 @@ def check(tiny, folder, settings, steps):
 
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_from_any_state_is_uninterrupted(tiny, tmp_path, case):
-    settings, steps = CASES[case]
-    check(tiny, tmp_path, settings, steps[-2:])
+    check(tiny, tmp_path, CASES[case][0], CASES[case][1][-2:])
 
 
 @pytest.mark.slow
