@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from torch import nn
 
 from lora_lightning.commands.sweep.base_config import Base
+from lora_lightning.commands.sweep.command import run_sweep
 from lora_lightning.commands.sweep.sweep import Request, Sweep
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
@@ -41,14 +42,15 @@ def base(**config):
 def sweep(file, *, grid=("model.lora.r=1,2,4",), config=None, **asked):
     """One over a plan, in the current folder."""
     request = Request(fit=[str(file)], grid=list(grid), plots=False, **asked)
-    return Sweep(request, base(**(config or {})), command=(sys.executable, str(STAND_IN)))
+    return Sweep(request, base(**(config or {})))
 
 
 def run(*args, **kwargs):
     """A sweep to its end: what it came to, and what it said of each trial, in order."""
     said = []
     made = sweep(*args, **kwargs)
-    points = made.run(lambda trial, what: said.append((what, trial.values["model.lora.r"], trial.state)))
+    command = (sys.executable, str(STAND_IN))
+    points = run_sweep(made, lambda t, what: said.append((what, t.values["model.lora.r"], t.state)), command=command)
     return SimpleNamespace(folder=made.folder, points=points), said
 
 

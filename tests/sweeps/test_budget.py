@@ -8,7 +8,7 @@ import yaml
 
 from lora_lightning import LoRAConfig, LoRAError
 from lora_lightning.commands.sweep.rank_budget import rank_for, trainable
-from lora_lightning.commands.sweep.sweep import Request, prepare
+from lora_lightning.commands.sweep.sweep import Request, Sweep
 from tests.factories import bert
 from tests.recipes.recipe import CONFIGS
 
@@ -57,7 +57,7 @@ def test_the_demo_is_opened_without_a_weight_and_the_wandb_files_ranks_are_those
     sets = [yaml.safe_load(value) for value in file["parameters"]["model.lora"]["values"]]
     values = ",".join(str(own["target_modules"]).replace(" ", "").replace("'", "") for own in sets)
     grid = f"model.lora.target_modules={values}"
-    demo = prepare(Request(fit=["-c", str(CONFIGS / "demo.yaml")], grid=[grid], budget=300_000, plots=False))
+    demo = Sweep(Request(fit=["-c", str(CONFIGS / "demo.yaml")], grid=[grid], budget=300_000, plots=False))
     assert (demo.metric, demo.goal, demo.folder.name) == ("val/accuracy", "max", "demo-sweep")
     assert all(p.is_meta for p in demo.base.backbone.parameters())
     assert [own["r"] for own in sets] == list(demo.ranks.values())

@@ -54,8 +54,7 @@ def test_equal_points_are_ranked_by_what_they_train_and_the_table_says_that_the_
 
 
 def drawn(trials, keys, budget=None, rungs=()):
-    with drawing.plot_style():
-        return figures(rank_points(trials, "max"), keys, METRIC, "max", budget, rungs)
+    return figures(rank_points(trials, "max"), keys, METRIC, budget, rungs)
 
 
 def test_rank_against_matrices_is_table_6_with_every_mean_written_in_it():

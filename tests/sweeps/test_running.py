@@ -12,8 +12,7 @@ from statistics import fmean, stdev
 import pytest
 
 from lora_lightning import LoRAError
-from lora_lightning.commands.sweep.processes import shares
-from lora_lightning.commands.sweep.runner import Stopped
+from lora_lightning.commands.sweep.fits import Stopped, shares
 from tests.sweeps.quick import events, placed, plan, run, sweep
 
 LEVELS = {"1": 0.3, "2": 0.7, "4": 0.5}
@@ -42,18 +41,18 @@ def test_a_loss_is_best_where_it_is_smallest_and_which_end_is_must_be_said(tmp_p
         sweep(plan(tmp_path), metric="val/loss")
     outcome, _ = run(plan(tmp_path), metric="val/f1", goal="max", name="f1")
     assert {point.state for point in outcome.points} == {"failed"}
-    assert "ended without val/f1" in outcome.points[0].error
+    assert "ended without val/f1" in outcome.points[0].trials[0].error
 
 
 def test_a_fit_that_fails_is_told_in_its_line_and_the_same_command_runs_only_it(tmp_path):
     outcome, said = run(plan(tmp_path, level=LEVELS, fails=["2"]))
     assert placed(outcome) == [4, 1]
     assert [s[1:] for s in said if s[0] == "ends"] == [("1", "complete"), ("2", "failed"), ("4", "complete")]
-    assert outcome.points[-1].error == "r is too large, as was planned"
+    assert outcome.points[-1].trials[0].error == "r is too large, as was planned"
     outcome, said = run(plan(tmp_path, level=LEVELS))
     assert [s[1] for s in said] == ["2", "2"]
     assert placed(outcome) == [2, 4, 1]
-    assert outcome.points[0].error is None
+    assert outcome.points[0].trials[0].error is None
 
 
 def test_other_values_and_more_seeds_add_trials_and_another_config_is_refused(tmp_path):
@@ -76,7 +75,7 @@ def test_seeds_give_a_mean_and_a_deviation_by_which_points_are_ranked(tmp_path):
         own = {trial.seed: trial.value for trial in point.trials}
         assert own.keys() == {1, 2, 3}
         assert point.mean == pytest.approx(fmean(own.values()))
-        assert point.deviation == pytest.approx(stdev(own.values())) != 0
+        assert point.sd == pytest.approx(stdev(own.values())) != 0
     assert [e["seed"] for e in events(tmp_path, "begins")] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
@@ -193,7 +192,7 @@ def test_two_processes_on_one_study_make_each_fit_once_and_one_goes_on_for_the_o
     assert (ended(first), ended(second)) == (-9, 0)
     outcome, said = run(file, **asked)
     assert said == []
-    assert placed(outcome) == [32, 16, 8, 4, 2, 1], [(p.values, p.state, p.error) for p in outcome.points]
+    assert placed(outcome) == [32, 16, 8, 4, 2, 1], [(p.values, p.state) for p in outcome.points]
     whole = [event["r"] for event in events(tmp_path, "ends")]
     assert sorted(whole, key=int) == ranks, "a fit was made twice or never"
     (left,) = events(tmp_path, "leaves")

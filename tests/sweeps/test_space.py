@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import pytest
+from optuna.distributions import FloatDistribution, IntDistribution
 
 from lora_lightning import LoRAError
 from lora_lightning.cli.parser import command_parser
 from lora_lightning.commands.sweep import search_space as space
-from lora_lightning.commands.sweep.search_space import choices, grid_points, interval
-from lora_lightning.commands.sweep.study import Study, folder_name
+from lora_lightning.commands.sweep.search_space import grid_points, parse_grid, parse_range, parse_space
+from lora_lightning.commands.sweep.study import folder_name
 from lora_lightning.commands.sweep.sweep import Request
 
 SETS = "model.lora.target_modules=[query],[query,value],all-linear"
 
 
 def test_a_comma_in_brackets_or_quotes_belongs_to_its_value():
-    assert choices(SETS).values == ("[query]", "[query,value]", "all-linear")
-    assert choices("model.lora={r: 1, alpha: 2},{r: 2, alpha: 2}").values == ("{r: 1, alpha: 2}", "{r: 2, alpha: 2}")
-    assert choices("model.lora.target_modules='.*(a,b)',x").values == ("'.*(a,b)'", "x")
-    found = [tuple(point.values()) for point in grid_points([choices("a.b=1,2"), choices("c=x,y,z")])]
+    assert parse_grid(SETS)[1].choices == ("[query]", "[query,value]", "all-linear")
+    assert parse_grid("x={r: 1, alpha: 2},{r: 2, alpha: 2}")[1].choices == ("{r: 1, alpha: 2}", "{r: 2, alpha: 2}")
+    assert parse_grid("x='.*(a,b)',x")[1].choices == ("'.*(a,b)'", "x")
+    found = [tuple(point.values()) for point in grid_points(parse_space(["a.b=1,2", "c=x,y,z"], []))]
     assert found == [(a, c) for a in "12" for c in "xyz"], "every combination once, and the last flag changes first"
 
 
 def test_a_range_is_no_grid_and_is_whole_where_both_ends_are():
-    assert interval("model.lora.r=1..64") == space.Range("model.lora.r", 1, 64, log=False, integer=True)
-    assert interval("x.lr=1e-4..1e-2:log") == space.Range("x.lr", 1e-4, 1e-2, log=True, integer=False)
-    assert not interval("x.dropout=0..0.5").integer
+    assert parse_range("model.lora.r=1..64") == ("model.lora.r", IntDistribution(1, 64))
+    assert parse_range("x.lr=1e-4..1e-2:log") == ("x.lr", FloatDistribution(1e-4, 1e-2, log=True))
+    assert parse_range("x.dropout=0..0.5")[1] == FloatDistribution(0, 0.5)
     with pytest.raises(LoRAError, match="has no grid: give --sampler random or tpe"):
-        grid_points([interval("model.lora.r=1..4")])
+        grid_points(parse_space([], ["model.lora.r=1..4"]))
 
 
 def test_names_are_as_short_as_they_can_be_and_a_folder_tells_its_values():
@@ -70,10 +71,10 @@ def test_a_mistake_is_told_in_one_line(told):
     assert "\n" not in str(raised.value)
 
 
-def test_without_optuna_a_sweep_says_what_to_install(monkeypatch, tmp_path):
+def test_without_optuna_a_sweep_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(ImportError, match=r"pip install 'lora_lightning\[sweeps\]'"):
-        Study(tmp_path, [choices("model.lora.r=1,2")], goal="max")
+        Request(fit=["-c", "x.yaml"], grid=["model.lora.r=1,2"])
 
 
 def test_the_command_keeps_its_own_options_and_hands_all_others_on_in_their_order():

@@ -195,7 +195,7 @@ def in_two(folder):
     population = fitted(folder, backbone, data, adapters, make=make, halving=halving, own=ddp)
     members = population.members
     assert sorted(states_of(population)) == ["complete", "complete", "dropped", "failed"]
-    assert len(members[0].standings[0].values) == 4  # of the batches of one, for this data's loader gives all to both
+    assert len(members[0].standing.values) == 4  # of the batches of one, for this data's loader gives all to both
     bases = [[id(place.tensor) for place in iter_base(member.module.backbone)] for member in members]
     assert all(base == bases[0] for base in bases)
     (gone,) = [member for member in members if member.state == "dropped"]
@@ -249,7 +249,7 @@ def test_halving_leaves_the_bits_of_those_who_go_on_and_the_figures_of_their_run
         if any(told):
             (anew,) = trainer(tmp_path, "anew").validate(member.module, data, verbose=False)
             assert float(member.trainer.callback_metrics["val/loss"]) == anew["val/loss"]
-            assert anew["val/loss"] == pytest.approx(member.standings[-1].value, rel=1e-6)
+            assert anew["val/loss"] == pytest.approx(member.standing.value, rel=1e-6)
 
 
 def test_weights_that_have_moved_since_their_rung_are_evaluated_anew():

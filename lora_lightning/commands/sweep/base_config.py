@@ -6,8 +6,8 @@ So `fit`'s errors are raised before the first trial.
 from __future__ import annotations
 
 import functools
-import importlib
 import json
+import pkgutil
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,17 +15,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lora_lightning.backbones.huggingface import huggingface
 from lora_lightning.cli.build import build_run
 from lora_lightning.lora.inject import remove
-from lora_lightning.tasks.base import Task
-from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.preflight import user_metrics_class, why_unlogged
 
-Goal = str
-"""`min` or `max`."""
 NOT_COMPARED = ("config", "name", "runs_dir", "ckpt_path")
 """Parts of a fit's config that a sweep sets itself."""
 
@@ -43,7 +40,7 @@ def _without_weights(config: Any) -> None:
     model = config.model
     model.lora["init"], model["init_adapter"] = "gaussian", None
     backbone = model.backbone
-    if backbone.get("class_path") and _import_path(backbone.class_path) is huggingface:
+    if backbone.get("class_path") and pkgutil.resolve_name(backbone.class_path) is huggingface:
         backbone["class_path"] = f"{__name__}.build_without_weights"
     config.trainer["precision"] = None  # it would set how the backbone loads
 
@@ -59,7 +56,8 @@ class Base:
     backbone: nn.Module
     """Plain, without adapters."""
     metric: str
-    goal: Goal
+    goal: str
+    """`min` or `max`: what is better."""
     why_unlogged: Callable[[str], str | None]
     """Returns for a metric None, or why no fit of this config logs it."""
     trainer: Trainer | None = None
@@ -85,23 +83,26 @@ def open_base(args: Sequence[str], *, trainer: bool = False) -> Base:
     """
     built = build_run(["fit", *args], _without_weights, trainer=trainer)
     module, config = built.module, built.config
-    metric, goal = _monitored_metric(config, module.task)
+    callbacks = config.trainer.callbacks or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    metric, goal = module.task.monitor, str(module.task.monitor_mode)
+    for callback in reversed(callbacks):  # a checkpoint's in the config counts before the task's, the first of several
+        kind, options = pkgutil.resolve_name(callback.class_path), callback.get("init_args") or {}
+        is_checkpoint = isinstance(kind, type) and issubclass(kind, ModelCheckpoint)
+        if is_checkpoint and options.get("monitor") not in (None, "auto"):
+            metric, goal = str(options["monitor"]), str(options.get("mode") or "min")
+    ours = all(callback.class_path.startswith(("lora_lightning.", "lightning.pytorch.")) for callback in callbacks)
+    all_known = ours and not user_metrics_class(module)
     return Base(
         name=str(config.name),
         config=plain_config(config),
         backbone=remove(module.backbone),
         metric=metric,
         goal=goal,
-        why_unlogged=functools.partial(_why_unlogged, module=module, config=config),
+        why_unlogged=lambda metric: why_unlogged(metric, module) if all_known else None,
         trainer=built.trainer,
         parser=built.parser,
     )
-
-
-def _why_unlogged(metric: str, module: LoRAModule, config: Any) -> str | None:
-    paths = [callback.class_path for callback in _callbacks(config)]
-    ours = all(path.startswith(("lora_lightning.", "lightning.pytorch.")) for path in paths)
-    return why_unlogged(metric, module) if ours and not user_metrics_class(module) else None
 
 
 def plain_config(config: Any) -> dict[str, Any]:
@@ -109,29 +110,3 @@ def plain_config(config: Any) -> dict[str, Any]:
     values = {key: value for key, value in config.as_dict().items() if key not in NOT_COMPARED}
     text = json.dumps(values, default=lambda thing: re.sub(r" at 0x[0-9a-f]+", "", str(thing)))
     return dict(json.loads(text))
-
-
-def _monitored_metric(config: Any, task: Task) -> tuple[str, Goal]:
-    """The metric that chooses the best checkpoint: a callback's in the config, else the task's."""
-    for callback in _callbacks(config):
-        args = callback.get("init_args") or {}
-        if args.get("monitor") not in (None, "auto") and _is_checkpoint(callback.class_path):
-            return str(args["monitor"]), str(args.get("mode") or "min")
-    return task.monitor, task.monitor_mode
-
-
-def _callbacks(config: Any) -> list[Any]:
-    callbacks = config.trainer.callbacks or []
-    return callbacks if isinstance(callbacks, list) else [callbacks]
-
-
-def _is_checkpoint(class_path: str) -> bool:
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    cls = _import_path(class_path)
-    return isinstance(cls, type) and issubclass(cls, ModelCheckpoint)
-
-
-def _import_path(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from rich.console import Console
@@ -21,15 +21,17 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from lora_lightning.commands.sweep.report import PAGE, next_command, table
-from lora_lightning.commands.sweep.runner import LOG, Say, Stopped
-from lora_lightning.commands.sweep.search_space import readable_value, short_names
-from lora_lightning.commands.sweep.study import Trial
-from lora_lightning.commands.sweep.sweep import Request, Sweep, prepare
-from lora_lightning.commands.sweep.together import Watch, progress
+from lora_lightning.commands.sweep.fits import FIT, LOG, Say, Stopped, run_fits
+from lora_lightning.commands.sweep.ranking import Point, rank_points
+from lora_lightning.commands.sweep.report import PAGE, about_of, next_command, table, write
+from lora_lightning.commands.sweep.search_space import RANK, readable_value, short_names
+from lora_lightning.commands.sweep.study import Trial, refuse_other
+from lora_lightning.commands.sweep.sweep import Request, Sweep
+from lora_lightning.commands.sweep.together import Watch, run_together
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.population.population import Population
 from lora_lightning.training.strategies.collectives import rank
+from lora_lightning.training.strategies.endings import in_all_processes
 
 
 def run_on_screen(*, seeds: str | None, **options: Any) -> None:
@@ -39,21 +41,47 @@ def run_on_screen(*, seeds: str | None, **options: Any) -> None:
         LoRAError: the request is not valid, or no fit has a metric.
         SystemExit: it was interrupted; the same command resumes it.
     """
-    sweep = prepare(Request(seeds=_seeds(seeds), **options))
-    with sweep.processes():
-        if rank() > 0:
-            sweep.follow()
-        else:
+    sweep = Sweep(Request(seeds=_seeds(seeds), **options))
+    trainer = sweep.base.trainer
+    with nullcontext() if trainer is None else in_all_processes(trainer, unless=(Stopped, SystemExit)):
+        if rank() == 0:
             _run(sweep)
+        else:
+            with suppress(KeyboardInterrupt, Stopped):  # rank 0 reports them
+                run_together(sweep)
+
+
+def run_sweep(sweep: Sweep, say: Say, watch: Watch = lambda _: None, command: Sequence[str] = FIT) -> list[Point]:
+    """Run the fits that are not done, write the results, also after an interruption, and return them ranked.
+
+    Args:
+        say: called with each trial and `begins` or `ends`.
+        watch: called after each round of turns, where members of one fit take turns.
+        command: of a fit, without its flags.
+    """
+    about, earlier = sweep.about | {"seeds": list(sweep.request.seeds)}, about_of(sweep.folder)
+    refuse_other(sweep.folder.name, earlier, sweep.about)  # of another study, whose fits' results would be taken
+    study = sweep.open_study()
+    if earlier is None:
+        write(sweep.folder, about, [], plots=False)
+    try:
+        if sweep.request.together:
+            run_together(sweep, study, say, watch)
+        else:
+            run_fits(sweep, study, say, command)
+    finally:
+        points = rank_points(study.trials(), sweep.goal)
+        write(sweep.folder, about, points, plots=sweep.request.plots)
+    return points
 
 
 def _run(sweep: Sweep) -> None:
-    screen = Console(soft_wrap=True, file=sys.stdout)  # also while a member's output goes to its log
+    screen = Console(soft_wrap=True, file=sys.stdout, highlight=False)  # also while a member's output goes to its log
     for line in _notes(sweep):
-        screen.print(line, highlight=False, markup=False)
+        screen.print(line, markup=False)
     try:
         with _lines(screen, sweep) as (say, watch):
-            points = sweep.run(say, watch)
+            points = run_sweep(sweep, say, watch)
     except (KeyboardInterrupt, Stopped) as stopped:
         number = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
         print(f"lora-lightning: stopped; the same command goes on with '{sweep.folder}'", file=sys.stderr)
@@ -61,15 +89,15 @@ def _run(sweep: Sweep) -> None:
     Console().print(table(str(sweep.folder), points, sweep.keys, sweep.metric, sweep.goal))
     if points[0].state != "complete":
         raise LoRAError(f"no fit of the sweep came to its end; what each said is in '{sweep.folder}/*/{LOG}'")
-    screen.print(f"then: {next_command(points)}", highlight=False)
-    screen.print(f"numbers, page and figures: {sweep.folder / PAGE}", highlight=False)
+    screen.print(f"then: {next_command(points)}")
+    screen.print(f"numbers, page and figures: {sweep.folder / PAGE}")
 
 
 def _notes(sweep: Sweep) -> Iterator[str]:
     """Notes before hours of fits."""
     yield f"{sweep.count} fits, ranked by {sweep.metric} ({'largest' if sweep.goal == 'max' else 'smallest'} first)"
     alpha = sweep.base.config["model"]["lora"]["alpha"]
-    if "model.lora.r" in sweep.keys and "model.lora.alpha" not in sweep.keys and alpha is not None:
+    if RANK in sweep.keys and "model.lora.alpha" not in sweep.keys and alpha is not None:
         yield (
             f"alpha is {alpha:g} for every r, as in the paper, so the scale alpha / r falls as r grows;"
             " --model.lora.alpha null gives every r alpha = 2 r"
@@ -86,8 +114,7 @@ class _Rate(ProgressColumn):
 @contextmanager
 def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
     """Prints a line for each beginning and end, above a bar where the screen is a terminal."""
-    names = short_names(sweep.keys)
-    together = sweep.request.together
+    names, together = short_names(sweep.keys), sweep.request.together
     columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(12 if together else 40)]
     columns += [MofNCompleteColumn(), _Rate() if together else TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
@@ -97,14 +124,22 @@ def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
             settings = ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in trial.values.items())
             settings += "" if trial.seed is None else f", seed {trial.seed}"
             if what == "begins":
-                screen.print(f"begins: {settings} ({sweep.folder / trial.name / LOG})", highlight=False, markup=False)
+                screen.print(f"begins: {settings} ({sweep.folder / trial.name / LOG})", markup=False)
                 return
             if not together:
                 bar.advance(task)
-            screen.print(f"{trial.state}: {settings}: {_result(trial, sweep.metric)}", highlight=False, markup=False)
+            screen.print(f"{trial.state}: {settings}: {_result(trial, sweep.metric)}", markup=False)
 
         def watch(population: Population) -> None:
-            bar.update(task, **progress(population))
+            left = sum(member.is_left for member in population.members)
+            rungs, passed = population.rungs, len(population.decisions)
+            text = f"{left}/{len(population.members)} members"
+            if passed < len(rungs):
+                text += f", rung {passed + 1}/{len(rungs)} at step {rungs[passed]}"
+            elif rungs:
+                text += ", past the rungs"
+            steps = max(member.trainer.global_step for member in population.members)
+            bar.update(task, description=text, completed=steps, total=population.steps)
 
         yield say, watch
 
@@ -117,9 +152,7 @@ def _result(trial: Trial, metric: str) -> str:
 
 
 def _seeds(text: str | None) -> Sequence[int]:
-    if text is None:
-        return []
-    parts = text.strip("[] ").split(",")
+    parts = [] if text is None else text.strip("[] ").split(",")
     if not all(part.strip().isdigit() for part in parts):
         raise LoRAError(f"seeds are whole numbers with commas between, such as 1,2,3; got {text}")
     return [int(part) for part in parts]

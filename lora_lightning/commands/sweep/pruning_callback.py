@@ -30,12 +30,15 @@ class ReportValidations(Callback):
 def reported_values(trial: Path, metric: str) -> list[float]:
     """A metric's values after each validation of a trial's newest run, by step; a step's last line counts."""
     files = sorted(trial.glob(f"version_*/{FILE}"), key=lambda file: file.stat().st_mtime)
-    if not files:
-        return []
-    text = files[-1].read_text(encoding="utf-8")
-    by_step: dict[int, float] = {}
+    text = files[-1].read_text(encoding="utf-8") if files else ""
+    key, by_step = report_key(metric), {}
     for line in text[: text.rfind("\n") + 1].splitlines():
         figures = json.loads(line)
-        if metric in figures:
-            by_step[int(figures["step"])] = float(figures[metric])
+        if key in figures:
+            by_step[int(figures["step"])] = float(figures[key])
     return [by_step[step] for step in sorted(by_step)]
+
+
+def report_key(metric: str) -> str:
+    """A metric's name in a run's report and in a line of validations."""
+    return metric.replace("/", "_")

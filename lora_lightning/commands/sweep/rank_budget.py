@@ -7,6 +7,8 @@ model's shapes: A and B, and all else that trains, such as a new head, which eve
 from __future__ import annotations
 
 import dataclasses
+import sys
+from bisect import bisect_right
 
 from torch import nn
 
@@ -33,30 +35,22 @@ def trainable(backbone: nn.Module, config: LoRAConfig) -> int:
 def rank_for(backbone: nn.Module, config: LoRAConfig, budget: int) -> int:
     """The r with which this config's trainable parameters are nearest to `budget`; of two equal ones the smaller.
 
-    They grow with r, so halving the interval finds the last r below the budget; it or the next is the nearest.
+    They grow with r, so bisection finds the last r below the budget; it or the next is the nearest.
 
     Raises:
         LoRAError: r = 1 already has more than twice the budget.
         TargetError: the config does not fit the backbone.
     """
-
-    def count(r: int) -> int | None:
-        """The count; None for a rank that is too large for a layer."""
-        try:
-            return trainable(backbone, dataclasses.replace(config, r=r, alpha=None))
-        except TargetError:
-            return None
-
     first = trainable(backbone, dataclasses.replace(config, r=1, alpha=None))
     if first > 2 * budget:
         raise LoRAError(f"a budget of {budget:,} is too small: with r = 1 {first:,} parameters train")
-    below, above = 1, MOST
-    while above - below > 1:
-        middle = (below + above) // 2
-        parameters = count(middle)
-        if parameters is not None and parameters <= budget:
-            below = middle
-        else:
-            above = middle
-    near = {r: parameters for r in (below, above) if (parameters := count(r)) is not None}
-    return min(near, key=lambda r: (abs(near[r] - budget), r))
+
+    def count(r: int) -> int:
+        """The count; more than any for a rank that is too large for a layer."""
+        try:
+            return trainable(backbone, dataclasses.replace(config, r=r, alpha=None))
+        except TargetError:
+            return sys.maxsize
+
+    below = max(1, bisect_right(range(1, MOST), budget, key=count))
+    return min(below, below + 1, key=lambda r: abs(count(r) - budget))

@@ -5,23 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.commands.sweep.figures import Figures, figures
+from lora_lightning.commands.sweep.figures import figures
 from lora_lightning.commands.sweep.ranking import Point
 from lora_lightning.commands.sweep.search_space import readable_value, short_names
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.reports.figures import ENDINGS, plot_style, write_figures
+from lora_lightning.reports.figures import ENDINGS, write_figures
 from lora_lightning.reports.html import figure_sections, page, table_section
 from lora_lightning.reports.table import Table
 from lora_lightning.training.population.population import DECISIONS
 
-NOT_TEST = "ranked by validation, by each run's best checkpoint; the test set was not used, so that it can still judge"
 RESULTS, CSV, PAGE = "sweep.json", "sweep.csv", "index.html"
-TITLE = "A sweep"
+NOT_TEST = "ranked by validation, by each run's best checkpoint; the test set was not used, so that it can still judge"
 INTRO = """Fits of one config with other values of some flags, ranked by what their best checkpoints reached on the
 validation set. Of many figures the best is a little lucky, more so the more there are: the test set, on which no fit
 of the sweep was measured, tells what the chosen one is worth."""
@@ -31,21 +30,25 @@ def table(name: str, points: Sequence[Point], keys: Sequence[str], metric: str, 
     """A row for each point, the best first."""
     names = short_names(keys)
     repeated = any(len(point.trials) > 1 for point in points)
-    deviation = ["sd", "n"] if repeated else []
-    header = ["", *(names[key] for key in keys), metric, *deviation, "trainable", "minutes", "folder"]
+    header = ["", *(names[key] for key in keys), metric, *(["sd", "n"] if repeated else [])]
     rows = []
     for place, point in enumerate(points, 1):
-        cells = [str(place) if point.state == "complete" else point.state]
-        cells += [readable_value(point.values[key]) for key in keys]
-        cells += [_figure(point.mean)]
-        cells += [_figure(point.deviation), str(len(point.figures))] if repeated else []
-        cells += ["-" if point.trainable is None else f"{point.trainable:,}"]
-        cells += ["-" if point.minutes is None else f"{point.minutes:.1f}", point.trials[0].name]
-        rows.append(cells)
-    best = "largest" if goal == "max" else "smallest"
-    below = [f"{NOT_TEST}; the {best} {metric} is the best"]
+        count = sum(trial.value is not None for trial in point.trials)
+        rows.append(
+            [
+                str(place) if point.state == "complete" else point.state,
+                *(readable_value(point.values[key]) for key in keys),
+                _figure(point.mean),
+                *([_figure(point.sd), str(count)] if repeated else []),
+                "-" if point.trainable is None else f"{point.trainable:,}",
+                "-" if point.minutes is None else f"{point.minutes:.1f}",
+                point.trials[0].name,
+            ]
+        )
+    below = [f"{NOT_TEST}; the {'largest' if goal == 'max' else 'smallest'} {metric} is the best"]
     below += [f"{trial.name} failed: {trial.error}" for point in points for trial in point.trials if trial.error]
-    return Table(title=name, header=header, rows=rows, text=(0, *range(1, 1 + len(keys))), note="\n".join(below))
+    header += ["trainable", "minutes", "folder"]
+    return Table(title=name, header=header, rows=rows, text=range(1 + len(keys)), note="\n".join(below))
 
 
 def _figure(value: float | None) -> str:
@@ -54,7 +57,7 @@ def _figure(value: float | None) -> str:
 
 def next_command(points: Sequence[Point]) -> str:
     """The command that tests the best fit."""
-    best = next((trial for point in points[:1] for trial in point.trials if trial.run), None)
+    best = next((trial for trial in points[0].trials if trial.run), None)
     return "" if best is None else f"lora-lightning test --ckpt_path {best.run}"
 
 
@@ -65,42 +68,28 @@ def csv_of(points: Sequence[Point], keys: Sequence[str], metric: str) -> str:
     writer.writerow(["place", *keys, "seed", "state", metric, "mean", "sd", "trainable", "seconds", "run", "error"])
     for place, point in enumerate(points, 1):
         for t in point.trials:
-            cells = [t.value, point.mean, point.deviation, t.trainable, t.seconds, t.run, t.error]
+            cells = [t.value, point.mean, point.sd, t.trainable, t.seconds, t.run, t.error]
             writer.writerow([place, *(point.values[key] for key in keys), t.seed, t.state, *cells])
     return text.getvalue()
 
 
-def write(folder: Path, about: dict[str, Any], points: Sequence[Point], *, plots: bool) -> None:
+def write(folder: Path, about: Mapping[str, Any], points: Sequence[Point], *, plots: bool) -> None:
     """Write all files; figures of an earlier state are removed.
 
     Args:
         about: the beginning of `sweep.json`: the metric, its goal, the budget, the flags (`keys`), the config.
     """
     metric, goal, keys = about["metric"], about["goal"], about["keys"]
-    drawings: Figures = {}
-    if plots:
-        with plot_style():
-            drawings = figures(points, keys, metric, goal, about["budget"], _read(folder / DECISIONS) or [])
+    decisions = _read(folder / DECISIONS) or []
+    drawings = figures(points, keys, metric, about["budget"], decisions) if plots else {}
     svgs = write_figures(folder, drawings, earlier=(_read(folder / RESULTS) or {}).get("pictures"))
-    files = [f"{name}.{ending}" for name in drawings for ending in ENDINGS]
-    ranking = [
-        {
-            "place": place,
-            "values": point.values,
-            "state": point.state,
-            "mean": point.mean,
-            "sd": point.deviation,
-            "trainable": point.trainable,
-            "minutes": point.minutes,
-            "trials": [asdict(trial) for trial in point.trials],
-        }
-        for place, point in enumerate(points, 1)
-    ]
-    content = {**about, "ranking": ranking, "pictures": sorted(files)}
+    ranking = [{"place": place, **asdict(point)} for place, point in enumerate(points, 1)]
+    pictures = sorted(f"{name}.{ending}" for name in drawings for ending in ENDINGS)
+    content = {**about, "ranking": ranking, "pictures": pictures}
     write_bytes(folder / RESULTS, (json.dumps(content, indent=2) + "\n").encode())
     write_bytes(folder / CSV, csv_of(points, keys, metric).encode())
     sections = [table_section(table(folder.name, points, keys, metric, goal)), *figure_sections(drawings, svgs)]
-    write_bytes(folder / PAGE, page(TITLE, INTRO, sections).encode())
+    write_bytes(folder / PAGE, page("A sweep", INTRO, sections).encode())
 
 
 def about_of(folder: Path) -> dict[str, Any] | None:

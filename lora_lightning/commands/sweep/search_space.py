@@ -1,14 +1,24 @@
-"""The search space: flags of `fit`, each with its values or its range."""
+"""The search space: flags of `fit`, each with its values or its range as one of Optuna's distributions."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, MissingPackageError
 
+if TYPE_CHECKING:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
+
+Values = dict[str, str]
+"""A point: by flag its value, written as on the command line."""
+Space = dict[str, "Distribution"]
+"""By flag the values of a `--grid`, written as on the command line, or the range of a `--range`."""
 RANK, MATRICES = "model.lora.r", "model.lora.target_modules"
 SET_BY_SWEEP = {
     "config": "-c",
@@ -21,44 +31,53 @@ SET_BY_SWEEP = {
 OPEN, CLOSE = "[{(", "]})"
 
 
-@dataclass(frozen=True)
-class Choices:
-    """A flag and its values, written as on the command line."""
+def import_optuna() -> Any:
+    """Import Optuna and silence its log.
 
-    key: str
-    values: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Range:
-    """A flag that is sampled from `low` to `high`, both included: an integer if `integer`, log-uniformly if `log`."""
-
-    key: str
-    low: float
-    high: float
-    log: bool = False
-    integer: bool = False
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingPackageError("sweeps need optuna: pip install 'lora_lightning[sweeps]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    return optuna
 
 
-Swept = Choices | Range
+def parse_space(grid: Sequence[str], ranges: Sequence[str]) -> Space:
+    """All swept flags, in order.
+
+    Raises:
+        LoRAError: a text has another form, or a flag is named twice, or is one that a sweep sets itself.
+    """
+    space: Space = {}
+    for key, values in [*map(parse_grid, grid), *map(parse_range, ranges)]:
+        if key in space:
+            raise LoRAError(f"'{key}' is swept twice: give all its values in one --grid or --range")
+        if key in SET_BY_SWEEP:
+            raise LoRAError(f"'{key}' cannot be swept: a sweep sets it itself; say it with {SET_BY_SWEEP[key]}")
+        space[key] = values
+    return space
 
 
-def choices(text: str) -> Choices:
+def parse_grid(text: str) -> tuple[str, CategoricalDistribution]:
     """`KEY=V1,V2,...`; a comma within brackets or quotes belongs to its value.
 
     Raises:
         LoRAError: the form is wrong, or a value is repeated.
     """
-    key, values = _key_and_rest(text, "--grid", "model.lora.r=1,2,4,8")
-    items = tuple(split(values))
-    if not all(items):
+    key, rest = _key_and_rest(text, "--grid", "model.lora.r=1,2,4,8")
+    values = split(rest)
+    if not all(values):
         raise LoRAError(f"--grid {text}: expected values with commas between, and one of them is empty")
-    if len(set(items)) < len(items):
+    if len(set(values)) < len(values):
         raise LoRAError(f"--grid {text}: a value is there twice; for repeats give --seeds 1,2,3")
-    return Choices(key, items)
+    return key, import_optuna().distributions.CategoricalDistribution(values)
 
 
-def interval(text: str) -> Range:
+def parse_range(text: str) -> tuple[str, IntDistribution | FloatDistribution]:
     """`KEY=LOW..HIGH` or `KEY=LOW..HIGH:log`; integers where both ends are written without a point.
 
     Raises:
@@ -66,59 +85,47 @@ def interval(text: str) -> Range:
     """
     key, rest = _key_and_rest(text, "--range", "model.optimizer.init_args.lr=1e-4..1e-2:log")
     ends, _, how = rest.partition(":")
-    low, dots, high = ends.partition("..")
-    numbers = [number(end) for end in (low, high)]
-    if not dots or how not in ("", "log") or None in numbers:
+    first, _, last = ends.partition("..")
+    low, high = number(first), number(last)
+    if how not in ("", "log") or low is None or high is None:
         raise LoRAError(f"--range {text}: expected KEY=LOW..HIGH or KEY=LOW..HIGH:log, such as {key}=1e-4..1e-2:log")
-    first, last = (value for value in numbers if value is not None)
-    if not first < last or (how == "log" and first <= 0):
+    if not low < high or (how and low <= 0):
         raise LoRAError(f"--range {text}: expected LOW below HIGH{', both above 0 for log' if how else ''}")
-    return Range(key, first, last, log=how == "log", integer=all(_is_whole(end) for end in (low, high)))
+    kinds = import_optuna().distributions
+    if all(end.strip().lstrip("+-").isdigit() for end in (first, last)):
+        return key, kinds.IntDistribution(int(low), int(high), log=bool(how))
+    return key, kinds.FloatDistribution(low, high, log=bool(how))
 
 
-def space(grid: Sequence[str], ranges: Sequence[str]) -> list[Swept]:
-    """All swept flags, in order.
-
-    Raises:
-        LoRAError: a flag is named twice, or is one that a sweep sets itself.
-    """
-    flags: list[Swept] = [*map(choices, grid), *map(interval, ranges)]
-    keys = [swept.key for swept in flags]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise LoRAError(f"'{key}' is swept twice: give all its values in one --grid or --range")
-        if key in SET_BY_SWEEP:
-            raise LoRAError(f"'{key}' cannot be swept: a sweep sets it itself; say it with {SET_BY_SWEEP[key]}")
-    return flags
+def text_of(value: Any) -> str:
+    """A value of Optuna's as on the command line: nine digits tell any two numbers of a sweep apart."""
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
-def first_values(swept: Sequence[Swept]) -> list[str]:
+def bounds(values: Distribution) -> list[str]:
+    """The values of a grid, or the two ends of a range."""
+    ends = values.choices if hasattr(values, "choices") else (values.low, values.high)
+    return [text_of(end) for end in ends]
+
+
+def first_values(space: Space) -> list[str]:
     """One value of each, as flags of `fit`, for a check."""
-    return [f"--{flag.key}={bounds(flag)[0]}" for flag in swept]
+    return [f"--{key}={bounds(values)[0]}" for key, values in space.items()]
 
 
-def bounds(flag: Swept) -> list[str]:
-    """The values of a grid, or the two ends of a range, as on the command line."""
-    if isinstance(flag, Choices):
-        return list(flag.values)
-    return [str(int(end)) if flag.integer else f"{end:.9g}" for end in (flag.low, flag.high)]
-
-
-def grid_points(swept: Sequence[Swept]) -> list[dict[str, str]]:
+def grid_points(space: Space) -> list[Values]:
     """Every combination of a grid, the last flag changing first.
 
     Raises:
         LoRAError: a flag has a range.
     """
-    for flag in swept:
-        if isinstance(flag, Range):
-            raise LoRAError(f"--range {flag.key} has no grid: give --sampler random or tpe, and --trials N")
-    keys = [flag.key for flag in swept]
-    combinations = itertools.product(*(flag.values for flag in swept if isinstance(flag, Choices)))
-    return [dict(zip(keys, values, strict=True)) for values in combinations]
+    for key, values in space.items():
+        if not hasattr(values, "choices"):
+            raise LoRAError(f"--range {key} has no grid: give --sampler random or tpe, and --trials N")
+    return [dict(zip(space, values, strict=True)) for values in itertools.product(*map(bounds, space.values()))]
 
 
-def split(text: str, at: str = ",") -> list[str]:
+def split(text: str) -> list[str]:
     """The parts between commas outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
@@ -128,7 +135,7 @@ def split(text: str, at: str = ",") -> list[str]:
             quote = letter
         else:
             depth += (letter in OPEN) - (letter in CLOSE)
-        if letter == at and not depth and not quote:
+        if letter == "," and not depth and not quote:
             parts.append("")
         else:
             parts[-1] += letter
@@ -146,28 +153,24 @@ def number(text: str) -> float | None:
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """By key the shortest ending of its dotted name that tells all keys apart."""
-    parts = {key: key.split(".") for key in keys}
-    count = 1
-    while True:
-        names = {key: ".".join(names_of[-count:]) for key, names_of in parts.items()}
-        if len(set(names.values())) == len(parts) or count >= max(map(len, parts.values())):
-            return names
-        count += 1
+    longest = max((key.count(".") + 1 for key in keys), default=1)
+    for count in range(1, longest + 1):
+        names = {key: ".".join(key.split(".")[-count:]) for key in keys}
+        if len(set(names.values())) == len(names):
+            break
+    return names
 
 
 def readable_value(value: str) -> str:
     """A value as text for people: `[query, value]` becomes query, value."""
-    inner = value[1:-1] if value.startswith("[") and value.endswith("]") and "[" not in value[1:] else value
-    return ", ".join(part.strip("'\"") for part in split(inner)) if inner is not value else value
+    if not (value.startswith("[") and value.endswith("]")) or "[" in value[1:]:
+        return value
+    return ", ".join(part.strip("'\"") for part in split(value[1:-1]))
 
 
 def _key_and_rest(text: str, option: str, example: str) -> tuple[str, str]:
-    key, equals, rest = text.partition("=")
+    key, _, rest = text.partition("=")
     key = key.strip().removeprefix("--")
-    if not equals or not key or not rest.strip():
+    if not key or not rest.strip():
         raise LoRAError(f"{option} {text}: expected a flag of fit and its values, such as {example}")
     return key, rest.strip()
-
-
-def _is_whole(text: str) -> bool:
-    return text.strip().lstrip("+-").isdigit()

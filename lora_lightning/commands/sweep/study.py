@@ -1,17 +1,18 @@
 """The study of a sweep: Optuna's storage, samplers and pruners over fits that run as processes.
 
-One trial of Optuna's is one fit. Its user attributes hold what Optuna has no field for:
+A point is a combination of values, and a fit is a point with a seed. Each trial of Optuna's is one attempt at a fit,
+and its user attributes hold what Optuna has no field for:
 
-    values     {flag: text}, as on the command line, with the r that a budget chose
-    seed       of the fit; None where the config's own is taken
-    name       of its folder in the sweep's
-    owner      [host, process of the sweep, process of the fit, heartbeat]: the last grows while the processes live
-    outcome    "complete", "failed" or "superseded", where Optuna's state is FAIL; a FAIL without one was interrupted
-    trainable, seconds, run, error, value
+    point    the text of a grid's values, or the number of a sampler's proposal; with `seed` it says which fit it is
+    values   {flag: text}, as on the command line, with the r that a budget chose
+    name     of the fit's folder in the sweep's, the same for each attempt
+    owner    [host, process of the sweep, process of the fit], and `beat`, which grows while the sweep lives
+    result   the fields of `Trial` that its end sets; a trial that Optuna calls failed and that has none was interrupted
 
-Several processes, on one machine or on many, work on one study when they name one storage. A trial belongs to the
-process that got it from Optuna. Where its owner dies, another process closes it and enters its values again: the fit
-resumes from its last checkpoint where the folder is shared, and begins anew where it is not.
+Several processes, on one machine or on many, work on one study when they name one storage. A process enters a trial
+for a fit that is neither made nor being made. Where two enter the same one, the trial with the smaller number goes on.
+Where a trial's owner dies, another process closes it, so that its fit is missing again: a new trial resumes from the
+last checkpoint where the folder is shared, and begins anew where it is not.
 """
 
 from __future__ import annotations
@@ -22,27 +23,31 @@ import re
 import socket
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_lightning.commands.sweep.search_space import Choices, Swept, readable_value, short_names
+from lora_lightning.commands.sweep.search_space import (
+    Space,
+    Values,
+    import_optuna,
+    readable_value,
+    short_names,
+    text_of,
+)
 from lora_lightning.lora.errors import LoRAError, MissingPackageError, first_line
 
 Sampler = Literal["grid", "random", "tpe"]
 Pruner = Literal["none", "median", "hyperband"]
 State = Literal["running", "complete", "pruned", "failed"]
-Values = dict[str, str]
 JOURNAL = "study.log"
 """Optuna's journal file in the sweep's folder, where no storage is named."""
-SILENCE = 300.0
-"""Seconds after which an owner without a new heartbeat counts as dead, on any machine."""
-UNCLAIMED = 30.0
-"""Seconds after which a trial that some process took without an owner counts as abandoned."""
+BEAT, SILENCE = 30.0, 300.0
+"""Seconds between two heartbeats, and after which an owner without a new one counts as dead."""
 NAME_LENGTH = 60
 """Characters of the values in a folder's name."""
+RESULT = ("state", "value", "reported", "trainable", "seconds", "run", "error")
 
 
 @dataclass(kw_only=True)
@@ -68,11 +73,6 @@ class Trial:
         """Its place in the order in which fits were first begun."""
         return int(self.name.partition("_")[0])
 
-    @property
-    def point(self) -> tuple[tuple[str, str], ...]:
-        """Its values, by which trials of several seeds belong together."""
-        return tuple(self.values.items())
-
 
 def folder_name(number: int, values: Values, seed: int | None) -> str:
     """A name such as `003_r-4_dropout-0.1_seed-2`, with as much of the values as fits."""
@@ -83,329 +83,255 @@ def folder_name(number: int, values: Values, seed: int | None) -> str:
 
 
 class Study:
-    """All fits of a sweep, shared by all processes that open the same storage and name."""
+    """All fits of a sweep, shared by all processes that open the same storage and name.
+
+    Args:
+        folder: the sweep's, whose name is the study's.
+        space: the swept flags.
+        about: what makes it this study: the config, the metric and the like, as plain data.
+        points: the values of a grid's points, or the number of a sampler's.
+        seeds: with each of which every point is fitted.
+        complete: adds values that depend on a sampler's, such as the r of a budget.
+
+    Raises:
+        LoRAError: the study exists with another `about`, with the first difference; the storage cannot be opened.
+    """
 
     def __init__(
         self,
         folder: Path,
-        swept: Sequence[Swept],
+        space: Space,
+        about: Mapping[str, Any],
+        points: Sequence[Values] | int,
         *,
         goal: str,
+        seeds: Sequence[int | None] = (None,),
         sampler: Sampler = "grid",
         pruner: Pruner = "none",
-        count: int = 0,
         storage: str | None = None,
+        complete: Callable[[Values], Values] = dict,
     ) -> None:
         self.optuna = import_optuna()
         self.states = self.optuna.trial.TrialState
-        self.swept, self.goal, self.count = swept, goal, count
-        self.sampler = sampler if sampler != "grid" else None
+        self.best = max if goal == "max" else min
+        self.space, self.sampler, self.seeds, self.complete = space, sampler, seeds, complete
+        self.points: dict[str, Values | None] = (
+            dict.fromkeys(map(str, range(points)))
+            if isinstance(points, int)
+            else {json.dumps(values): values for values in points}
+        )
+        pruners = self.optuna.pruners
         self.study = self.optuna.create_study(
             study_name=folder.name,
-            storage=self._storage(storage, folder),
-            direction="maximize" if goal == "max" else "minimize",
-            pruner=self._pruner(pruner),
+            storage=_journal(folder, storage) if storage is None or "://" not in storage else _database(storage),
+            direction=f"{goal}imize",
+            pruner={  # the median of Optuna waits for five, which a small sweep may not have
+                "none": pruners.NopPruner,
+                "median": lambda: pruners.MedianPruner(n_startup_trials=2),
+                "hyperband": pruners.HyperbandPruner,
+            }[pruner](),
             load_if_exists=True,
         )
+        refuse_other(folder.name, self.study.user_attrs.get("about"), about)
+        self.study.set_user_attr("about", about)
+        self.opened_at = len(self._trials())
+        """The number of trials before: a fit that failed in one of them is tried again."""
         self.owned: dict[int, Any] = {}
         """Optuna's handle of each trial that this process fits, by number."""
-        self._beats: dict[int, tuple[int, float]] = {}
-        """The last heartbeat of each other process's trial, and when it was seen first, by number."""
+        self._beaten = 0.0
+        self._first_seen: dict[tuple[int, int], float] = {}
+        """When each heartbeat of another process was seen first, by the trial's number and the beat."""
 
-    # What the study is of
+    def is_open(self) -> bool:
+        """Whether a fit waits or runs, here or in another process."""
+        return bool(self._missing(also_running=True))
 
-    def claim(self, about: dict[str, Any]) -> None:
-        """Write what the study is about, or check that it agrees.
-
-        Raises:
-            LoRAError: the study has another config, metric, budget or set of flags; names the first difference.
-        """
-        before = self.study.user_attrs.get("about")
-        if before is None:
-            self.study.set_user_attr("about", about)
-        elif (other := first_difference(before, about)) is not None:
-            raise LoRAError(
-                f"the sweep '{self.study.study_name}' exists with another {other}: give another --name; other values"
-                " of the same flags, more trials and more seeds would be added to it"
-            )
-
-    def add(self, wanted: Iterable[tuple[Values, int | None]]) -> None:
-        """Enter the fits of a grid that are missing, and again those that failed."""
-        known = {(trial.point, trial.seed): trial for trial in self.trials(waiting=True)}
-        for values, seed in wanted:
-            earlier = known.get((tuple(values.items()), seed))
-            if earlier is None or earlier.state == "failed":
-                self._enter({}, values=values, seed=seed, name=earlier.name if earlier else None)
-
-    def add_proposals(self, number: int, seeds: Sequence[int | None]) -> None:
-        """Enter points for the sampler to choose until there are `number`, and again fits that failed."""
-        trials = self.study.get_trials()
-        proposals = {t.user_attrs["proposal"] for t in trials if "proposal" in t.user_attrs}
-        for proposal in range(number):
-            if proposal not in proposals:
-                self._enter({}, proposal=proposal, seed=seeds[0])
-        for trial in self.trials(waiting=True):
-            if trial.state == "failed":
-                self._enter(self._params(trial.values), values=trial.values, seed=trial.seed, name=trial.name)
-        for values in {trial.point: trial.values for trial in self.trials(waiting=True)}.values():
-            self._repeat(values, seeds)
-
-    # The life of one fit
-
-    def next(self, seeds: Sequence[int | None] = (None,), complete: Callable[[Values], Values] = dict) -> Trial | None:
-        """Take the next fit without an owner; None where there is none at the moment.
-
-        Args:
-            seeds: repeat each point that a sampler proposes.
-            complete: adds values that depend on a proposal's, such as the r of a budget.
-        """
-        self._take_over()
-        while any(trial.state == self.states.WAITING for trial in self.study.get_trials(deepcopy=False)):
-            handle = self.study.ask()
+    def next(self) -> Trial | None:
+        """Take the next fit that no process makes; None where there is none at the moment."""
+        self._close_abandoned()
+        while missing := self._missing():
+            self.study.enqueue_trial(*missing[0])
+            if self.sampler != "grid":
+                self.study.sampler = self._sampler(int(missing[0][1]["point"]))
+            handle = self.study.ask({} if self.sampler == "grid" else self.space)  # perhaps another process's trial
             self.owned[handle.number] = handle
-            self.beat(handle.number, 0)
-            attributes = handle.user_attrs
-            if "values" not in attributes:
-                if "proposal" not in attributes:  # another process took the last one first
-                    self._close(handle, "superseded")
-                    return None
-                values = complete(self._suggest(handle))
-                handle.set_user_attr("values", values)
-                self._repeat(values, seeds[1:])
-            elif self.sampler is not None:
-                self._suggest(handle)  # its values were fixed when it was entered; this tells the sampler
-            values, seed = handle.user_attrs["values"], attributes["seed"]
-            if self._has_twin(handle.number, values, seed):
-                self._close(handle, "superseded")
+            fit = handle.user_attrs
+            if "point" not in fit or self._is_taken(handle.number):
+                self.release(handle.number)
                 continue
-            if "name" not in attributes:
-                handle.set_user_attr("name", folder_name(handle.number, values, seed))
-            return self._view(self.study.get_trials()[handle.number])
+            self.set_owner(handle.number)
+            values = fit["values"] or self.complete({key: text_of(handle.params[key]) for key in self.space})
+            handle.set_user_attr("values", values)
+            handle.set_user_attr("name", fit["name"] or folder_name(handle.number, values, fit["seed"]))
+            return self._view(self._trials()[handle.number])
         return None
 
-    def beat(self, number: int, process: int) -> None:
-        """Write a heartbeat of this process; `process` is the fit's, 0 before it began."""
-        before = self.owned[number].user_attrs.get("owner")
-        count = before[3] + 1 if before else 0
-        self.owned[number].set_user_attr("owner", [socket.gethostname(), os.getpid(), process, count])
+    def set_owner(self, number: int, process: int = 0) -> None:
+        """Write who makes a fit: this process and, once it has begun, the fit's."""
+        self.owned[number].set_user_attr("owner", [socket.gethostname(), os.getpid(), process])
 
-    def release(self, number: int) -> None:
-        """Give up a trial, so that any process may go on with it."""
-        self.owned.pop(number).set_user_attr("owner", ["", 0, 0, 0])
+    def beat(self) -> None:
+        """Write a heartbeat for other processes, where it is time for one."""
+        if time.monotonic() - self._beaten > BEAT:
+            self._beaten = time.monotonic()
+            for handle in self.owned.values():
+                handle.set_user_attr("beat", handle.user_attrs.get("beat", 0) + 1)
 
     def should_prune(self, trial: Trial) -> bool:
         """Report new values to the pruner, and return its decision."""
         handle = self.owned[trial.number]
-        known = len(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        known = len(self._trials()[trial.number].intermediate_values)
         for step in range(known, len(trial.reported)):
             handle.report(trial.reported[step], step + 1)
         return bool(trial.reported) and bool(handle.should_prune())
 
     def finish(self, trial: Trial) -> None:
         """Write a fit's result."""
-        handle = self.owned.pop(trial.number)
-        for name in ("trainable", "seconds", "run", "error", "value"):
-            handle.set_user_attr(name, getattr(trial, name))
-        if trial.state == "pruned":
-            self.study.tell(handle, state=self.states.PRUNED)
-        elif trial.state == "complete" and trial.value is not None:
-            self.study.tell(handle, trial.value)
-        else:
-            self._close(handle, trial.state)
+        handle, states = self.owned.pop(trial.number), self.states
+        if trial.state == "pruned" and trial.reported:
+            trial.value = self.best(trial.reported)
+        handle.set_user_attr("result", {name: getattr(trial, name) for name in RESULT})
+        value = trial.value if trial.state == "complete" else None
+        end = states.PRUNED if trial.state == "pruned" else states.FAIL if value is None else states.COMPLETE
+        self.study.tell(handle, value, state=end)
 
-    def trials(self, *, waiting: bool = False) -> list[Trial]:
-        """The newest trial of each fit, in the order of their beginnings; with `waiting`, also fits not yet begun."""
-        newest: dict[Any, Trial] = {}
-        for frozen in self.study.get_trials():
-            attributes = frozen.user_attrs
-            hidden = "values" not in attributes or attributes.get("outcome") == "superseded"
-            if not hidden and (waiting or frozen.state != self.states.WAITING):
-                view = self._view(frozen)
-                newest[view.point, view.seed] = view
+    def release(self, number: int) -> None:
+        """Give up a trial, so that any process may make its fit."""
+        self.study.tell(self.owned.pop(number), state=self.states.FAIL)
+
+    def trials(self) -> list[Trial]:
+        """The newest trial of each fit that was begun, in the order of their beginnings."""
+        newest = {_fit(trial): self._view(trial) for trial in self._trials() if trial.user_attrs.get("name")}
         return sorted(newest.values(), key=lambda trial: trial.index)
 
-    def unfinished(self) -> int:
-        """The number of fits that wait or run."""
-        return sum(not trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+    def _trials(self) -> list[Any]:
+        return list(self.study.get_trials(deepcopy=False))
 
-    def _enter(self, params: dict[str, Any], *, name: str | None = None, **attributes: Any) -> None:
-        attributes |= {} if name is None else {"name": name}
-        self.study.enqueue_trial(params, user_attrs=attributes)
+    def _missing(self, *, also_running: bool = False) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Optuna's parameters and our attributes of each fit that is neither made nor being made, in order."""
+        trials = self._trials()
+        there = {_fit(trial) for trial in trials if self._is_made(trial) or (self._runs(trial) and not also_running)}
+        points: dict[str, Any] = {point: ({}, values) for point, values in self.points.items()}
+        names: dict[Any, str] = {}
+        for trial in trials:
+            if trial.user_attrs.get("name") and (point := trial.user_attrs["point"]) in points:
+                points[point] = trial.params, trial.user_attrs["values"]
+                names[_fit(trial)] = trial.user_attrs["name"]
+        return [
+            (params, {"point": point, "seed": seed, "values": values, "name": names.get((point, seed))})
+            for seed in self.seeds
+            for point, (params, values) in points.items()
+            if (point, seed) not in there and (values or seed == self.seeds[0])  # a proposal is made with the first
+        ]
 
-    def _repeat(self, values: Values, seeds: Sequence[int | None]) -> None:
-        """Enter a sampler's point with the seeds that are missing."""
-        had = {t.user_attrs["seed"] for t in self.study.get_trials() if t.user_attrs.get("values") == values}
-        for seed in seeds:
-            if seed not in had:
-                self._enter(self._params(values), values=values, seed=seed)
+    def _is_made(self, trial: Any) -> bool:
+        """Whether a trial has a result that stays; that of a failed one stays for this command alone."""
+        result = trial.user_attrs.get("result")
+        return result is not None and (result["state"] != "failed" or trial.number >= self.opened_at)
 
-    def _close(self, handle: Any, outcome: str) -> None:
-        self.owned.pop(handle.number, None)
-        handle.set_user_attr("outcome", outcome)
-        self.study.tell(handle, state=self.states.FAIL)
+    def _runs(self, trial: Any) -> bool:
+        return bool(trial.state == self.states.RUNNING)
 
-    def _has_twin(self, number: int, values: Values, seed: int | None) -> bool:
-        """Whether the same fit is done, or runs under a smaller number: two processes may both have entered it."""
-        for other in self.study.get_trials():
-            differs = other.number == number or other.user_attrs.get("values") != values
-            if differs or other.user_attrs.get("seed") != seed or "outcome" in other.user_attrs:
-                continue
-            earlier = other.state == self.states.RUNNING and other.number < number
-            if earlier or other.state in (self.states.COMPLETE, self.states.PRUNED):
-                return True
-        return False
+    def _is_taken(self, number: int) -> bool:
+        """Whether the fit of a trial is made, or being made under a smaller number."""
+        trials = self._trials()
+        same = [trial for trial in trials if _fit(trial) == _fit(trials[number])]
+        return any(self._is_made(trial) or (self._runs(trial) and trial.number < number) for trial in same)
 
-    def _take_over(self) -> None:
-        """Enter again the unfinished fits of processes that died or released them."""
-        for trial in self.study.get_trials():
-            if trial.state != self.states.RUNNING or trial.number in self.owned or not self._is_left(trial):
-                continue
-            try:
-                self.study.tell(trial.number, state=self.states.FAIL)
-            except ValueError:
-                continue  # another process was first
-            names = {"values", "seed", "name", "proposal"} & set(trial.user_attrs)
-            attributes = {name: trial.user_attrs[name] for name in names}
-            self.study.enqueue_trial(trial.params, user_attrs=attributes)
+    def _close_abandoned(self) -> None:
+        """Close the unfinished trials of processes that died."""
+        for trial in self._trials():
+            if self._runs(trial) and trial.number not in self.owned and self._is_abandoned(trial):
+                try:
+                    self.study.tell(trial.number, state=self.states.FAIL)
+                except ValueError:
+                    continue  # another process was first
 
-    def _is_left(self, trial: Any) -> bool:
-        host, sweep, fit, beat = trial.user_attrs.get("owner", [None, 0, 0, 0])
-        if host in ("", socket.gethostname()) and not is_alive(sweep) and not is_alive(fit):
+    def _is_abandoned(self, trial: Any) -> bool:
+        host, *processes = trial.user_attrs.get("owner", [None])
+        if host == socket.gethostname() and not any(map(is_alive, processes)):
             return True
-        last, since = self._beats.get(trial.number, (None, 0.0))
-        if beat != last:
-            self._beats[trial.number] = (beat, time.monotonic())
-            return False
-        return time.monotonic() - since > (SILENCE if host else UNCLAIMED)
+        now = time.monotonic()
+        return now - self._first_seen.setdefault((trial.number, trial.user_attrs.get("beat", 0)), now) > SILENCE
 
     def _view(self, frozen: Any) -> Trial:
-        attributes, states = frozen.user_attrs, self.states
-        named: dict[Any, State] = {states.COMPLETE: "complete", states.PRUNED: "pruned"}
-        state: State = named.get(frozen.state, attributes.get("outcome", "running"))
-        reported = [frozen.intermediate_values[step] for step in sorted(frozen.intermediate_values)]
-        best = max if self.goal == "max" else min
-        value = attributes.get("value")
-        return Trial(
-            number=frozen.number,
-            values=attributes["values"],
-            seed=attributes["seed"],
-            name=attributes.get("name", f"{frozen.number:03d}"),
-            state=state,
-            value=best(reported) if state == "pruned" and reported else value,
-            reported=reported,
-            **{key: attributes.get(key) for key in ("trainable", "seconds", "run", "error")},
-        )
-
-    def _suggest(self, handle: Any) -> Values:
-        """Let the sampler choose. Its seed is the trial's number, so that no two processes get the same points."""
-        self.study.sampler = self._sampler(handle.number)
-        values: Values = {}
-        for flag in self.swept:
-            if isinstance(flag, Choices):
-                values[flag.key] = handle.suggest_categorical(flag.key, flag.values)
-            elif flag.integer:
-                values[flag.key] = str(handle.suggest_int(flag.key, int(flag.low), int(flag.high), log=flag.log))
-            else:  # nine digits tell any two values of a sweep apart
-                values[flag.key] = f"{handle.suggest_float(flag.key, flag.low, flag.high, log=flag.log):.9g}"
-        return values
-
-    def _params(self, values: Values) -> dict[str, Any]:
-        """Values in Optuna's types; empty without a sampler."""
-        if self.sampler is None:
-            return {}
-        types = {flag.key: str if isinstance(flag, Choices) else int if flag.integer else float for flag in self.swept}
-        return {key: kind(values[key]) for key, kind in types.items()}
+        known = frozen.user_attrs
+        fit = {name: known[name] for name in ("values", "seed", "name")}
+        return Trial(number=frozen.number, **fit, **known.get("result", {}))
 
     def _sampler(self, seed: int) -> Any:
+        """The sampler. Its seed is a proposal's number, so that no two processes get the same points."""
         samplers = self.optuna.samplers
-        if self.sampler != "tpe":
+        if self.sampler == "random":
             return samplers.RandomSampler(seed=seed)
         # A third at random, at most Optuna's ten: with ten of a dozen trials it would learn from two.
-        random = max(2, min(10, self.count // 3))
+        random = max(2, min(10, len(self.points) // 3))
         return samplers.TPESampler(seed=seed, n_startup_trials=random, constant_liar=True, multivariate=False)
 
-    def _pruner(self, name: Pruner) -> Any:
-        pruners = self.optuna.pruners
-        if name == "median":  # Optuna waits for five, which a small sweep may not have
-            return pruners.MedianPruner(n_startup_trials=2)
-        return pruners.HyperbandPruner() if name == "hyperband" else pruners.NopPruner()
 
-    def _storage(self, storage: str | None, folder: Path) -> Any:
-        """Optuna's storage: a journal file, which may be in a shared folder, or a database of SQLAlchemy's."""
-        if storage is None or "://" not in storage:
-            file = folder / JOURNAL if storage is None else Path(storage)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            journal = self.optuna.storages.journal
-            return self.optuna.storages.JournalStorage(journal.JournalFileBackend(str(file)))
-        if storage.startswith("sqlite"):
-            raise LoRAError(
-                f"--storage {storage}: SQLite can hand one trial to two processes: take a file for Optuna's journal:"
-                f" --storage {Path(storage).stem}.log"
-            )
+def _fit(trial: Any) -> tuple[str | None, int | None]:
+    """What a trial is an attempt at: a point, and a seed."""
+    return trial.user_attrs.get("point"), trial.user_attrs.get("seed")
+
+
+def _journal(folder: Path, storage: str | None) -> Any:
+    """Optuna's journal, a file that may be in a shared folder."""
+    file = folder / JOURNAL if storage is None else Path(storage)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    storages = import_optuna().storages
+    return storages.JournalStorage(storages.journal.JournalFileBackend(str(file)))
+
+
+def _database(url: str) -> Any:
+    """Optuna's storage in a database of SQLAlchemy's.
+
+    Raises:
+        LoRAError: it cannot be opened, or is SQLite.
+        MissingPackageError: the database's driver is not installed.
+    """
+    shown = "--storage " + re.sub(r"(://[^:/@]*):[^@]*@", r"\1@", url)  # without the password
+    if url.startswith("sqlite"):
+        raise LoRAError(
+            f"{shown}: SQLite can hand one trial to two processes: take a file for Optuna's journal: --storage"
+            f" {Path(url).stem}.log"
+        )
+    for attempt in range(3):  # of processes that make the tables at once all but one fail
         try:
-            return self._database(storage)
+            return import_optuna().storages.RDBStorage(url)
         except ImportError as error:
             missing = error.__cause__ or error  # SQLAlchemy's, which names the driver
             raise MissingPackageError(
-                f"--storage {_without_password(storage)} needs its database's driver ({missing}); for PostgreSQL:"
-                " pip install 'psycopg[binary]' and --storage postgresql+psycopg://user@host/name"
+                f"{shown} needs its database's driver ({missing}); for PostgreSQL: pip install 'psycopg[binary]' and"
+                " --storage postgresql+psycopg://user@host/name"
             ) from error
         except Exception as error:
-            first = first_line(error)
-            raise LoRAError(
-                f"--storage {_without_password(storage)} cannot be opened ({first}): expected a file for Optuna's"
-                " journal, or a database as SQLAlchemy writes it, such as postgresql+psycopg://user@host/name"
-            ) from error
+            if attempt == 2:
+                raise LoRAError(
+                    f"{shown} cannot be opened ({first_line(error)}): expected a file for Optuna's journal, or a"
+                    " database as SQLAlchemy writes it, such as postgresql+psycopg://user@host/name"
+                ) from error
+            time.sleep(2)
+    raise AssertionError
 
-    def _database(self, url: str) -> Any:
-        """Optuna's database storage, with retries: of processes that make its tables at once all but one fail."""
-        for _ in range(2):
-            try:
-                return self.optuna.storages.RDBStorage(url)
-            except ImportError:
-                raise
-            except Exception:
-                time.sleep(2)
-        return self.optuna.storages.RDBStorage(url)
+
+def refuse_other(name: str, before: Mapping[str, Any] | None, about: Mapping[str, Any]) -> None:
+    """Raise where the sweep of this name exists and is about something else, with the first difference."""
+    if before is not None and (other := first_difference(before, about)) is not None:
+        raise LoRAError(
+            f"the sweep '{name}' exists with another {other}: give another --name; other values of the same flags, more"
+            " trials and more seeds would be added to it"
+        )
 
 
 def first_difference(before: Any, now: Any, where: str = "") -> str | None:
     """The first place in which two pieces of plain data differ, with both values."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({*before, *now}):
-            difference = first_difference(before.get(key), now.get(key), f"{where}.{key}" if where else key)
-            if difference is not None:
-                return difference
-        return None
+        inner = (
+            first_difference(before.get(key), now.get(key), f"{where}.{key}" if where else key)
+            for key in sorted({*before, *now})
+        )
+        return next(filter(None, inner), None)
     return None if before == now else f"{where.removeprefix('config.')} ({_shorten(before)}, now {_shorten(now)})"
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process of this machine lives; 0 and zombies do not."""
-    if not process:
-        return False
-    try:
-        os.kill(process, 0)
-        return sys.platform != "linux" or Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
-    except PermissionError:
-        return True
-
-
-def import_optuna() -> Any:
-    """Import Optuna and silence its log.
-
-    Raises:
-        MissingPackageError: it is not installed.
-    """
-    try:
-        import optuna
-    except ImportError as error:
-        raise MissingPackageError("sweeps need optuna: pip install 'lora_lightning[sweeps]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    return optuna
 
 
 def _shorten(value: Any) -> str:
@@ -413,5 +339,12 @@ def _shorten(value: Any) -> str:
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-def _without_password(url: str) -> str:
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1@", url)
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine lives; 0 and zombies do not."""
+    try:
+        os.kill(process, 0)
+        return process > 0 and (sys.platform != "linux" or ") Z " not in Path(f"/proc/{process}/stat").read_text())
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    except PermissionError:
+        return True

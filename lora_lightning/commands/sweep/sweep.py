@@ -1,41 +1,43 @@
-"""A sweep: checks the request, runs the missing fits, and writes the results."""
+"""A sweep: the options, checked before anything is opened, and with the config that they vary."""
 
 from __future__ import annotations
 
-import json
+import copy
+import functools
+import shlex
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_lightning.commands.sweep.base_config import Base, open_base
-from lora_lightning.commands.sweep.processes import FIT
 from lora_lightning.commands.sweep.rank_budget import rank_for
-from lora_lightning.commands.sweep.ranking import Point, rank_points
-from lora_lightning.commands.sweep.report import about_of, write
-from lora_lightning.commands.sweep.runner import Runner, Say, Stopped
 from lora_lightning.commands.sweep.search_space import (
     MATRICES,
     RANK,
-    Choices,
-    Swept,
+    Space,
+    Values,
     bounds,
     first_values,
     grid_points,
-    space,
+    parse_space,
 )
-from lora_lightning.commands.sweep.study import Pruner, Sampler, Study, Values
-from lora_lightning.commands.sweep.together import Together, Watch, refuse_keys
+from lora_lightning.commands.sweep.study import Pruner, Sampler, Study
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.reports.figures import refuse_missing
 from lora_lightning.training.population.halving import RUNGS, Halving
 from lora_lightning.training.population.population import refuse_strategy
-from lora_lightning.training.strategies.endings import in_all_processes
+
+VARY = (
+    "model.lora.",
+    "model.optimizer",
+    "model.lr_scheduler",
+    "model.b_lr_ratio",
+    "model.init_adapter",
+    "trainer.gradient_clip_",
+)
+"""Flags that may differ between members of one fit; others belong to the shared W0, data or number of steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class Request:
 
     Raises:
         LoRAError: an option is invalid, or options exclude each other.
-        MissingPackageError: figures are requested, and matplotlib is not installed.
+        MissingPackageError: Optuna is not installed, or figures are requested and matplotlib is not.
     """
 
     fit: Sequence[str]
@@ -67,37 +69,45 @@ class Request:
     together: bool = False
     halving: int | None = None
     rungs: Sequence[str] = RUNGS
-    swept: list[Swept] = field(init=False)
+
+    @functools.cached_property
+    def space(self) -> Space:
+        """The swept flags."""
+        return parse_space(self.grid, self.ranges)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "swept", space(self.grid, self.ranges))
-        if not self.swept:
-            raise LoRAError("a sweep needs something to sweep: --grid model.lora.r=1,2,4,8")
-        keys = [flag.key for flag in self.swept]
-        if self.budget is not None and RANK in keys:
-            raise LoRAError(f"--budget chooses r for each set of matrices: leave {RANK} out of --grid and --range")
-        if self.budget is not None and not any(isinstance(x, Choices) and x.key == MATRICES for x in self.swept):
-            raise LoRAError(
-                f'--budget compares sets of matrices: give --grid "{MATRICES}=[query],[query,value],all-linear"'
-            )
-        if self.sampler == "grid" and self.trials is not None:
-            raise LoRAError("--trials is for --sampler random or tpe: a grid has as many as it has points")
-        if self.sampler != "grid" and (self.trials is None or self.trials < 1):
-            raise LoRAError(f"--sampler {self.sampler} needs --trials N, at least 1")
-        if self.jobs < 1:
-            raise LoRAError(f"jobs must be at least 1, got {self.jobs}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise LoRAError(f"seeds are to differ, got {', '.join(map(str, self.seeds))}")
-        if self.metric is not None and not self.metric.startswith("val"):
-            raise LoRAError(f"a sweep chooses by validation, so that the test set can still judge; got {self.metric}")
+        is_grid, budgeted = self.sampler == "grid", self.budget is not None
+        problems = {
+            "a sweep needs something to sweep: --grid model.lora.r=1,2,4,8": not self.space,
+            f"--budget chooses r for each set of matrices: leave {RANK} out of --grid and --range": (
+                budgeted and RANK in self.space
+            ),
+            f'--budget compares sets of matrices: give --grid "{MATRICES}=[query],[query,value],all-linear"': (
+                budgeted and not hasattr(self.space.get(MATRICES), "choices")
+            ),
+            "--trials is for --sampler random or tpe: a grid has as many as it has points": (
+                is_grid and self.trials is not None
+            ),
+            f"--sampler {self.sampler} needs --trials N, at least 1": not is_grid and (self.trials or 0) < 1,
+            f"jobs must be at least 1, got {self.jobs}": self.jobs < 1,
+            f"seeds are to differ, got {', '.join(map(str, self.seeds))}": len(set(self.seeds)) < len(self.seeds),
+            f"a sweep chooses by validation, so that the test set can still judge; got {self.metric}": (
+                self.metric is not None and not self.metric.startswith("val")
+            ),
+            "--halving compares the members of one fit: give --together with it": (
+                self.halving is not None and not self.together
+            ),
+        }
+        for problem, is_there in problems.items():
+            if is_there:
+                raise LoRAError(problem)
         if self.together:
-            self._check_together()
-        elif self.halving is not None:
-            raise LoRAError("--halving compares the members of one fit: give --together with it")
+            self._refuse_apart()
         if self.plots:
             refuse_missing()
 
-    def _check_together(self) -> None:
+    def _refuse_apart(self) -> None:
+        """Raise for what one fit of several members cannot have."""
         options = {
             "--sampler": self.sampler != "grid",
             "--jobs": self.jobs > 1,
@@ -107,172 +117,120 @@ class Request:
         }
         if unfit := [flag for flag, is_set in options.items() if is_set]:
             raise LoRAError(f"--together fits one grid in one process: leave {', '.join(unfit)} out, or --together")
-        refuse_keys([flag.key for flag in self.swept], self.fit, self.grid)
+        if unfit := [key for key in self.space if not key.startswith(VARY)]:
+            grid = [word for text in self.grid for word in ("--grid", text)]
+            apart = shlex.join(["lora-lightning", "sweep", *self.fit, *grid])
+            raise LoRAError(
+                f"--together: '{unfit[0]}' cannot differ between members, which share W0, data, precision, strategy and"
+                f" the number of steps; each in a fit of its own: {apart}"
+            )
         if self.halving is not None:
             Halving(self.halving, self.rungs)
 
-    @property
-    def points(self) -> int:
-        """The number of combinations of values."""
-        return len(grid_points(self.swept)) if self.sampler == "grid" else self.trials or 0
-
 
 class Sweep:
-    """A request over an opened config."""
+    """A request over an opened config, checked in all that can be checked before the first fit.
 
-    def __init__(self, request: Request, base: Base, command: Sequence[str] = FIT) -> None:
-        self.request, self.base, self.command = request, base, command
+    Raises:
+        LoRAError: the request does not fit the config.
+        SystemExit: `fit` refuses a value; its line is on the screen.
+    """
+
+    def __init__(self, request: Request, base: Base | None = None) -> None:
+        if base is None:
+            first = [] if request.budget is not None else first_values(request.space)
+            base = open_base([*request.fit, *first], trainer=request.together)
+        self.request, self.base, self.space = request, base, request.space
         self.folder = Path(request.runs_dir) / (request.name or f"{base.name}-sweep")
-        self.metric, self.goal = _metric(request, base)
-        self.seeds: list[int | None] = [*request.seeds] or [None]
+        self.metric, self.goal = self._metric()
         self._check_values()
         if base.trainer is not None:
             refuse_strategy(base.trainer)
-        self.ranks = self._ranks() if request.budget is not None else {}
-        self.keys = [*(flag.key for flag in request.swept), *([RANK] if self.ranks else [])]
+        self.ranks = {} if request.budget is None else self._ranks(request.budget)
+        """By set of matrices the r that the budget chooses."""
+        self.keys = [*self.space, *([RANK] if self.ranks else [])]
         """The swept flags, and r where a budget chooses it."""
+        is_grid = request.sampler == "grid"
+        seeds: Sequence[int | None] = request.seeds or [None]
+        points = [self._complete(values) for values in grid_points(self.space)] if is_grid else request.trials or 0
+        self.count = (points if isinstance(points, int) else len(points)) * len(seeds)
+        """The number of fits."""
+        self.watches = request.pruner != "none"
+        """Whether fits report each validation, for a pruner."""
         self.about: dict[str, Any] = {
             "metric": self.metric,
             "goal": self.goal,
             "budget": request.budget,
             "keys": self.keys,
-            "config": _drop_swept(base.config, self.keys, seeds=bool(request.seeds)),
+            "config": _without(base.config, [*self.keys, *(["seed_everything"] if request.seeds else [])]),
         }
         if request.together:  # decisions at rungs do not hold for other rungs
             self.about["together"] = {"halving": request.halving, "rungs": list(request.rungs)}
-        if request.sampler != "grid":  # Optuna's samplers keep their first choices
-            self.about["choices"] = {x.key: list(x.values) for x in request.swept if isinstance(x, Choices)}
-
-    @property
-    def count(self) -> int:
-        """The number of fits."""
-        return self.request.points * len(self.seeds)
-
-    def processes(self) -> AbstractContextManager[None]:
-        """Within the block all processes of a sweep `together` run: rank 0 runs the sweep, the others `follow`."""
-        trainer = self.base.trainer
-        return nullcontext() if trainer is None else in_all_processes(trainer, unless=(Stopped, SystemExit))
-
-    def follow(self) -> None:
-        """Take part in the fits that rank 0 has taken from the study, and write nothing."""
-        with suppress(KeyboardInterrupt, Stopped):  # rank 0 reports them
-            self._population().run()
-
-    def _population(self, **options: Any) -> Together:
-        options |= {"metric": self.metric, "goal": self.goal}
-        options |= {"eta": self.request.halving, "rungs": self.request.rungs}
-        return Together(folder=self.folder, args=self.request.fit, **options)
-
-    def run(self, say: Say, watch: Watch = lambda _: None) -> list[Point]:
-        """Run the fits that are not done, write the results, also after an interruption, and return them ranked."""
-        request = self.request
-        study = Study(
+        if not is_grid:  # Optuna's samplers keep their first choices, and kinds of numbers
+            kinds = {key: [type(kind).__name__, getattr(kind, "log", None)] for key, kind in self.space.items()}
+            self.about["choices"] = {
+                key: bounds(kind) if hasattr(kind, "choices") else kinds[key] for key, kind in self.space.items()
+            }
+        self.open_study = functools.partial(
+            Study,
             self.folder,
-            request.swept,
+            self.space,
+            self.about,
+            points,
             goal=self.goal,
+            seeds=seeds,
             sampler=request.sampler,
             pruner=request.pruner,
-            count=request.points,
             storage=request.storage,
+            complete=self._complete,
         )
-        about = self.about | {"seeds": list(request.seeds)}
-        if (earlier := about_of(self.folder)) is not None:  # fits of another study lie there, whose results are taken
-            study.claim(earlier)
-        else:
-            write(self.folder, about, [], plots=False)
-        study.claim(self.about)
-        if request.sampler == "grid":
-            wanted = [self._complete(values) for values in grid_points(request.swept)]
-            study.add((values, seed) for seed in self.seeds for values in wanted)
-        else:
-            study.add_proposals(request.points, self.seeds)
-        claim = partial(study.next, self.seeds, self._complete)
-        runner: Runner | Together
-        if request.together:
-            runner = self._population(study=study, claim=claim, say=say, watch=watch)
-        else:
-            runner = Runner(
-                folder=self.folder,
-                args=request.fit,
-                metric=self.metric,
-                study=study,
-                claim=claim,
-                say=say,
-                jobs=request.jobs,
-                watched=request.pruner != "none",
-                command=self.command,
-                gpus=torch.cuda.device_count(),
-            )
-        try:
-            runner.run()
-        finally:
-            points = rank_points(study.trials(), self.goal)
-            write(self.folder, about, points, plots=request.plots)
-        return points
 
     def _complete(self, values: Values) -> Values:
         """The values with the r that the budget chose."""
-        return {**values, RANK: str(self.ranks[values[MATRICES]])} if self.ranks else dict(values)
+        return {**values, RANK: str(self.ranks[values[MATRICES]])} if self.ranks else values
+
+    def _metric(self) -> tuple[str, str]:
+        """What fits are ranked by, and whether it should become `min` or `max`."""
+        metric, base = self.request.metric or self.base.metric, self.base
+        goal = self.request.goal or (base.goal if metric == base.metric else None)
+        if metric != base.metric and (near := base.why_unlogged(metric)) is not None:
+            raise LoRAError(f"--metric {metric} is logged by no fit of this config{near}")
+        if goal is None:
+            raise LoRAError(f"--metric {metric} is not what the config monitors ({base.metric}): say --mode min or max")
+        return metric, goal
 
     def _check_values(self) -> None:
-        """Check every value with fit's parser before the first trial.
+        """Check every value with fit's parser.
 
         Raises:
             ConfigError: a field of `model.lora` has an invalid value.
         """
-        for flag in self.request.swept:
-            for value in bounds(flag):
-                args = [*self.request.fit, *first_values(self.request.swept), f"--{flag.key}={value}"]
+        for key, kind in self.space.items():
+            for value in bounds(kind):
+                args = [*self.request.fit, *first_values(self.space), f"--{key}={value}"]
                 LoRAConfig(**self.base.check(args).model.lora.as_dict())  # its checks, beside its types
 
-    def _ranks(self) -> dict[str, int]:
+    def _ranks(self, budget: int) -> dict[str, int]:
         """For each set of matrices the r that is nearest to the budget."""
-        assert self.request.budget is not None
-        sets = next(flag for flag in self.request.swept if flag.key == MATRICES)
-        assert isinstance(sets, Choices)
         ranks = {}
-        for value in sets.values:
+        for value in bounds(self.space[MATRICES]):
             lora = self.base.check([*self.request.fit, f"--{MATRICES}={value}"]).model.lora
             config = LoRAConfig(**{**lora.as_dict(), "init": "gaussian"})
             try:
-                ranks[value] = rank_for(self.base.backbone, config, self.request.budget)
+                ranks[value] = rank_for(self.base.backbone, config, budget)
             except LoRAError as error:
                 raise LoRAError(f"{MATRICES}={value}: {error}") from error
         return ranks
 
 
-def prepare(request: Request) -> Sweep:
-    """Open the config and check everything that can be checked before the first fit.
-
-    Raises:
-        LoRAError: the request does not fit the config.
-        SystemExit: `fit` refuses a flag; its line is on the screen.
-    """
-    first = [] if request.budget is not None else first_values(request.swept)
-    return Sweep(request, open_base([*request.fit, *first], trainer=request.together))
-
-
-def _metric(request: Request, base: Base) -> tuple[str, str]:
-    if request.metric in (None, base.metric):
-        return base.metric, request.goal or base.goal
-    assert request.metric is not None
-    if (near := base.why_unlogged(request.metric)) is not None:
-        raise LoRAError(f"--metric {request.metric} is logged by no fit of this config{near}")
-    if request.goal is None:
-        raise LoRAError(
-            f"--metric {request.metric} is not what the config monitors ({base.metric}): say --mode min or max"
-        )
-    return request.metric, request.goal
-
-
-def _drop_swept(config: dict[str, Any], keys: Sequence[str], *, seeds: bool) -> dict[str, Any]:
-    """The config without the swept flags."""
-    copy: dict[str, Any] = json.loads(json.dumps(config))
-    for key in [*keys, *(["seed_everything"] if seeds else [])]:
+def _without(config: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """The config without some dotted keys."""
+    copied = copy.deepcopy(config)
+    for key in keys:
         *above, last = key.split(".")
-        inner: Any = copy
+        inner: Any = copied
         for part in above:
             inner = inner.get(part) if isinstance(inner, dict) else None
         if isinstance(inner, dict):
             inner.pop(last, None)
-    return copy
+    return copied

@@ -12,7 +12,6 @@ block j, `se^2 = (G - 1) / G sum_j (d_j - mean d)^2`. It holds for any metric, a
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +21,9 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DistributedSampler, IterableDataset
 from torchmetrics import Metric
 
@@ -113,21 +113,17 @@ def choose_dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> d
     lost = {name for name, reached in standings.items() if math.isnan(reached.value)}  # NaN has no place in an order
     order = sorted(standings, key=lambda name: (name in lost, -sign * standings[name].value, standings[name].loss))
     reasons: dict[str, str] = {}
-    if keep >= len(order):
-        return reasons
-    last = standings[order[keep - 1]]
     for name in order[keep:]:
-        candidate = standings[name]
+        last, candidate = standings[order[keep - 1]], standings[name]
+        gap, error = _paired_difference(last.value, candidate.value, last.values, candidate.values)
+        further, loss_error = _paired_difference(candidate.loss, last.loss, candidate.losses, last.losses)
         if name in lost and order[keep - 1] not in lost:
             reasons[name] = f"behind '{order[keep - 1]}', which has a number"
-            continue
-        gap, error = _paired_difference(last.value, candidate.value, last.values, candidate.values)
-        if gap and sign * gap > error:
+        elif gap and sign * gap > error:
             reasons[name] = f"{abs(gap):.4f} behind '{order[keep - 1]}' (standard error {error:.4f})"
-        elif not gap:
-            gap, error = _paired_difference(candidate.loss, last.loss, candidate.losses, last.losses)
-            if gap > error:
-                reasons[name] = f"like '{order[keep - 1]}', with a loss {gap:.4f} higher (standard error {error:.4f})"
+        elif not gap and further > loss_error:
+            higher = f"a loss {further:.4f} higher (standard error {loss_error:.4f})"
+            reasons[name] = f"like '{order[keep - 1]}', with {higher}"
     return reasons
 
 
@@ -135,9 +131,8 @@ def _paired_difference(
     a: float, b: float, without_a: Sequence[float], without_b: Sequence[float]
 ) -> tuple[float, float]:
     """`a - b`, and its jackknife standard error."""
-    each = [x - y for x, y in zip(without_a, without_b, strict=True)]
-    mean, count = sum(each) / len(each), len(each)
-    return a - b, math.sqrt((count - 1) / count * sum((d - mean) ** 2 for d in each))
+    each = torch.tensor(without_a, dtype=torch.float64) - torch.tensor(without_b, dtype=torch.float64)
+    return a - b, math.sqrt(len(each) - 1) * float(each.std(correction=0))
 
 
 def refuse_metric(module: LoRAModule, metric: str) -> None:
@@ -159,11 +154,12 @@ def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standin
         LoRAError: there is no validation set, or it is too small for a standard error.
     """
     loaders: Any = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-    if isinstance(loaders, list) and not loaders:
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    if not loaders:
         raise LoRAError(
             "halving compares members on the validation set, and the data have none: give data.split a share"
         )
-    loader = loaders[0] if isinstance(loaders, list) else loaders
+    loader = loaders[0]
     task = copy.deepcopy(module.task)
     task.reset("val")  # a task that generates texts reads which stage began last
     outputs = _outputs(trainer, module, task, loader)
@@ -188,27 +184,20 @@ def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standin
 @torch.no_grad()
 def _outputs(trainer: Trainer, module: LoRAModule, task: Task, loader: Iterable[Any]) -> list[StepOutput]:
     """The task's output of each batch, on the CPU."""
-    before, modes = random_state(), [(inner, inner.training) for inner in module.modules()]
-    module.eval()
+    before, modes = random_state(), {inner: inner.training for inner in module.modules()}
     limit = trainer.limit_val_batches
+    module.eval()
     outputs = []
     try:
         for read in islice(loader, limit) if isinstance(limit, int) else loader:
             batch = trainer.strategy.batch_to_device(read, module.device)
             with trainer.precision_plugin.val_step_context():
-                outputs.append(_on_device(task.evaluate(module.backbone, batch), torch.device("cpu")))
+                outputs.append(move_data_to_device(task.evaluate(module.backbone, batch), "cpu"))
     finally:
-        for inner, mode in modes:
+        for inner, mode in modes.items():
             inner.training = mode
         set_random_state(before)
     return outputs
-
-
-def _on_device(out: StepOutput, device: torch.device) -> StepOutput:
-    tensors: dict[str, Any] = {
-        name: value.detach().to(device) for name, value in vars(out).items() if isinstance(value, Tensor)
-    }
-    return dataclasses.replace(out, **tensors)
 
 
 def _count_exactly(task: Task) -> None:
@@ -240,7 +229,7 @@ def replay(module: LoRAModule, outputs: Sequence[StepOutput]) -> None:
 
     def evaluate(backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         if remaining and _sums(module) == weights:
-            return _on_device(remaining.popleft(), module.device)
+            return move_data_to_device(remaining.popleft(), module.device)  # type: ignore[no-any-return]
         remaining.clear()
         return type(task).evaluate(task, backbone, batch)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import signal
 import threading
@@ -23,7 +22,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.tensors import iter_base
 from lora_lightning.lora.meta.fill import fill_from_files
-from lora_lightning.tasks.base import StepOutput, Task
+from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints.loop_state import is_between_steps
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints, PreemptedError
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
@@ -44,8 +43,6 @@ from lora_lightning.training.strategies.collectives import gather, run_in_first
 from lora_lightning.training.strategies.endings import all_arrive, in_all_processes
 from lora_lightning.training.trainer import LoRATrainer
 
-STANDINGS = "rungs.json"
-"""In a member's folder: its standing at each rung."""
 DECISIONS = "halving.json"
 """In the population's folder: the members that were dropped at each rung, and why."""
 
@@ -59,21 +56,18 @@ class Member:
     trainer: LoRATrainer
     ckpt_path: str | None = None
     """The checkpoint that its fit resumes from."""
-    folder: Path | None = None
-    """Where its standings at the rungs are written; None keeps them in memory alone."""
     log: Path | None = None
     """The file for its printed output; None leaves it on the screen."""
-    is_over: bool = False
-    """Whether its fit has ended, in whatever way."""
     state: str = "waits"
     """`waits`, `fits`, `complete`, `dropped` or `failed`."""
     reason: str = ""
     """Why it was dropped, or the error of its fit."""
-    error: BaseException | None = None
     random: dict[str, Any] = field(default_factory=random_state)
     """The random states with which its fit begins: those when it was made."""
-    standings: list[Standing] = field(default_factory=list)
-    """One for each rung that it has reached."""
+    turns: Turns | None = None
+    """Its fit, once it has begun."""
+    standing: Standing | None = None
+    """That of the last rung that it has reached."""
     rung: int | None = None
     """The rung at which it waits for the others."""
 
@@ -82,40 +76,41 @@ class Member:
         """Whether it is neither dropped nor at its end."""
         return self.state in ("waits", "fits")
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its fit has ended, in whatever way: a dropped member's ends with a validation."""
+        return not self.is_left and (self.turns is None or self.turns.is_over)
+
 
 class _TakeTurns(Callback):
     """Pauses a member's fit after each batch, and evaluates the member at rungs."""
 
-    def __init__(self, member: Member, population: Population) -> None:
-        self.member, self.population = member, population
-        self.pause: Callable[[], None] = lambda: None
+    def __init__(self, member: Member, turns: Turns, population: Population) -> None:
+        self.member, self.turns, self.population = member, turns, population
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.population.steps = trainer.estimated_stepping_batches
-        if self.population.halving is not None:
-            refuse_metric(self.member.module, self.population.metric)
-            self.population.rungs = rung_steps(self.population.halving.rungs, trainer.estimated_stepping_batches)
+        population = self.population
+        population.steps = trainer.estimated_stepping_batches
+        if population.halving is not None:
+            refuse_metric(self.member.module, population.metric)
+            population.rungs = rung_steps(population.halving.rungs, population.steps)
         self._stand(trainer)
-        self.pause()
+        self.turns.pause()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if not is_between_steps(trainer):
             self._stand(trainer)
-        self.pause()
+        self.turns.pause()
 
     def _stand(self, trainer: Trainer) -> None:
-        """At a rung: evaluate the member, and wait for all others."""
-        member = self.member
-        for number, step in enumerate(self.population.rungs):
-            if trainer.global_step < step or self.population.is_decided(number):
+        """At a rung that is not decided yet: evaluate the member, and wait for all others."""
+        member, population = self.member, self.population
+        for rung, step in enumerate(population.rungs):
+            if trainer.global_step < step or rung < len(population.decisions):
                 continue
-            outputs: list[StepOutput] = []
-            if number == len(member.standings):
-                reached, outputs = standing(trainer, member.module, self.population.metric)
-                member.standings.append(reached)
-                self.population.keep_standings(member)
-            member.rung = number
-            self.pause()
+            member.standing, outputs = standing(trainer, member.module, population.metric)
+            member.rung = rung
+            self.turns.pause()
             member.rung = None
             if member.state == "dropped":
                 replay(member.module, outputs)
@@ -154,14 +149,13 @@ class Population:
         task = members[0].module.task
         self.metric = (halving.metric if halving else None) or task.monitor
         self.goal = (halving.goal if halving else None) or task.monitor_mode
-        self.decisions: list[dict[str, Any]] = _read(folder and folder / DECISIONS) or []
+        self.decisions: list[dict[str, Any]] = []
+        if folder is not None and (file := folder / DECISIONS).is_file():
+            self.decisions = json.loads(file.read_text(encoding="utf-8"))
+        dropped = {name: reason for decision in self.decisions for name, reason in decision["dropped"].items()}
         for member in members:
-            values = _read(member.folder and member.folder / STANDINGS) or []
-            member.standings = [Standing(**value) for value in values]
-        for decision in self.decisions:
-            for member in members:
-                if member.name in decision["dropped"]:
-                    member.state, member.reason, member.is_over = "dropped", decision["dropped"][member.name], True
+            if member.name in dropped:
+                member.state, member.reason = "dropped", dropped[member.name]
 
     @classmethod
     def of(
@@ -204,27 +198,26 @@ class Population:
             self._take_turns(datamodule, say)
             for member in self.members:
                 member.module.__dict__.pop("cpu", None)  # see _turns
-            if all(member.state == "failed" for member in self.members):
-                error = self.members[0].error
-                assert error is not None
-                raise error
+            errors = [member.turns.error for member in self.members if member.turns and member.state == "failed"]
+            if errors and errors[0] is not None and len(errors) == len(self.members):
+                raise errors[0]
 
     def _take_turns(self, datamodule: LightningDataModule, say: Callable[[Population], None]) -> None:
         """Give members their turns in the same order in all processes, so that their collectives match."""
-        turns = {member.name: self._turns(member, datamodule) for member in self.members if member.is_left}
+        fits = {member.name: (member, self._begin(member, datamodule)) for member in self.members if member.is_left}
         signum: int | None = None  # of a signal to any process
         with _record_signals() as received:
-            while not all(fit.is_over for fit in turns.values()):
-                for member in self.members:
-                    fit = turns.get(member.name)
-                    if fit is None or fit.is_over or (self._waits(member) and signum is None):
-                        continue
+            while fits:
+                for member, turns in list(fits.values()):
                     if signum is not None:
                         _ask_to_leave(member)
+                    elif member.rung == len(self.decisions):
+                        continue  # it waits for the others
                     datamodule.trainer = member.trainer
-                    fit.resume()
-                    if fit.is_over:
-                        self._close(member, fit.error)
+                    turns.resume()
+                    if turns.is_over:
+                        del fits[member.name]
+                        self._close(member, turns.error)
                 if signum is None:
                     self._decide()
                     signum = next((number for numbers in gather(received[:1]) for number in numbers), None)
@@ -232,20 +225,8 @@ class Population:
         if signum is not None:
             raise Interrupted(signum)
 
-    def is_decided(self, rung: int) -> bool:
-        """Whether a rung's decision is made."""
-        return rung < len(self.decisions)
-
-    def keep_standings(self, member: Member) -> None:
-        """Write a member's standings, for a population that goes on after it was killed."""
-        if member.folder is not None and member.trainer.is_global_zero:
-            member.folder.mkdir(parents=True, exist_ok=True)
-            values = [dataclasses.asdict(reached) for reached in member.standings]
-            write_bytes(member.folder / STANDINGS, json.dumps(values).encode())
-
-    def _turns(self, member: Member, datamodule: LightningDataModule) -> Turns:
-        callback = _TakeTurns(member, self)
-        member.trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]  # a connector of Lightning sets it
+    def _begin(self, member: Member, datamodule: LightningDataModule) -> Turns:
+        """Make a member's fit, which waits for its first turn."""
         member.state = "fits"
         # Lightning calls it at a fit's end: it would move W0 off the device, also for the other members.
         member.module.cpu = lambda: member.module  # type: ignore[method-assign]
@@ -253,12 +234,9 @@ class Population:
         def fit() -> None:
             member.trainer.fit(member.module, datamodule=datamodule, ckpt_path=member.ckpt_path)
 
-        turns = Turns(fit, member.random, member.log)
-        callback.pause = turns.pause
+        member.turns = turns = Turns(fit, member.random, member.log)
+        member.trainer.callbacks.insert(0, _TakeTurns(member, turns, self))  # type: ignore[attr-defined]
         return turns
-
-    def _waits(self, member: Member) -> bool:
-        return member.rung is not None and not self.is_decided(member.rung)
 
     def _close(self, member: Member, error: BaseException | None) -> None:
         if isinstance(error, PreemptedError):
@@ -266,7 +244,6 @@ class Population:
             return
         if error is not None and not all_arrive():
             raise error  # in this process alone: the others wait in the middle of the member's turn
-        member.error, member.is_over = error, True
         member.module.task.__dict__.pop("evaluate", None)  # see `replay`
         if error is not None:
             member.state, member.reason = "failed", f"{type(error).__name__}: {error}"
@@ -275,33 +252,29 @@ class Population:
 
     def _decide(self) -> None:
         """Drop members once all remaining ones have reached the next rung."""
-        rung = len(self.decisions)
-        left = [member for member in self.members if member.is_left]
-        if self.halving is None or not left or any(member.rung != rung for member in left):
+        left = {member.name: member for member in self.members if member.is_left}
+        if self.halving is None or not left or any(member.rung != len(self.decisions) for member in left.values()):
             return
-        standings = {member.name: member.standings[rung] for member in left}
+        standings = {name: member.standing for name, member in left.items() if member.standing is not None}
         keep, goal = -(-len(left) // self.halving.eta), self.goal
         why = run_in_first(lambda: choose_dropped(standings, keep, goal))
-        share, step = str(self.halving.rungs[rung]), left[0].trainer.global_step
+        share, trainer = str(self.halving.rungs[len(self.decisions)]), next(iter(left.values())).trainer
         for name, behind in why.items():
-            at = f"at rung {share}, after {step} steps, {self.metric} {standings[name].value:.4f}"
-            self._member(name).state, self._member(name).reason = "dropped", f"{at}: {behind}"
+            at = f"at rung {share}, after {trainer.global_step} steps, {self.metric} {standings[name].value:.4f}"
+            left[name].state, left[name].reason = "dropped", f"{at}: {behind}"
         self.decisions.append(
             {
                 "rung": share,
-                "step": step,
+                "step": trainer.global_step,
                 "metric": self.metric,
                 "values": {name: reached.value for name, reached in standings.items()},
                 "losses": {name: reached.loss for name, reached in standings.items()},
-                "dropped": {name: self._member(name).reason for name in why},
+                "dropped": {name: left[name].reason for name in why},
             }
         )
-        if self.folder is not None and left[0].trainer.is_global_zero:
+        if self.folder is not None and trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_bytes(self.folder / DECISIONS, json.dumps(self.decisions, indent=2).encode())
-
-    def _member(self, name: str) -> Member:
-        return next(member for member in self.members if member.name == name)
 
 
 def refuse_strategy(trainer: Trainer) -> None:
@@ -343,14 +316,10 @@ def share_base(first: nn.Module, other: nn.Module) -> None:
     Raises:
         LoRAError: a tensor differs.
     """
-    if first is other:
-        return
     here = {place.name: place.tensor for place in iter_base(first)}
-    for place in iter_base(other):
+    for place in iter_base(other) if other is not first else ():
         shared = here.get(place.name)
-        if shared is place.tensor:
-            continue
-        if shared is None or not (place.tensor.is_meta or _same(shared, place.tensor)):
+        if shared is None or not (shared is place.tensor or place.tensor.is_meta or _same(shared, place.tensor)):
             raise LoRAError(f"the members' backbones differ, first in '{place.name}': all of them need one W0")
         store: dict[str, Any] = place.module._parameters if place.is_parameter else place.module._buffers
         store[place.key] = shared
@@ -380,20 +349,15 @@ def _ask_to_leave(member: Member) -> None:
 def _record_signals() -> Iterator[list[int]]:
     """Within the block SIGINT and SIGTERM are recorded, to be handled between two turns."""
     received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _read(file: Path | None) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else None

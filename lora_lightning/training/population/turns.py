@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,16 @@ class Turns:
         before = random_state()
         set_random_state(self._random)
         try:
-            if self._log is None:
-                self._turn()
-                return
-            self._log.parent.mkdir(parents=True, exist_ok=True)
-            with self._log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-                self._turn()
+            with ExitStack() as stack:
+                if self._log is not None:
+                    self._log.parent.mkdir(parents=True, exist_ok=True)
+                    file = stack.enter_context(self._log.open("a", encoding="utf-8"))
+                    stack.enter_context(redirect_stdout(file))
+                    stack.enter_context(redirect_stderr(file))
+                self._go.release()
+                self._back.acquire()
+            if self.is_over:
+                self._thread.join()
         finally:
             self._random = random_state()
             set_random_state(before)
-
-    def _turn(self) -> None:
-        self._go.release()
-        self._back.acquire()
-        if self.is_over:
-            self._thread.join()
