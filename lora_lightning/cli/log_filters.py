@@ -5,8 +5,8 @@ Messages that a user can act on stay, such as that of an idle GPU, and all messa
 
 from __future__ import annotations
 
+import functools
 import logging
-import re
 import warnings
 
 WARNINGS = {
@@ -16,8 +16,6 @@ WARNINGS = {
     ".*isinstance\\(treespec, LeafSpec\\).*",
     # The log of a repeated `test` replaces the last one's, as it should.
     "Experiment logs directory .* exists and is not empty.*",
-    # The command itself puts the run's config in front of the arguments.
-    "LightningCLI's args parameter is intended to run from within.*",
     # A test or a resumed fit may write to another folder, where the best of the first does not count.
     "The dirpath has changed from .*",
     # The backbone is in eval mode on purpose, see `backbone_mode`.
@@ -52,14 +50,8 @@ def silence_others() -> None:
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name, parts in RECORDS.items():
-        logging.getLogger(name).addFilter(_filter_without(parts))
+        logging.getLogger(name).addFilter(functools.partial(_is_shown, parts))
 
 
-def _filter_without(parts: tuple[str, ...]) -> logging.Filter:
-    known = re.compile("|".join(map(re.escape, parts)))
-
-    class Without(logging.Filter):
-        def filter(self, record: logging.LogRecord) -> bool:
-            return known.search(record.getMessage()) is None
-
-    return Without()
+def _is_shown(parts: tuple[str, ...], record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in parts)

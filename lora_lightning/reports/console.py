@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -121,49 +120,15 @@ def short_count(number: int) -> str:
 # ---- which dtype each part of a run has, and which mode the backbone is in
 
 
-@dataclass(frozen=True, kw_only=True)
-class PartDtypes:
-    """Dtypes by part during a fit."""
+def part_dtypes(backbone: nn.Module, backbone_mode: str, trainer: Trainer) -> dict[str, Any]:
+    """The dtypes of a module that a trainer has set up, by part, as a run's report has them.
 
-    w0: dict[str, int]
-    """Number of W0's values by dtype or quantization, the largest first."""
-    adapter: list[str]
-    """Dtypes of A, B and other trained tensors; usually one."""
-    saved: dict[str, list[str]]
-    """Dtypes of each module of `modules_to_save`."""
-    autocast: str | None
-    """The dtype in which autocast computes; None without it."""
-    precision: str
-    """The Trainer's."""
-    asked: str | None
-    """The user's word for it, where it differs."""
-    backbone_mode: str
-    dropout: list[float]
-    """LoRA's dropout, which is on in training in both modes of the backbone."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for the report."""
-        return asdict(self)
-
-    def lines(self) -> tuple[str, str]:
-        """Two lines of text: dtypes, and modes."""
-        total = max(1, sum(self.w0.values()))
-        shares = [name if len(self.w0) == 1 else f"{name} {_percent(n / total)}" for name, n in self.w0.items()]
-        dtypes_of = [f"W0 {', '.join(shares)}", f"A and B {', '.join(self.adapter)}"]
-        dtypes_of += [f"{name} {', '.join(dtypes)}" for name, dtypes in self.saved.items()]
-        dtypes_of.append(f"{self.autocast} autocast" if self.autocast else "no autocast")
-        cpu = ", which CPUs do not have" if self.asked in ("16-mixed", "16") else ""
-        asked = "" if self.asked is None else f", for {self.asked}{cpu}"
-        dropout = "off" if self.backbone_mode == "eval" else "on"
-        ours = f", LoRA's {' and '.join(f'{p:g}' for p in self.dropout)} on" if self.dropout else ""
-        return (
-            f"dtypes: {'; '.join(dtypes_of)} (precision {self.precision}{asked})",
-            f"modes: the backbone in {self.backbone_mode} (backbone_mode): its own dropout {dropout}{ours}",
-        )
-
-
-def part_dtypes(backbone: nn.Module, backbone_mode: str, trainer: Trainer) -> PartDtypes:
-    """The dtypes of a module that a trainer has set up."""
+    Returns:
+        `w0`, the number of its values by dtype or quantization, the largest first; `adapter`, the dtypes of what else
+        trains; `saved`, those of each module of `modules_to_save`; `autocast`, None without it; the Trainer's
+        `precision`, and the word that was `asked` for where it is another one; `backbone_mode`; LoRA's `dropout`,
+        which is on in training in both modes.
+    """
     chosen, precision = getattr(trainer, "precision_asked", None), str(trainer.precision)
     copies = grafted_modules(backbone, SavedCopy)
     heads = {id(t) for _, saved in copies for t in saved.lora_copy.parameters()}
@@ -171,15 +136,32 @@ def part_dtypes(backbone: nn.Module, backbone_mode: str, trainer: Trainer) -> Pa
     kind = trainer.strategy.root_device.type
     with trainer.precision_plugin.forward_context():
         autocast = dtype_name(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
-    return PartDtypes(
-        w0=base_dtypes(backbone),
-        adapter=_dtypes(factors),
-        saved={name: _dtypes(saved.lora_copy.parameters()) for name, saved in copies},
-        autocast=autocast,
-        precision=precision,
-        asked=None if chosen is None or str(chosen) in (precision, precision.partition("-")[0]) else str(chosen),
-        backbone_mode=backbone_mode,
-        dropout=sorted({layer.lora_settings.dropout for _, layer in adapted_layers(backbone)} - {0.0}),
+    return {
+        "w0": base_dtypes(backbone),
+        "adapter": _dtypes(factors),
+        "saved": {name: _dtypes(saved.lora_copy.parameters()) for name, saved in copies},
+        "autocast": autocast,
+        "precision": precision,
+        "asked": None if chosen is None or str(chosen) in (precision, precision.partition("-")[0]) else str(chosen),
+        "backbone_mode": backbone_mode,
+        "dropout": sorted({layer.lora_settings.dropout for _, layer in adapted_layers(backbone)} - {0.0}),
+    }
+
+
+def dtype_lines(parts: Mapping[str, Any]) -> tuple[str, str]:
+    """The result of `part_dtypes` in two lines of text: dtypes, and modes."""
+    w0, mode, asked = parts["w0"], parts["backbone_mode"], parts["asked"]
+    total = max(1, sum(w0.values()))
+    shares = [name if len(w0) == 1 else f"{name} {_percent(n / total)}" for name, n in w0.items()]
+    dtypes_of = [f"W0 {', '.join(shares)}", f"A and B {', '.join(parts['adapter'])}"]
+    dtypes_of += [f"{name} {', '.join(dtypes)}" for name, dtypes in parts["saved"].items()]
+    dtypes_of.append(f"{parts['autocast']} autocast" if parts["autocast"] else "no autocast")
+    cpu = ", which CPUs do not have" if asked in ("16-mixed", "16") else ""
+    dropout = "off" if mode == "eval" else "on"
+    ours = f", LoRA's {' and '.join(f'{p:g}' for p in parts['dropout'])} on" if parts["dropout"] else ""
+    return (
+        f"dtypes: {'; '.join(dtypes_of)} (precision {parts['precision']}{f', for {asked}{cpu}' if asked else ''})",
+        f"modes: the backbone in {mode} (backbone_mode): its own dropout {dropout}{ours}",
     )
 
 

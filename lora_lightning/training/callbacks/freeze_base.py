@@ -20,7 +20,7 @@ from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy, TokenRows
 from lora_lightning.lora.report import InjectionReport
-from lora_lightning.reports.console import first_lines, part_dtypes, show_data, show_injection, show_lines
+from lora_lightning.reports.console import dtype_lines, first_lines, part_dtypes, show_data, show_injection, show_lines
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import (
@@ -74,7 +74,7 @@ class FreezeBase(Callback):
             show_lines(first_lines(trainer, module.backbone, report, run.run_dir(trainer)), Console())
             show_data(getattr(trainer.datamodule, "data_summary", None), Console())  # type: ignore[attr-defined]
             show_injection(report, Console())
-            show_lines(part_dtypes(module.backbone, module.backbone_mode, trainer).lines(), Console())
+            show_lines(dtype_lines(part_dtypes(module.backbone, module.backbone_mode, trainer)), Console())
         counts = {"params/trainable": report.trainable, "params/frozen": report.frozen, "params/share": report.share}
         for logger in trainer.loggers:
             logger.log_hyperparams({"lora": module.lora.to_dict(), "w0": self.before.digest, **counts})

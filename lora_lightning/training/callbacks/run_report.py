@@ -156,7 +156,7 @@ class RunReport(Callback):
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "precision": str(trainer.precision),
-            "dtypes": part_dtypes(pl_module.backbone, pl_module.backbone_mode, trainer).to_dict(),
+            "dtypes": part_dtypes(pl_module.backbone, pl_module.backbone_mode, trainer),
             "full_checkpoint_bytes": _full_bytes(pl_module.backbone),
         }
         if summary := getattr(trainer.datamodule, "data_summary", None):  # type: ignore[attr-defined]
