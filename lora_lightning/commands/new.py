@@ -68,13 +68,15 @@ def new(
     target = Path(folder if folder is not None else _ask_name(asking))
     name = target.resolve().name
     _check_name(name)
-    if target.is_file() or target.is_symlink():
-        raise LoRAError(f"'{target}' is there already and no folder: name a new one")
+    if target.is_symlink() or any(path.is_file() for path in (target, *target.parents)):
+        raise LoRAError(f"'{target}' cannot be a folder, for a file or a link is there: name a new one")
     if target.is_dir() and any(target.iterdir()):
         raise LoRAError(f"'{target}' is not empty, and nothing was written: name a new folder")
+    if template is None and template_ref is not None:
+        raise LoRAError(f"template_ref '{template_ref}' is a version of another template: name that with --template")
     options = {"task": task, "backbone": backbone, "logger": logger, "license": license}
-    options["author"] = author or run_git("config", "user.name") or None
-    answers = {key: value for key, value in options.items() if value is not None}
+    options["author"] = author or run_git("config", "user.name")
+    answers = {key: value for key, value in options.items() if value}
     _check_choices(answers)
     source = requirement(package or os.environ.get(PACKAGE))
     answers |= {"project": name, "requirement": source, "year": str(date.today().year)}
@@ -188,11 +190,13 @@ def _start_repository(target: Path) -> bool:
 
 
 def _next_steps(target: Path, answers: dict[str, Any], *, committed: bool) -> str:
-    offline = "" if answers["backbone"] == "own" else f" on {answers['backbone']}"
     git = ", with a first commit" if committed else ""
+    if not answers.keys() >= {"task", "backbone"}:  # a template with other questions
+        return f"{target} is a project now{git}."
+    backbone = "" if answers["backbone"] == "own" else f" on {answers['backbone']}"
     return f"""\
 {target} is a project now{git}. README.md there says what to change.
   cd {shlex.quote(str(target))}
   make test    does all of it work? (no network; the first time, minutes to install)
-  make fit     {answers["task"]}{offline}, on made-up rows in data/
+  make fit     {answers["task"]}{backbone}, on made-up rows in data/
   make export  a PEFT adapter and a merged model"""

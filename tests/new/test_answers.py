@@ -118,6 +118,7 @@ def test_on_a_terminal_what_no_flag_says_is_asked(tmp_path, monkeypatch):
         (["mine", "--tsak", "chat"], "did you mean '--task'?"),
         (["mine", "--package", "nowhere"], "there is no 'nowhere'"),
         (["mine", "--template", "nowhere"], "nowhere"),
+        (["mine", "--template_ref", "v1"], "name that with --template"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(args, said, tmp_path, monkeypatch, capsys):
@@ -127,7 +128,7 @@ def test_a_mistake_is_answered_in_one_line(args, said, tmp_path, monkeypatch, ca
 
 def test_a_full_folder_and_a_missing_copier_leave_everything_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
-    new("mine", git=False, defaults=True)  # an empty one is taken
+    new("mine", git=False, defaults=True, template=str(REPOSITORY / "docs"))  # an empty one, and another's template
     before = files_in(tmp_path)
     with pytest.raises(LoRAError, match="'mine' is not empty, and nothing was written"):
         new("mine", "chat", git=False, defaults=True)
