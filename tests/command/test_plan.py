@@ -54,8 +54,8 @@ def test_config_json_alone_suffices_and_flags_of_fit_count_and_batches_are_as_la
     wider = planned("-c", bare, *OWN, "--length", 24, "--model.lora.r", 8)
     assert wider.report.trainable - 66 == 2 * (plan.report.trainable - 66)  # but for the classifier
     assert wider.config_row().cost.kept > 1.9 * plan.config_row().cost.kept
-    assert planned("-c", bare, *OWN, "--length", 12, "--batch_size", 4).batch.rows == 4
-    assert plan.batch.rows == 16  # the config's own
+    fewer = planned("-c", bare, *OWN, "--length", 12, "--batch_size", 4, "--trainer.devices", "0,1,2")
+    assert (fewer.batch.rows, fewer.processes, plan.batch.rows) == (4, 3, 16)  # 16 are the config's own
 
 
 def test_labels_come_from_the_config_then_a_flag_then_are_assumed_aloud(bare):
@@ -103,10 +103,10 @@ def test_a_step_that_asks_for_numbers_leaves_the_counts(bare):
     config["model"]["backbone"] = {"class_path": "tests.command.own_data.Asking"}
     config["model"]["lora"]["target_modules"] = ["query"]
     bare.write_text(yaml.safe_dump(config))
-    plan = planned("-c", bare, *OWN, "--length", 12)
-    assert plan.report.trainable == 2 * 8 * 4 + 18
-    assert plan.memory == []
-    assert any("cannot be run without numbers" in note for note in plan.notes)
+    plan = planned("-c", bare, *OWN, "--data.init_args.max_length", "null")
+    assert (plan.report.trainable, plan.memory) == (2 * 8 * 4 + 18, [])
+    assert "texts of 512 tokens are assumed" in plan.notes[-2]
+    assert "cannot be run without numbers (aten._local" in plan.notes[-1]
 
 
 @pytest.mark.parametrize("make", ["timm_model", "torchvision_model"])

@@ -65,13 +65,12 @@ def choose_size(
     if rows is None:
         rows = ASSUMED_ROWS
         notes.append(f"{rows} rows in a batch are assumed, as the config names no batch_size: --batch_size")
-    takes_images = isinstance(task, ImageClassification | ImageSegmentation) or "image_column" in args
-    takes_texts = not takes_images or isinstance(task, ContrastiveEmbedding)
+    images_alone = isinstance(task, ImageClassification | ImageSegmentation)
     return BatchSize(
         rows=int(rows),
-        length=_length(length, args, backbone, notes) if takes_texts else None,
+        length=_length(length, args, backbone, notes) if not images_alone else None,
         target_length=args.get("max_target_length"),
-        image=_image_size(args, backbone, notes) if takes_images else None,
+        image=_image_size(args, backbone, notes) if images_alone or "image_column" in args else None,
         packed=bool(args.get("packing")),
     )
 
@@ -86,8 +85,8 @@ def _length(length: int | None, args: dict[str, Any], backbone: nn.Module, notes
 
 
 def _text_config(backbone: Any) -> Any:
-    config = getattr(backbone, "config", None)
-    return None if config is None else config.get_text_config()
+    config: Any = getattr(backbone, "config", None)  # of any class, where the model is one's own
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _image_size(args: dict[str, Any], backbone: Any, notes: list[str]) -> tuple[int, int, int]:
@@ -108,29 +107,22 @@ def make_batch(task: Any, backbone: nn.Module, size: BatchSize) -> dict[str, Any
     All rows but the first are one token shorter, so that they are padded and need a mask, as in most batches.
 
     Raises:
-        LoRAError: the batches of this task are unknown, or the length of its texts.
+        LoRAError: the batches of this task are unknown.
     """
     vocabulary = int(getattr(_text_config(backbone), "vocab_size", None) or 8)  # a few where the backbone does not say
     rows = 2 * size.rows if isinstance(task, PreferenceTuning) else size.rows
 
-    def texts(length: int | None) -> dict[str, Tensor]:
-        if length is None:
-            raise LoRAError("the length of the texts is not in the config: give --length")
+    def texts(length: int | None = size.length) -> dict[str, Tensor]:
+        assert length is not None
         ids = 1 + torch.arange(rows * length).view(rows, length) % max(1, vocabulary - 1)
         mask = torch.ones_like(ids)
         mask[1:, -1] = 0
         return {"input_ids": ids, "attention_mask": mask}
 
-    def continued(length: int | None) -> dict[str, Tensor]:
+    def continued(length: int | None = size.length) -> dict[str, Tensor]:
         """Texts in which every token but padding is its own label."""
         batch = texts(length)
         return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)}
-
-    def packed() -> dict[str, Tensor]:
-        """Texts of two documents each."""
-        ids = texts(size.length)["input_ids"]
-        positions = torch.arange(ids.shape[1]).expand_as(ids) % (ids.shape[1] // 2 or 1)
-        return {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
 
     def images() -> dict[str, Tensor]:
         assert size.image is not None
@@ -142,26 +134,28 @@ def make_batch(task: Any, backbone: nn.Module, size: BatchSize) -> dict[str, Any
     with torch.device("cpu"):
         match task:
             case SequenceClassification():
-                return texts(size.length) | zeros()
+                return texts() | zeros()
             case SequenceRegression():
-                return texts(size.length) | zeros(dtype=torch.float32)
+                return texts() | zeros(dtype=torch.float32)
             case MultiLabelClassification():
-                return texts(size.length) | zeros(task.num_classes, dtype=torch.float32)
+                return texts() | zeros(task.num_classes, dtype=torch.float32)
             case TokenClassification():
-                batch = texts(size.length)
+                batch = texts()
                 return batch | {"labels": (batch["attention_mask"] - 1) * -IGNORED}
             case CausalLM() | TextGeneration() if size.packed:
-                return packed()
+                ids = texts()["input_ids"]  # of two documents each
+                positions = torch.arange(ids.shape[1]).expand_as(ids) % (ids.shape[1] // 2 or 1)
+                return {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
             case CausalLM() | TextGeneration() | PreferenceTuning():
-                return continued(size.length)
+                return continued()
             case SequenceToSequence():
-                target = size.target_length or size.length
-                return texts(size.length) | {"labels": continued(target)["labels"]}
+                target = continued(size.target_length or size.length)
+                return texts() | {"labels": target["labels"]}
             case ContrastiveEmbedding():
                 groups = {"labels": torch.full((rows, 1), -1)}
                 if size.image is not None:
-                    return texts(size.length) | images() | groups
-                return {"anchor": texts(size.length), "positive": texts(size.length)} | groups
+                    return texts() | images() | groups
+                return {"anchor": texts(), "positive": texts()} | groups
             case ImageClassification():
                 return images() | zeros()
             case ImageSegmentation():

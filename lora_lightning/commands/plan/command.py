@@ -161,6 +161,8 @@ def _precision(trainer: Any) -> str:
 def _processes(trainer: Any) -> int:
     """The config's number of processes, or two where it has one."""
     devices = trainer.devices
+    if isinstance(devices, str) and "," in devices:
+        devices = [index for index in devices.split(",") if index.strip()]
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
     count *= int(trainer.num_nodes or 1)
     return count if count > 1 else ASSUMED_PROCESSES
