@@ -241,19 +241,22 @@ def _wrong_value(message: str, settings: Sequence[Setting]) -> str:
     if not key:
         return text
     reason, *values = re.split(r"(?:Got|Given) value(?: type)?: ", re.sub(r"\. Got value: Namespace\(.*", "", text))
-    value = values[-1].strip("'\" ") if values else None
+    value = values[-1].strip("'\" ") if values and not values[-1].startswith("NestedArg(") else None
     places = [one for one in settings if f".{one.key}".endswith(f".{key}")]
     at = next((one for one in places if value in (None, one.value)), places[0] if places else Setting(key, None))
     choices = dict.fromkeys(re.findall(r"'([^' ]+)'", " ".join(re.findall(r"Literal(\[[^\]]*\])", reason))))
     if at.key.endswith("precision"):
-        choices = dict.fromkeys(PRECISIONS)
-    names = dict.fromkeys(re.findall(r"<class '(?:\w+\.)*(\w+)'>", reason))
+        choices = dict.fromkeys(one for one in PRECISIONS if one in choices)
+    types = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
+    names = dict.fromkeys(types.findall(reason))
     expected = ", ".join(choices) or " or ".join(TYPES[name] for name in names if name in TYPES)
-    if expected and value is not None:
+    if expected and value is not None and not value.startswith(("[", "{")):
         got = "null" if value == "None" else value
         return f"{at.place}{at.key}: expected {expected}, got '{got}'{did_you_mean(value, choices)}"
-    why = ["", *(one for one in reason.split(" - ") if "NoneType" not in one)][-1].strip()
-    return f"{at.place}{at.key}: {why[:240]}{'' if value is None else f' Got value: {value}'}"
+    dull = ("Expected a path", "Does not validate", "Expected a NoneType")
+    reasons = [one for one in re.split(r"(?:^| )- ", types.sub(r"\1", reason)) if one and not one.startswith(dull)]
+    why = reasons[0] if reasons else reason
+    return f"{at.place}{at.key}: {why.strip()[:240]}{'' if value is None else f' Got value: {value}'}"
 
 
 def _innermost(message: str) -> tuple[str, str]:
