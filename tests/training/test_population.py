@@ -240,14 +240,14 @@ def test_halving_leaves_the_bits_of_those_who_go_on_and_the_figures_of_their_run
     backbone, data = family("bert")
     halving = Halving(2, ["1/4", "1/2"], "val/loss", "min")
     adapters = {**dict(list(ADAPTERS.items())[:3]), "hot": HOT}
-    population = fitted(tmp_path, backbone, data, adapters, halving=halving)
+    population = fitted(tmp_path, backbone, data, adapters, halving=halving, limit_val_batches=0.6)
     assert [decision["step"] for decision in population.decisions] == [2, 4]
     assert set(states_of(population)) == {"complete", "dropped"}
     for member in population.members:
         told = [member.name in decision["dropped"] for decision in population.decisions]
         assert any(told) == (member.state == "dropped") == (member.trainer.global_step < STEPS)
         if any(told):
-            (anew,) = trainer(tmp_path, "anew").validate(member.module, data, verbose=False)
+            (anew,) = trainer(tmp_path, "anew", limit_val_batches=0.6).validate(member.module, data, verbose=False)
             assert float(member.trainer.callback_metrics["val/loss"]) == anew["val/loss"]
             assert anew["val/loss"] == pytest.approx(member.standing.value, rel=1e-6)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
@@ -182,14 +182,14 @@ def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standin
 
 
 @torch.no_grad()
-def _outputs(trainer: Trainer, module: LoRAModule, task: Task, loader: Iterable[Any]) -> list[StepOutput]:
+def _outputs(trainer: Trainer, module: LoRAModule, task: Task, loader: Any) -> list[StepOutput]:
     """The task's output of each batch, on the CPU."""
     before, modes = random_state(), {inner: inner.training for inner in module.modules()}
-    limit = trainer.limit_val_batches
     module.eval()
-    outputs = []
+    limit, outputs = trainer.limit_val_batches, []
+    count = limit if isinstance(limit, int) else None if limit == 1.0 else int(len(loader) * limit)  # as Lightning's
     try:
-        for read in islice(loader, limit) if isinstance(limit, int) else loader:
+        for read in islice(loader, count):
             batch = trainer.strategy.batch_to_device(read, module.device)
             with trainer.precision_plugin.val_step_context():
                 outputs.append(move_data_to_device(task.evaluate(module.backbone, batch), "cpu"))
