@@ -33,12 +33,7 @@ from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
 from lora_lightning.training.checkpoints.resume import Resume, next_log_step
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.preflight import (
-    refuse_other_count,
-    refuse_other_size,
-    refuse_unlogged,
-    refuse_unsupported_name,
-)
+from lora_lightning.training.preflight import refuse_contradictions, refuse_unsupported_name
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger, RepeatedCSVLogger
 from lora_lightning.training.tracking.wandb_callback import Tracking, go_on_with_run_of, log_config
 from lora_lightning.training.tracking.wandb_logger import go_on_with
@@ -233,9 +228,7 @@ class LoRACLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse what would end a running fit, before there is a run folder."""
-        refuse_other_count(self.command, self.datamodule)
-        refuse_other_size(self.model.backbone, self.model.task, self.datamodule)
-        refuse_unlogged(self.trainer, self.model, self.command.get("model.lr_scheduler.init_args"))
+        refuse_contradictions(self.command, self.trainer, self.model, self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that are on by default, and a log in the run folder."""

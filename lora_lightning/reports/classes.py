@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lora_lightning.reports.table import Table
 
@@ -51,7 +50,7 @@ class ClassCounts:
             if len(self.mistakes) >= MISTAKES and float(confidence[i]) <= self.mistakes[-1]["confidence"]:
                 break
             row = {"true": int(labels[i]), "predicted": int(predicted[i]), "confidence": float(confidence[i])}
-            self._keep([{**row, **input_of(batch, i, tokenizer)}])
+            self._keep([{**row, **_for_page(input_of(batch, i, tokenizer))}])
 
     def join(self, others: Iterable[ClassCounts]) -> ClassCounts:
         """Add the counts of other processes."""
@@ -74,29 +73,30 @@ class ClassCounts:
         return {"labels": list(map(str, labels)), "counts": self.counts.tolist(), "mistakes": self.mistakes}
 
 
-def input_of(batch: Mapping[str, Any], row: int, tokenizer: Any = None) -> dict[str, str]:
-    """The text, or the picture as a `data:` URL, of one row of a batch; empty where it has neither."""
+def input_of(batch: Mapping[str, Any], row: int, tokenizer: Any = None) -> Any:
+    """The text of one row of a batch, or its picture as a PIL image; None where it has neither."""
     ids, pixels = batch.get("input_ids"), batch.get("pixel_values")
-    if tokenizer is not None and isinstance(ids, Tensor):
+    if tokenizer is not None and isinstance(ids, Tensor) and row < len(ids):
         text = " ".join(tokenizer.decode(ids[row], skip_special_tokens=True).split())
-        return {"text": text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} ..."}
-    if isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.shape[1] in (1, 3):
-        return {"picture": _picture(pixels[row])}
-    return {}
+        return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} ..."
+    if isinstance(pixels, Tensor) and row < len(pixels) and pixels.dim() == 4 and pixels.shape[1] in (1, 3):
+        from PIL import Image  # data with pictures need it too
+
+        image = pixels[row].detach().float().cpu()
+        low, high = image.min(), image.max()
+        values = ((image - low) / (high - low).clamp(min=1e-9) * 255).byte().expand(3, -1, -1).permute(1, 2, 0)
+        return Image.fromarray(values.numpy())
+    return None
 
 
-def _picture(pixels: Tensor) -> str:
-    """A picture (c, h, w), scaled to 0 to 255 by its minimum and maximum, as a small PNG."""
-    from PIL import Image  # data with pictures need it too
-
-    image = pixels.detach().float().cpu()
-    factor = min(1.0, PIXELS / max(image.shape[1:]))
-    image = F.interpolate(image[None], scale_factor=factor, mode="area")[0] if factor < 1 else image
-    low, high = image.min(), image.max()
-    values = ((image - low) / (high - low).clamp(min=1e-9) * 255).byte().expand(3, -1, -1).permute(1, 2, 0)
+def _for_page(shown: Any) -> dict[str, str]:
+    """What a page shows of an input: its text, or its picture as the `data:` URL of a small PNG."""
+    if shown is None or isinstance(shown, str):
+        return {} if shown is None else {"text": shown}
+    shown.thumbnail((PIXELS, PIXELS))
     buffer = io.BytesIO()
-    Image.fromarray(values.numpy()).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    shown.save(buffer, "PNG")
+    return {"picture": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
 
 
 def class_table(confusion: Mapping[str, Any]) -> Table:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -32,33 +31,6 @@ BATCHES = 8
 """Training batches to measure on; lora_ga's paper (2407.05000) uses about as many, eva's (2410.07170) more."""
 
 
-def refuse_measured(module: Any, by: str) -> None:
-    """Raise where a fit would measure its init on a whole model, and `by` shards the model.
-
-    Raises:
-        LoRAError: with what to do.
-    """
-    starts = module.trainer.state.fn == TrainerFn.FITTING and not module.trainer.ckpt_path
-    if starts and module.lora.init in MEASURED:
-        raise LoRAError(
-            f"lora.init={module.lora.init} is measured on a whole model, and {by} shards it: fit a step in one"
-            " process, and start from its adapter by init_adapter and another lora.init"
-        )
-
-
-def refuse_start_on_meta(backbone: nn.Module, path: str | None) -> None:
-    """Raise where `init_adapter` would be read before W0 is filled.
-
-    Raises:
-        LoRAError: with what to do.
-    """
-    if path is not None and any(p.is_meta for p in backbone.parameters()):
-        raise LoRAError(
-            "init_adapter compares its W0 with this one's before it is sharded, and on_meta fills it after: leave"
-            " on_meta out for this fit"
-        )
-
-
 def warn_of_frozen_new_head(backbone: nn.Module) -> None:
     """Warn of a head without pretrained values that does not train: it stays random."""
     trained = tuple(f"{name}." for name, _ in (*grafted_modules(backbone, SavedCopy), *adapted_layers(backbone)))
@@ -76,8 +48,13 @@ def start_from_adapter(backbone: nn.Module, path: str, config: LoRAConfig, *, al
         config: what `backbone` was injected with.
 
     Raises:
-        LoRAError: nothing is there, or it does not fit this model and this config.
+        LoRAError: nothing is there, it does not fit this model and this config, or W0 is not filled yet.
     """
+    if any(p.is_meta for p in backbone.parameters()):
+        raise LoRAError(
+            "init_adapter compares its W0 with this one's before it is sharded, and on_meta fills it after: leave"
+            " on_meta out for this fit"
+        )
     folder = Path(resolve(path))
     for directory in (folder, folder / "adapter"):
         if (directory / CONFIG).is_file():
@@ -99,10 +76,16 @@ def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trai
     device = next(backbone.parameters()).device
     loaders: Any = trainer.train_dataloader
     batches = [trainer.strategy.batch_to_device(batch, device) for batch in islice(iter(loaders), BATCHES)]
+
+    def summed_loss(model: nn.Module, batch: Any) -> Tensor:
+        """Over a batch's units, so that each unit weighs the same in the gradient (law 9)."""
+        out = task.step(model, batch)
+        return out.loss * out.weight
+
     if init == "eva":
         init_from_data(backbone, adapted_layers(backbone), init, [task.inputs(backbone, b) for b in batches], None)
     else:
-        init_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: _summed_loss(task, model, b))
+        init_from_data(backbone, adapted_layers(backbone), init, batches, summed_loss)
     broadcast_from_first(adapter_tensors(backbone).values(), trainer)
 
 
@@ -119,9 +102,3 @@ def broadcast_from_first(tensors: Iterable[Tensor], trainer: Trainer) -> None:
     """Give all processes rank 0's values."""
     for tensor in tensors:
         tensor.data.copy_(trainer.strategy.broadcast(tensor.detach().cpu()))
-
-
-def _summed_loss(task: Task, model: nn.Module, batch: Any) -> Tensor:
-    """A batch's loss summed over its units, so that each unit weighs the same in the gradient (law 9)."""
-    out = task.step(model, batch)
-    return out.loss * out.weight

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lora_lightning.data import stage_of
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import LoRAError, refuse_removed
+from lora_lightning.lora.errors import AdapterError, LoRAError, refuse_removed
 from lora_lightning.lora.formats.provenance import refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import plain_name
@@ -38,7 +38,6 @@ from lora_lightning.training.checkpoints.adapter_state import (
 from lora_lightning.training.checkpoints.resume import Resume
 from lora_lightning.training.initialization import (
     MEASURED,
-    refuse_start_on_meta,
     share_subtracted_init,
     start_from_adapter,
     start_from_batches,
@@ -209,8 +208,6 @@ class LoRAModule(LightningModule):
         if not isinstance(strategy, ShardedStrategy) or is_sharded(self.backbone):
             return
         if self.trainer.state.fn == TrainerFn.FITTING:
-            if self.trainer.ckpt_path is None:
-                refuse_start_on_meta(self.backbone, self.init_adapter)
             self._start_from_adapter()
         strategy.shard_module(self)
 
@@ -291,9 +288,12 @@ class LoRAModule(LightningModule):
             )
         fields = checkpoint[CHECKPOINT_KEY]
         self._w0 = fingerprint(self.backbone)
-        with explain_by_precision(fields.get("precision"), precision_of(self)):
-            made_on = Fingerprint.from_json(fields["base"])
+        made_on = Fingerprint.from_json(fields["base"])
+        try:
             refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
+        except AdapterError as error:
+            reason = explain_by_precision(fields.get("precision"), precision_of(self))
+            raise AdapterError(f"{error}{reason}") from error
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a checkpoint's tensors; only frozen keys may be missing.

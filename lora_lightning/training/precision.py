@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import nn
 
-from lora_lightning.lora.errors import AdapterError, LoRAError, first_line
+from lora_lightning.lora.errors import LoRAError, first_line
 from lora_lightning.lora.frozen.dtype import cast_base
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import full_name
@@ -162,20 +162,11 @@ def trainer_of(module: LightningModule) -> Trainer | None:
         return None
 
 
-@contextmanager
-def explain_by_precision(then: str | None, now: str | None) -> Iterator[None]:
-    """Within the block, an error about another W0 says so where the precisions differ.
-
-    Raises:
-        AdapterError: the block's error.
-    """
-    try:
-        yield
-    except AdapterError as error:
-        if then == now or not {then, now} & set(get_args(BaseWord)):
-            raise
-        here = "" if now is None else f", and this run is in {now}"
-        raise AdapterError(f"{error}. It was trained in precision {then}{here}") from error
+def explain_by_precision(then: str | None, now: str | None) -> str:
+    """The end of an error about another W0 that two precisions may explain; empty where they do not."""
+    if then == now or not {then, now} & set(get_args(BaseWord)):
+        return ""
+    return f". It was trained in precision {then}" + ("" if now is None else f", and this run is in {now}")
 
 
 def load_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,56 +36,47 @@ from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import ShardedStrategy
 
 TAKE = "take --trainer.strategy fsdp2 (or ddp, where W0 fits on one device)"
-INSTEAD: dict[type[Strategy], str] = {
+COPY = "it keeps another copy of all of W0 and writes it into the checkpoints: leave it out"
+INSTEAD: dict[type[Strategy | Callback], str] = {
     FSDPStrategy: f"it gathers all of W0 into its checkpoints, and torch no longer develops FSDP1: {TAKE}",
     DeepSpeedStrategy: f"it steps on means of micro-batch means, and saves past our checkpoints: {TAKE}",
     ModelParallelStrategy: f"it leaves the sharding to us, and without it adds up no gradients: {TAKE}",
-}
-"""Lightning's own strategies that are refused, and why."""
-FORMER = dict.fromkeys(("fsdp1", "zero2", "zero3"), f"it is gone: {TAKE}")
-"""Names of strategies that this package had before."""
-
-COPY = "it keeps another copy of all of W0 and writes it into the checkpoints: leave it out"
-CALLBACKS: dict[type[Callback], str] = {
     StochasticWeightAveraging: COPY,
     WeightAveraging: COPY,
     BackboneFinetuning: "it unfreezes all of W0, which LoRA leaves as it is: leave it out",
     ModelPruning: "it writes zeros into W0, which LoRA leaves as it is: prune the model before, or leave it out",
 }
+"""Lightning's own strategies and callbacks that are refused, and why."""
+FORMER = dict.fromkeys(("fsdp1", "zero2", "zero3"), f"it is gone: {TAKE}")
+"""Names of strategies that this package had before."""
 
 
-def refuse_unsupported_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Raise for a callback that copies or changes W0, before anything is loaded."""
-    for callback in callbacks:
-        for kind, why in CALLBACKS.items():
-            if isinstance(callback, kind):
-                raise LoRAError(f"callback {type(callback).__name__}: {why}")
-
-
-def refuse_unsupported(strategy: Strategy) -> None:
-    """Raise for a strategy of Lightning that is not supported, before anything is loaded."""
-    if why := _class_refusal(type(strategy)):
-        raise LoRAError(f"strategy {type(strategy).__name__}: {why}")
+def refuse_unsupported(*parts: Strategy | Callback) -> None:
+    """Raise for a strategy that is not supported, or a callback that copies or changes W0."""
+    for part in parts:
+        if why := _class_refusal(type(part)):
+            raise LoRAError(f"{'callback' if isinstance(part, Callback) else 'strategy'} {type(part).__name__}: {why}")
 
 
 def _class_refusal(kind: type) -> str | None:
-    """Why a strategy's class is refused, or None; subclasses from other packages are accepted."""
-    ours = not kind.__module__.startswith("lightning.")
-    return None if ours else next((why for known, why in INSTEAD.items() if issubclass(kind, known)), None)
+    """Why a class is refused, or None; other packages' strategies are accepted."""
+    if issubclass(kind, Strategy) and not kind.__module__.startswith("lightning."):
+        return None
+    return next((why for known, why in INSTEAD.items() if issubclass(kind, known)), None)
 
 
-def refuse_wide_shards(strategy: Any, precision: Any) -> None:
-    """Raise for FSDP2 in Lightning's 64-true, before Lightning's strategy fails on it."""
+def refuse_arguments(strategy: Any, precision: Any, devices: Any, accelerator: Any) -> None:
+    """Raise for a Trainer's arguments on which Lightning would fail with other words.
+
+    These are a strategy's name, FSDP2 in 64-true, and a list of devices where there is only a CPU.
+    """
+    refuse_unsupported_name(strategy)
     sharded = isinstance(strategy, ShardedStrategy) or str(strategy).lower() == "fsdp2"
     if sharded and str(precision) in ("64", "64-true"):
         raise LoRAError(
             f"precision {precision} is not for fsdp2: load the model itself in float64 and leave precision out, or"
             " train with --trainer.strategy ddp"
         )
-
-
-def refuse_listed_cpus(devices: Any, accelerator: Any) -> None:
-    """Raise for a list of devices where there is only a CPU, before Lightning fails on it."""
     listed = list(devices) if isinstance(devices, list | tuple) else None
     if listed and (str(accelerator) == "cpu" or (str(accelerator) == "auto" and not torch.accelerator.is_available())):
         raise LoRAError(
@@ -134,8 +125,16 @@ def refuse_unsupported_name(strategy: Any) -> None:
         raise LoRAError(f"strategy {strategy}: {why}")
 
 
+def refuse_contradictions(config: Any, trainer: Trainer, module: LoRAModule, data: Any) -> None:
+    """Raise where the config, the model and the data contradict each other, before anything is trained."""
+    refuse_other_count(config, data)
+    refuse_other_size(module.backbone, module.task, data)
+    refuse_unlogged(trainer, module, config.get("model.lr_scheduler.init_args"))
+
+
 OF_THE_RUN = re.compile(r"epoch|step|train/loss_step|lr(/.+)?|grad_norm/.+|(samples|tokens)/s|(throughput|memory)/.+")
 """Metrics that Lightning and the default callbacks log."""
+OURS = ("lora_lightning.",)
 OF_A_FURTHER_SET = re.compile(r"val_[^/]+/.+")
 """Metrics of further validation sets, which are known only once the data are read."""
 
@@ -185,25 +184,18 @@ def _monitored_metrics(trainer: Trainer, schedule: Mapping[str, Any]) -> Iterato
 
 def _may_log(trainer: Trainer, module: LoRAModule) -> str | None:
     """The class of a module, task or callback whose metrics are unknown here; None without one."""
-    foreign = (c for c in trainer.callbacks if isinstance(c, LearningRateMonitor) or not _is_known(c))  # type: ignore[attr-defined]
-    return user_metrics_class(module) or next((type(callback).__name__ for callback in foreign), None)
+    kinds = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    foreign = [kind for kind in kinds if not kind.__module__.startswith((*OURS, "lightning.pytorch."))]
+    foreign += [kind for kind in kinds if issubclass(kind, LearningRateMonitor)]
+    return user_metrics_class(module) or next((kind.__name__ for kind in foreign), None)
 
 
 def user_metrics_class(module: LoRAModule) -> str | None:
     """The user's class, of the module or the task, that may log other metrics."""
     for owner, where in ((module, type(module).__module__), (module.task, type(module.task).update.__module__)):
-        if not _is_ours(where):
+        if not f"{where}.".startswith(OURS):
             return type(owner).__name__
     return None
-
-
-def _is_known(callback: Callback) -> bool:
-    module = type(callback).__module__
-    return _is_ours(module) or module.startswith("lightning.pytorch.")
-
-
-def _is_ours(module: str) -> bool:
-    return module.partition(".")[0] == "lora_lightning"
 
 
 def refuse_other_count(config: Any, data: Any) -> None:

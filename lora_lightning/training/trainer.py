@@ -22,14 +22,7 @@ from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.precision import LightningsWord, Word, convert, lightning_precision, narrow_base
-from lora_lightning.training.preflight import (
-    refuse_listed_cpus,
-    refuse_unsupported,
-    refuse_unsupported_callbacks,
-    refuse_unsupported_name,
-    refuse_wide_shards,
-    warn_of_few_cores,
-)
+from lora_lightning.training.preflight import refuse_arguments, refuse_unsupported, warn_of_few_cores
 from lora_lightning.training.strategies.endings import end_together, leave_on_sigterm, use_ending_launcher
 from lora_lightning.training.strategies.fsdp2 import strategy as _fsdp2  # noqa: F401  (which names it `fsdp2`)
 from lora_lightning.training.tracking.wandb_callback import log_export
@@ -61,10 +54,9 @@ class LoRATrainer(Trainer):
     """
 
     def __init__(self, *args: Any, precision: Word | LightningsWord | None = None, **kwargs: Any) -> None:
-        refuse_unsupported_name(kwargs.get("strategy"))
-        refuse_wide_shards(kwargs.get("strategy"), precision)
-        refuse_listed_cpus(kwargs.get("devices"), kwargs.get("accelerator", "auto"))
-        plugin_precision = lightning_precision(precision, str(kwargs.get("accelerator", "auto")))
+        accelerator = kwargs.get("accelerator", "auto")
+        refuse_arguments(kwargs.get("strategy"), precision, kwargs.get("devices"), accelerator)
+        plugin_precision = lightning_precision(precision, str(accelerator))
         self._chooses_logging = kwargs.get("log_every_n_steps") is None
         super().__init__(*args, precision=plugin_precision, **kwargs)
         if self.accumulate_grad_batches < 1:
@@ -80,9 +72,8 @@ class LoRATrainer(Trainer):
         self.precision_asked = precision
         if precision in ("bf16-base", "nf4-base"):
             narrow_base(self, precision)
-        refuse_unsupported(self.strategy)
+        refuse_unsupported(self.strategy, *self.callbacks)  # type: ignore[attr-defined]  # a connector of Lightning's
         warn_of_few_cores(self)
-        refuse_unsupported_callbacks(self.callbacks)  # type: ignore[attr-defined]  # a connector of Lightning sets it
         use_ending_launcher(self)
         # A plugin that the user chose stays.
         if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):
@@ -148,7 +139,7 @@ class LoRATrainer(Trainer):
             serving: `vllm` writes the adapter with one rank and one alpha for all modules, as vLLM reads them.
             scale: factor on the update, such as 0.5 for half of it; it is written into the adapter's alpha.
         """
-        wanted, _ = parse_options(formats, dtype, max_shard_size, serving, scale)
+        parse_options(formats, dtype, max_shard_size, serving, scale)  # before anything is loaded
         checkpoint = run.find_checkpoint(ckpt_path)
         content = run.load_checkpoint(checkpoint)
         convert(model, self.precision_plugin)
@@ -159,17 +150,8 @@ class LoRATrainer(Trainer):
         target = Path(output_dir) if output_dir else folder / run.EXPORT
         model.to(self.strategy.root_device)
         batch = None if datamodule is None else self._probe(model, datamodule)
-        result = export_module(
-            model,
-            datamodule,
-            target,
-            batch=batch,
-            formats=wanted,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            serving=serving,
-            scale=scale,
-        )
+        options = {"formats": formats, "dtype": dtype, "max_shard_size": max_shard_size, "serving": serving}
+        result = export_module(model, datamodule, target, batch=batch, scale=scale, **options)
         show_report(record_export(folder, result), Console())
         log_export(self.loggers, folder, target)
         return result

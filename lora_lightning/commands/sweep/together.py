@@ -17,7 +17,7 @@ from lora_lightning.reports.html import write_page
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.population.halving import Halving
 from lora_lightning.training.population.population import Interrupted, Member, Population, share_w0
-from lora_lightning.training.preflight import refuse_other_count, refuse_other_size, refuse_unlogged
+from lora_lightning.training.preflight import refuse_contradictions
 from lora_lightning.training.strategies.collectives import run_in_all, run_in_first
 
 Watch = Callable[[Population], None]
@@ -88,9 +88,7 @@ def _members(sweep: Sweep, trials: Mapping[str, Trial]) -> tuple[list[Member], L
         assert built.trainer is not None
         if data is None:
             data = built.data
-            refuse_other_count(built.config, data)
-            refuse_other_size(built.module.backbone, built.module.task, data)
-            refuse_unlogged(built.trainer, built.module, built.config.get("model.lr_scheduler.init_args"))
+            refuse_contradictions(built.config, built.trainer, built.module, data)
         member = Member(
             name=name,
             module=built.module,

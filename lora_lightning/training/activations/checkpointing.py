@@ -39,7 +39,7 @@ class Recomputation:
                 f"activation_checkpointing found no blocks in {type(backbone).__name__}: modules of one class, with"
                 " layers in them, side by side in an nn.ModuleList or nn.Sequential; leave it out"
             )
-        self._forwards: dict[str, tuple[type, Callable[..., Any]]] = {}
+        self._forwards: dict[tuple[str, type], Callable[..., Any]] = {}
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -58,12 +58,11 @@ class Recomputation:
 
     def _forward_of(self, name: str, block: nn.Module) -> Callable[..., Any]:
         """The checkpointed forward, the same object in each step: torch.compile would compile anew for another."""
-        cls, forward = self._forwards.get(name, (None, None))
-        if forward is None or cls is not type(block) or "forward" in vars(block):
+        key = name, type(block)
+        if key not in self._forwards or "forward" in vars(block):
             _refuse_moving_statistics(name, block)
-            forward = _recompute(block.forward)
-            self._forwards[name] = type(block), forward
-        return forward
+            self._forwards[key] = _recompute(block.forward)
+        return self._forwards[key]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the wrapped forwards, which belong to these blocks."""

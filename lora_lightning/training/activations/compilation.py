@@ -61,34 +61,27 @@ class Compilation:
                     f"{did_you_mean(name, COMPILE_OPTIONS)}"
                 )
         self.backbone, self.options = backbone, dict(options)
-        self._compiled: list[tuple[nn.Module, Any]] = []
+        self._calls: dict[nn.Module, Any] = {}
 
     @contextmanager
     def on(self) -> Iterator[None]:
         """Within the block, calls of the backbone are compiled; the first one takes the time to compile."""
-        if not self._compiled:
-            self._compile()
+        if not self._calls:
+            for module in parts_to_compile(self.backbone):
+                module.compile(**self.options)
+                self._calls[module] = module._compiled_call_impl
+            rank_zero_info("compile: the first training step takes the time that compiling takes")
         try:
-            self._set_calls(self._compiled)
+            for module, call in self._calls.items():
+                module._compiled_call_impl = call
             yield
         finally:
-            self._set_calls([(module, None) for module, _ in self._compiled])
-
-    @staticmethod
-    def _set_calls(calls: list[tuple[nn.Module, Any]]) -> None:
-        """Put a compiled call, or none, into each module; `nn.Module.compile` has no way back."""
-        for module, call in calls:
-            module._compiled_call_impl = call
-
-    def _compile(self) -> None:
-        for module in parts_to_compile(self.backbone):
-            module.compile(**self.options)
-            self._compiled.append((module, module._compiled_call_impl))
-        rank_zero_info("compile: the first training step takes the time that compiling takes")
+            for module in self._calls:
+                module._compiled_call_impl = None  # `nn.Module.compile` has no way back
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the compiled calls, which belong to this backbone."""
-        return {**self.__dict__, "_compiled": []}
+        return {**self.__dict__, "_calls": {}}
 
 
 def parts_to_compile(backbone: nn.Module) -> list[nn.Module]:

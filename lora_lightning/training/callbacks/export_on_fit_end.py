@@ -56,8 +56,7 @@ class ExportAtEnd(Callback):
     ) -> None:
         wanted, _ = parse_options(formats, dtype, max_shard_size, serving)
         self.output_dir = output_dir
-        self.options: dict[str, Any] = {"formats": wanted, "dtype": dtype, "max_shard_size": max_shard_size}
-        self.options["serving"] = serving
+        self.options = {"formats": wanted, "dtype": dtype, "max_shard_size": max_shard_size, "serving": serving}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise before the fit where the export would fail after it; nothing is wrapped or sharded yet.

@@ -23,14 +23,8 @@ from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.console import dtype_lines, first_lines, part_dtypes, show_data, show_injection, show_lines
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.strategies.base import (
-    fingerprint,
-    is_sharded,
-    local_shard,
-    moved_tensors,
-    shard_fingerprint,
-)
-from lora_lightning.training.strategies.collectives import first_problem, gather
+from lora_lightning.training.strategies.base import is_sharded, local_shard, moved_tensors, shard_fingerprint
+from lora_lightning.training.strategies.collectives import gather
 
 
 class W0MovedError(LoRAError):
@@ -53,8 +47,8 @@ class FreezeBase(Callback):
         self._best: object = None
         self.before: Fingerprint | None = None
         self.after: Fingerprint | None = None
-        self._shards_before: Fingerprint | None = None
-        """The fingerprint of this process's shards of W0 at the start."""
+        self._own_before: Fingerprint | None = None
+        """The fingerprint at the start of what this process has of W0."""
         self._first_backward_seen = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -67,7 +61,7 @@ class FreezeBase(Callback):
         module = _lora_module(pl_module)
         refuse_lost(module.report, module.backbone)
         self.before = module.w0_fingerprint()
-        self._shards_before = shard_fingerprint(module.backbone) if is_sharded(module.backbone) else None
+        self._own_before = shard_fingerprint(module.backbone) if is_sharded(module.backbone) else self.before
         self._first_backward_seen = False
         report = module.report
         if self.show_table and trainer.is_global_zero:
@@ -107,23 +101,15 @@ class FreezeBase(Callback):
         self._prove(pl_module)
 
     def _prove(self, pl_module: LightningModule) -> None:
-        module = _lora_module(pl_module)
-        assert self.before is not None
-        if self._shards_before is None:
-            self.after = fingerprint(module.backbone)
-            changed = self.before.differences(self.after)
-        else:  # W0 is unchanged if every shard is
-            changed = moved_tensors(self._shards_before, shard_fingerprint(module.backbone))
-            self.after = None if changed else self.before
-        if message := first_problem(_message(changed) if changed else None):
-            raise W0MovedError(message)
-
-
-def _message(changed: Sequence[str]) -> str:
-    return (
-        f"W0 moved during fit: {len(changed)} frozen tensors changed, first '{changed[0]}';"
-        " something wrote into the backbone, so merging would not give the trained model"
-    )
+        """W0 is unchanged if every process's part of it is."""
+        assert self._own_before is not None
+        changed = moved_tensors(self._own_before, shard_fingerprint(_lora_module(pl_module).backbone))
+        self.after = None if changed else self.before
+        if changed:
+            raise W0MovedError(
+                f"W0 moved during fit: {len(changed)} frozen tensors changed, first '{changed[0]}';"
+                " something wrote into the backbone, so merging would not give the trained model"
+            )
 
 
 def freeze(backbone: nn.Module) -> None:
@@ -176,8 +162,7 @@ def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
         LoRAError: with the list.
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    without = [name for name, p in trainable if p.grad is None]
-    without = without or _missed_shards(trainable)
+    without = [name for name, p in trainable if p.grad is None] or _missed_shards(trainable)
     if without:
         raise LoRAError(
             f"{len(without)} of {len(trainable)} trainable tensors got no gradient in the first backward: the model's"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,21 +25,8 @@ from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
 
 FILE, PAGE = "samples.jsonl", "samples.md"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt and what followed it."""
-
-    step: int
-    """Optimizer steps before."""
-    prompt: str
-    reference: str
-    """The answer in the data."""
-    before: str
-    """The model's answer with the adapter off."""
-    after: str
-    """Its answer with the adapter at `step`."""
+COLUMNS = ("step", "prompt", "reference", "before", "after")
+"""Of a sample: optimizer steps before it, the prompt, the data's answer, and the model's without and with adapter."""
 
 
 class Samples(Callback):
@@ -62,16 +48,16 @@ class Samples(Callback):
             if number < 1:
                 raise LoRAError(f"Samples.{name} must be at least 1, got {number}")
         self.count, self.max_new_tokens = count, max_new_tokens
-        self.samples: list[Sample] = []
+        self.samples: list[dict[str, Any]] = []
         self._before: list[str] | None = None
         self._prompts: list[Prompt] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """All answers so far: a resumed fit writes the whole file again."""
-        return {"samples": [asdict(sample) for sample in self.samples]}
+        return {"samples": self.samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.samples = [Sample(**sample) for sample in state_dict["samples"]]
+        self.samples = list(state_dict["samples"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise before the fit where no samples can be made.
@@ -95,7 +81,7 @@ class Samples(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample the last step, unless its validation did."""
-        if not self.samples or self.samples[-1].step != trainer.global_step:
+        if not self.samples or self.samples[-1]["step"] != trainer.global_step:
             self._sample(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,9 +90,9 @@ class Samples(Callback):
             Console().print(table_of(self.newest[0]))
 
     @property
-    def newest(self) -> list[Sample]:
+    def newest(self) -> list[dict[str, Any]]:
         """The samples of the newest step."""
-        return [sample for sample in self.samples if sample.step == self.samples[-1].step]
+        return [sample for sample in self.samples if sample["step"] == self.samples[-1]["step"]]
 
     def _sample(self, trainer: Trainer, module: LightningModule) -> None:
         """All processes generate, since a sharded model needs them all; the first one writes."""
@@ -122,23 +108,21 @@ class Samples(Callback):
                     self._before = generate_answers(module.backbone, data, prompts, self.max_new_tokens, "before")
             after = generate_answers(module.backbone, data, prompts, self.max_new_tokens, "after")
         self.samples += [
-            Sample(trainer.global_step, prompt.text, prompt.reference, before, answer)
-            for prompt, before, answer in zip(prompts, self._before, after, strict=True)
+            dict(zip(COLUMNS, (trainer.global_step, p.text, p.reference, *answers), strict=True))
+            for p, *answers in zip(prompts, self._before, after, strict=True)
         ]
-        if trainer.is_global_zero:
-            lines = (json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in self.samples)
-            write_bytes(folder / FILE, "".join(lines).encode())
-            write_bytes(folder / PAGE, page_of(self.newest).encode())
-            self._log(trainer)
-
-    def _log(self, trainer: Trainer) -> None:
-        columns = list(asdict(self.samples[0]))
+        if not trainer.is_global_zero:
+            return
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples)
+        page = page_of(self.newest)
+        write_bytes(folder / FILE, "".join(lines).encode())
+        write_bytes(folder / PAGE, page.encode())
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 # The whole table each time: W&B shows the newest only.
-                logger.log_table("samples", columns=columns, data=[list(asdict(s).values()) for s in self.samples])
+                logger.log_table("samples", columns=list(COLUMNS), data=[list(s.values()) for s in self.samples])
             elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", page_of(self.newest), trainer.global_step)
+                logger.experiment.add_text("samples", page, trainer.global_step)
 
 
 @torch.no_grad()
@@ -166,23 +150,19 @@ def stop_tokens(backbone: nn.Module, data: GivesPrompts) -> list[int]:
     return sorted({*data.stop_token_ids, *([end_tokens] if isinstance(end_tokens, int) else end_tokens or [])})
 
 
-def page_of(samples: list[Sample]) -> str:
+def page_of(samples: list[dict[str, Any]]) -> str:
     """A table in Markdown."""
-
-    def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("\n", "<br>")
-
-    lines = ["| prompt | reference | before | after |", "|---|---|---|---|"]
-    lines += [f"| {cell(s.prompt)} | {cell(s.reference)} | {cell(s.before)} | {cell(s.after)} |" for s in samples]
-    return f"After {samples[0].step} steps:\n\n" + "\n".join(lines) + "\n"
+    rows = [COLUMNS[1:], ["---"] * 4]
+    rows += [[sample[name].replace("|", "\\|").replace("\n", "<br>") for name in COLUMNS[1:]] for sample in samples]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return f"After {samples[0]['step']} steps:\n\n{table}"
 
 
-def table_of(sample: Sample) -> Table:
+def table_of(sample: dict[str, Any]) -> Table:
     """One sample for the screen."""
     table = Table(title="An answer", title_justify="left", show_header=False, box=None, padding=(0, 3, 0, 0))
     table.add_column("what", style="bold", no_wrap=True)
     table.add_column("text", overflow="fold")
-    after = f"after {sample.step} steps"
-    for name, text in (("prompt", sample.prompt), ("before", sample.before), (after, sample.after)):
-        table.add_row(name, Text(text))
+    for title, name in (("prompt", "prompt"), ("before", "before"), (f"after {sample['step']} steps", "after")):
+        table.add_row(title, Text(sample[name]))
     return table

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -28,9 +26,18 @@ class StepFigures(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not trainer.loggers or not (is_logged(trainer) or trainer.should_stop):
             return
+        layers = [layer for _, layer in adapted_layers(pl_module)]
+        parts = {
+            "A": [layer.lora_A for layer in layers],
+            "B": [layer.lora_B for layer in layers],
+            "all": [parameter for group in optimizer.param_groups for parameter in group["params"]],
+        }
         figures = self._rates(optimizer)
-        for name, gradients in parts_of_gradients(pl_module, optimizer).items():
-            figures[f"grad_norm/{name}"] = norm_of(gradients)
+        for name, parameters in parts.items():
+            if gradients := [p.grad for p in parameters if p.grad is not None]:
+                norm = torch.nn.utils.get_total_norm(gradients)
+                # Of sharded gradients all processes must gather it.
+                figures[f"grad_norm/{name}"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
         pl_module.log_dict(figures, batch_size=1)
 
     def _rates(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -42,24 +49,3 @@ class StepFigures(Callback):
         return {"lr": float(first["lr"])} | {
             f"lr/{name}": float(group["lr"]) for name, group in groups if name in self._other_rates
         }
-
-
-def parts_of_gradients(module: LightningModule, optimizer: Optimizer) -> dict[str, list[Tensor]]:
-    """The gradients of A, of B, and all of them; a name without gradients is left out."""
-    layers = [layer for _, layer in adapted_layers(module)]
-    parts: dict[str, list[Tensor | None]] = {
-        "A": [layer.lora_A.grad for layer in layers],
-        "B": [layer.lora_B.grad for layer in layers],
-        "all": [p.grad for group in optimizer.param_groups for p in group["params"]],
-    }
-    by_part = {name: [gradient for gradient in gradients if gradient is not None] for name, gradients in parts.items()}
-    return {name: gradients for name, gradients in by_part.items() if gradients}
-
-
-def norm_of(tensors: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all entries together, of whole or sharded tensors, as one number on the device.
-
-    Where tensors are sharded every process must call it.
-    """
-    norm = torch.nn.utils.get_total_norm(list(tensors))
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()

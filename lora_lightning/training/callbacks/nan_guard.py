@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lora_lightning.data import table_of
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.base import tensors_in
 from lora_lightning.training.strategies.base import is_sharded, local_shard
 from lora_lightning.training.strategies.collectives import first_problem
 
@@ -118,7 +119,7 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
 
     def look(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if not bad_layers and any(not bool(torch.isfinite(t).all()) for t in _floats(output)):
+            if not bad_layers and any(not bool(torch.isfinite(t).all()) for t in tensors_in(output)):
                 bad_layers.append(name)
 
         return hook
@@ -133,12 +134,3 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
         for hook in hooks:
             hook.remove()
     return bad_layers[0] if bad_layers else None
-
-
-def _floats(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor) and output.is_floating_point():
-        yield output
-    elif isinstance(output, dict):
-        yield from (t for value in output.values() for t in _floats(value))
-    elif isinstance(output, list | tuple):
-        yield from (t for value in output for t in _floats(value))

@@ -41,10 +41,24 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Gather all processes' predictions and write one file for each set."""
+        data, folder = trainer.datamodule, run.run_dir(trainer)  # type: ignore[attr-defined]
         by_set = predictions if len(batch_indices) > 1 else [predictions]
         for index, (batches, indices) in enumerate(zip(by_set, batch_indices or [[]], strict=True)):
-            name = set_name(trainer.datamodule, "predict", index)  # type: ignore[attr-defined]
-            self._write(trainer, batches, indices, name, self._columns(trainer, index))
+            columns = self._columns(trainer, index)
+            parts: list[list[dict[str, Any]]] = gather(list(rows(batches, indices, getattr(data, "label_names", None))))
+            if folder is None or not trainer.is_global_zero:
+                continue
+            all_rows = sorted((row for part in parts for row in part), key=lambda row: row["row"])
+            keys = {key for row in all_rows for key in row}
+            beside = {f"data_{name}" if name in keys else name: values for name, values in columns.items()}
+            lines = [
+                {"row": row["row"], **{n: _plain(values[row["row"]]) for n, values in beside.items()}, **row}
+                for row in all_rows
+            ]
+            name = set_name(data, "predict", index)
+            file = folder / (f"{Path(FILE).stem}_{name}.jsonl" if name else FILE)
+            write_bytes(file, "".join(json.dumps(x, ensure_ascii=False, default=str) + "\n" for x in lines).encode())
+            Console().print(f"{len(lines)} predictions in {file}", soft_wrap=True)
 
     def _columns(self, trainer: Trainer, index: int) -> Mapping[str, Sequence[Any]]:
         """The columns to write beside the predictions of the set with this number.
@@ -58,30 +72,6 @@ class PredictionWriter(BasePredictionWriter):
         if wanted:
             raise LoRAError(f"--columns is for data that are tables; {type(data).__name__} has no columns")
         return {}
-
-    def _write(
-        self,
-        trainer: Trainer,
-        batches: Sequence[Any],
-        indices: Sequence[list[int]],
-        name: str,
-        columns: Mapping[str, Sequence[Any]],
-    ) -> None:
-        names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-        parts: list[list[dict[str, Any]]] = gather(list(rows(batches, indices, names)))
-        folder = run.run_dir(trainer)
-        if folder is None or not trainer.is_global_zero:
-            return
-        all_rows = sorted((row for part in parts for row in part), key=lambda row: row["row"])
-        keys = {key for row in all_rows for key in row}
-        columns = {f"data_{name}" if name in keys else name: values for name, values in columns.items()}
-        all_rows = [
-            {"row": row["row"], **{name: _plain(values[row["row"]]) for name, values in columns.items()}, **row}
-            for row in all_rows
-        ]
-        file = folder / (f"{Path(FILE).stem}_{name}.jsonl" if name else FILE)
-        write_bytes(file, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in all_rows).encode())
-        Console().print(f"{len(all_rows)} predictions in {file}", soft_wrap=True)
 
 
 def rows(batches: Sequence[Mapping[str, Any]], indices: Sequence[list[int]], names: list[str] | None) -> Any:

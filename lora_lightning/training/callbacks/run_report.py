@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import re
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_lightning.data import table_of
 from lora_lightning.lora.errors import LoRAError
@@ -42,9 +41,9 @@ class RunReport(Callback):
     """Writes the results of a fit and of a test into `report.json` in the run folder, and the page `report.html`."""
 
     def __init__(self) -> None:
-        self._started = 0.0
+        self._started: float | None = None
         self._seconds = 0.0
-        self._before = 0.0
+        """Of training, until `_started`."""
         self._by_step: dict[int, dict[str, float]] = {}
         self._classes: ClassCounts | None = None
         """Class counts of the running evaluation of a classifier."""
@@ -53,13 +52,14 @@ class RunReport(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds and metrics so far, for a resumed fit."""
-        seconds = self._before + time.perf_counter() - self._started
-        return {"seconds": seconds, "by_step": dict(self._by_step), "best": self._best}
+        return {"seconds": self._total_seconds(), "by_step": dict(self._by_step), "best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._before, self._by_step = float(state_dict["seconds"]), dict(state_dict["by_step"])
+        self._seconds, self._by_step = float(state_dict["seconds"]), dict(state_dict["by_step"])
         self._best = state_dict.get("best")
-        self._seconds = self._before  # stays so where nothing is left to train
+
+    def _total_seconds(self) -> float:
+        return self._seconds + (0.0 if self._started is None else time.perf_counter() - self._started)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()
@@ -83,17 +83,14 @@ class RunReport(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Count the classes of the first set's batches."""
-        self._count(trainer, outputs, batch, dataloader_idx)
-
-    on_test_batch_end = on_validation_batch_end
-
-    def _count(self, trainer: Trainer, outputs: Any, batch: Any, dataloader_idx: int) -> None:
         if self._classes is None or dataloader_idx or not isinstance(outputs, Mapping):
             return
         logits, labels = outputs.get("predictions"), outputs.get("targets")
         if isinstance(logits, Tensor) and isinstance(labels, Tensor) and logits.dim() == 2 and labels.dim() == 1:
             tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
             self._classes.add(logits, labels, batch, tokenizer)
+
+    on_test_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember each validation's metrics, and write the class counts of the best one so far."""
@@ -104,10 +101,9 @@ class RunReport(Callback):
             return
         checkpoint = trainer.checkpoint_callback
         figure = trainer.callback_metrics.get(str(getattr(checkpoint, "monitor", None)))
-        value = None if figure is None else float(figure)
-        better = operator.gt if getattr(checkpoint, "mode", None) == "max" else operator.lt
-        if self._best is None or value is None or better(value, self._best):
-            self._best = value
+        sign = 1 if getattr(checkpoint, "mode", None) == "max" else -1
+        if self._best is None or figure is None or sign * float(figure) > sign * self._best:
+            self._best = None if figure is None else float(figure)
             self._write_classes(trainer, run.run_dir(trainer), "val")
 
     def _write_classes(self, trainer: Trainer, folder: Path | None, stage: str) -> None:
@@ -123,7 +119,7 @@ class RunReport(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what was measured of an earlier best, before an export of this one is recorded."""
-        self._seconds = self._before + time.perf_counter() - self._started
+        self._seconds, self._started = self._total_seconds(), None
         folder, best = run.run_dir(trainer), getattr(trainer.checkpoint_callback, "best_model_path", "")
         if folder is None or not trainer.is_global_zero or not best:
             return
@@ -138,10 +134,9 @@ class RunReport(Callback):
         if folder is None or not trainer.is_global_zero or not isinstance(pl_module, LoRAModule):
             return
         report, w0 = pl_module.report, pl_module.w0_fingerprint()
-        guards = [c.after for c in trainer.callbacks if isinstance(c, FreezeBase) and c.after]  # type: ignore[attr-defined]
-        # One process of several cannot gather shards: without the guard W0's fingerprint is unknown.
-        unknown = not guards and is_sharded(pl_module.backbone)
-        after = None if unknown else guards[0] if guards else fingerprint(pl_module.backbone)
+        after = next((c.after for c in trainer.callbacks if isinstance(c, FreezeBase) and c.after), None)  # type: ignore[attr-defined]
+        if after is None and not is_sharded(pl_module.backbone):  # one process of several cannot gather shards
+            after = fingerprint(pl_module.backbone)
         values: dict[str, Any] = {
             "run_dir": str(folder),
             **subject(pl_module),
@@ -157,7 +152,9 @@ class RunReport(Callback):
             "steps": trainer.global_step,
             "precision": str(trainer.precision),
             "dtypes": part_dtypes(pl_module.backbone, pl_module.backbone_mode, trainer),
-            "full_checkpoint_bytes": _full_bytes(pl_module.backbone),
+            "full_checkpoint_bytes": sum(
+                t.nbytes for n, t in pl_module.backbone.state_dict().items() if ".lora_" not in n
+            ),
         }
         if summary := getattr(trainer.datamodule, "data_summary", None):  # type: ignore[attr-defined]
             values["data"] = summary
@@ -210,17 +207,10 @@ def _of_other_data(trainer: Trainer) -> bool:
     )
 
 
-def _full_bytes(model: nn.Module) -> int:
-    """Bytes of a full checkpoint of the backbone's tensors."""
-    return sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if ".lora_" not in n)
-
-
 def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
     """A stage's metrics under the report's names."""
-    figures = trainer.callback_metrics.items()
-    return {
-        name.replace("/", "_"): float(value) for name, value in figures if name.startswith((f"{stage}/", f"{stage}_"))
-    }
+    figures = {name.replace("/", "_"): float(value) for name, value in trainer.callback_metrics.items()}
+    return {name: value for name, value in figures.items() if name.startswith(f"{stage}_")}
 
 
 def class_counts(module: LightningModule) -> ClassCounts | None:

@@ -86,10 +86,11 @@ def refuse_damaged_fields(checkpoint: Mapping[str, Any], *, resumes: bool) -> No
         try:
             value = functools.reduce(operator.getitem, path.split("/"), checkpoint)
         except (KeyError, TypeError):
-            raise AdapterError(_damage_line(f"no '{path}'")) from None
+            raise AdapterError(_damage_line(f"no '{path.replace('/', '.')}'")) from None
         if not isinstance(value, kind):
             name = kind.__name__ if isinstance(kind, type) else kind[0].__name__
-            raise AdapterError(_damage_line(f"{value!r:.40} as '{path}', where a {name} is expected"))
+            what = f"{value!r:.40} as '{path.replace('/', '.')}', where a {name} is expected"
+            raise AdapterError(_damage_line(what))
     if resumes:
         states = checkpoint["optimizer_states"]
         if not states or not all(isinstance(state, dict) and state.get("param_groups") for state in states):
@@ -98,7 +99,6 @@ def refuse_damaged_fields(checkpoint: Mapping[str, Any], *, resumes: bool) -> No
 
 
 def _damage_line(what: str) -> str:
-    what = what.replace("/", ".")
     return f"the checkpoint is damaged: it has {what}; take an older one, or its NAME.ckpt.previous"
 
 

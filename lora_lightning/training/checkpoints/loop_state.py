@@ -14,6 +14,7 @@ The counts are those of `trainer.fit_loop.state_dict()`.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ def place_of(trainer: Trainer) -> Place:
 
 def canonical_state(fit_loop: dict[str, Any], place: Place) -> dict[str, Any]:
     """The loops' state at one of the two places."""
-    state = {key: _copy_state(value) for key, value in fit_loop.items()}
+    state = copy.deepcopy(fit_loop)
     batches, epochs = state["epoch_loop.batch_progress"], state["epoch_progress"]
     epoch_loop = state["epoch_loop.state_dict"]
     stepped = epoch_loop["_batches_that_stepped"] + (place.in_epoch_loop and place.at_step)
@@ -86,10 +87,6 @@ def canonical_state(fit_loop: dict[str, Any], place: Place) -> dict[str, Any]:
 def _count(counts: dict[str, int], done: int, begun: int | None = None) -> None:
     begun = done if begun is None else begun
     counts.update(zip(COUNTS, (begun, begun, done, done), strict=True))
-
-
-def _copy_state(value: Any) -> Any:
-    return {k: _copy_state(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def begin_epoch_anew(trainer: Trainer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from pathlib import Path
@@ -188,26 +187,22 @@ class Checkpoints(ModelCheckpoint):
             return
         if self.dirpath is not None and not is_remote(self.dirpath) and state.get("best_model_path"):
             here, best = Path(self.dirpath), Path(state["best_model_path"])
-            here_best = here / best.name
-            if _is_same_file(best, here_best) or _bring_best(best, here_best):
+            if _bring_best(best, here / best.name):
+                path = str(here / best.name)
+                scores = dict(zip([path], state["best_k_models"].values(), strict=False))
                 state |= {
                     "dirpath": self.dirpath,
-                    "best_model_path": str(here_best),
-                    "kth_best_model_path": str(here_best),
+                    "best_model_path": path,
+                    "best_k_models": scores,
+                    "kth_best_model_path": path if scores else "",
+                    "last_model_path": str(here / Path(state["last_model_path"] or "last.ckpt").name),
                 }
-                state["best_k_models"] = {str(here_best): score for score in list(state["best_k_models"].values())[:1]}
-                state["last_model_path"] = str(here / Path(state["last_model_path"] or "last.ckpt").name)
-                state["kth_best_model_path"] = str(here_best) if state["best_k_models"] else ""
         super().load_state_dict(state)
 
 
-def _is_same_file(a: Path, b: Path) -> bool:
-    return b.exists() and os.path.realpath(a) == os.path.realpath(b)
-
-
 def _bring_best(best: Path, target: Path) -> bool:
-    """Whether the best so far is in this run's folder: moved with the folder, or copied now by one process."""
-    if not best.exists():
+    """Whether the best so far is in this run's folder: written there, moved with it, or copied now by one process."""
+    if not best.exists() or (target.exists() and best.samefile(target)):
         return target.exists()
     if getattr(rank_zero_only, "rank", 0) == 0:
         write_bytes(target, best.read_bytes())

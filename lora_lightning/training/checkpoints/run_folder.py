@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses, suggestion
+from lora_lightning.lora.errors import LoRAError, did_you_mean, first_few, near_misses, suggestion
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.reports import html
 from lora_lightning.training.checkpoints.file_io import PREVIOUS, read_checkpoint
@@ -74,15 +74,12 @@ def lock_run(folder: Path | None) -> Iterator[None]:
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
-        before = os.environ.get(HELD)
-        os.environ[HELD] = str(folder) if before is None else os.pathsep.join([before, str(folder)])
+        before = os.environ.get(HELD, "")
+        os.environ[HELD] = os.pathsep.join([before, str(folder)])
         try:
             yield
         finally:
-            if before is None:
-                os.environ.pop(HELD, None)
-            else:
-                os.environ[HELD] = before
+            os.environ[HELD] = before
             file.unlink(missing_ok=True)
 
 
@@ -117,48 +114,32 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     path = Path(path)
     if path.is_file() and not (is_zipfile(path) or _previous_file(path).exists()):
         raise LoRAError(f"'{path}' is not a whole checkpoint{_format_hint(path)}")
-    refuse_folder(path)
+    if path.is_dir() and (path.suffix == ".ckpt" or (path / ".metadata").is_file()):
+        raise LoRAError(
+            f"'{path}' is a checkpoint in parts, and files are read here: go on from it, or export it, with the version"
+            " of lora_lightning that wrote it"
+        )
     if path.is_file() or (path.suffix == ".ckpt" and _previous_file(path).exists()):
         return path
     if not path.is_dir():
         near = similar_names(path) or did_you_mean(str(path), ("best", "last"))
         raise LoRAError(f"no checkpoint or run folder '{path}'{near}")
-    for run in [path, *_newest_first(path)]:
-        files = _checkpoints(run / CHECKPOINTS)
-        if files:
+    for folder in [*(run / CHECKPOINTS for run in (path, *_newest_first(path))), path]:
+        if files := _checkpoints(folder):
             return _pick(files, which)
-    loose = _checkpoints(path)
-    if loose:
-        return _pick(loose, which)
     if (path / "adapter_config.json").is_file():
         raise LoRAError(f"'{path}' is an adapter's directory and no run: fit starts from it with --model.init_adapter")
     if runs := _runs_in(path):
-        shown = ", ".join(f"'{run}'" for run in runs[:8]) + (f" and {len(runs) - 8} more" if len(runs) > 8 else "")
+        shown = first_few([f"'{run}'" for run in runs], 8)
         raise LoRAError(f"'{path}' holds {len(runs)} runs, the newest first {shown}: name one of them")
     raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
 
 
 def _runs_in(folder: Path) -> list[Path]:
     """Folders of runs right below, such as `runs/demo`, the last trained first."""
-    newest: dict[Path, float] = {}
-    for run in (entry for entry in folder.iterdir() if entry.is_dir()):
-        folders = [version / CHECKPOINTS for version in _newest_first(run)]
-        if times := [checkpoints.stat().st_mtime for checkpoints in folders if _checkpoints(checkpoints)]:
-            newest[run] = max(times)
-    return sorted(newest, key=lambda run: newest[run], reverse=True)
-
-
-def refuse_folder(path: Path) -> None:
-    """Raise where the path is a checkpoint in torch.distributed.checkpoint's form.
-
-    Raises:
-        LoRAError: with what to do.
-    """
-    if path.is_dir() and (path.suffix == ".ckpt" or (path / ".metadata").is_file()):
-        raise LoRAError(
-            f"'{path}' is a checkpoint in parts, and files are read here: go on from it, or export it, with the version"
-            " of lora_lightning that wrote it"
-        )
+    folders = [version / CHECKPOINTS for run in folder.iterdir() if run.is_dir() for version in _newest_first(run)]
+    times = {checkpoints: checkpoints.stat().st_mtime for checkpoints in folders if _checkpoints(checkpoints)}
+    return list(dict.fromkeys(file.parent.parent for file in sorted(times, key=lambda f: times[f], reverse=True)))
 
 
 def _format_hint(file: Path) -> str:
@@ -182,18 +163,15 @@ def _previous_file(checkpoint: Path) -> Path:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """A folder's checkpoints, oldest first, also those of which only the `.previous` file exists."""
-    when = {file: file.stat().st_mtime for file in folder.glob("*.ckpt")}
-    before = {file.with_suffix(""): file.stat().st_mtime for file in folder.glob(f"*.ckpt{PREVIOUS}")}
-    times = before | when
+    times = {file.with_suffix(""): file.stat().st_mtime for file in folder.glob(f"*.ckpt{PREVIOUS}")}
+    times |= {file: file.stat().st_mtime for file in folder.glob("*.ckpt")}
     return sorted(times, key=lambda file: times[file])
 
 
 def newest_checkpoint(runs: Path) -> Path | None:
     """The `last` of a folder with a run's versions; None where there is none yet."""
-    if not runs.is_dir():
-        return None
     try:
-        return find_checkpoint(runs, "last")
+        return find_checkpoint(runs, "last") if runs.is_dir() else None
     except LoRAError:
         return None
 
@@ -205,18 +183,13 @@ def continued_version(checkpoint: Path, runs: Path) -> int | None:
     """
     folder = run_of_checkpoint(checkpoint)
     version = _number(folder.name)
-    if version < 0 or folder.name != f"version_{version}" or folder.parent.resolve() != runs.resolve():
-        return None
-    return version if is_newest_state(checkpoint) else None
+    is_of_runs = version >= 0 and folder.resolve() == (runs / f"version_{version}").resolve()
+    return version if is_of_runs and is_newest_state(checkpoint) else None
 
 
 def is_newest_state(checkpoint: Path) -> bool:
     """Whether a checkpoint is the newest of its run, so that a fit from it is the same run going on."""
     return find_checkpoint(run_of_checkpoint(checkpoint), "last").resolve() == checkpoint.resolve()
-
-
-def _is_newest(run: Path) -> bool:
-    return (run / CHECKPOINTS).is_dir() and _newest_first(run.parent)[0].name == run.name
 
 
 def _newest_first(path: Path) -> list[Path]:
@@ -237,13 +210,10 @@ def _pick(files: list[Path], which: str) -> Path:
     if which == "last":
         return files[-1]
     # A checkpoint carries the state of ModelCheckpoint, which says which file was best.
-    callbacks = load_checkpoint(files[-1]).get("callbacks", {})
-    for key, state in callbacks.items():
-        if key.startswith("ModelCheckpoint") and state.get("best_model_path"):
-            best = files[0].parent / Path(state["best_model_path"]).name
-            if best.exists():
-                return best
-    return files[-1]
+    states = load_checkpoint(files[-1]).get("callbacks", {}).items()
+    paths = [state.get("best_model_path") for key, state in states if key.startswith("ModelCheckpoint")]
+    best = (files[-1].with_name(Path(path).name) for path in paths if path)
+    return next((file for file in best if file.exists()), files[-1])
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -288,6 +258,6 @@ def update_report(run: Path, values: dict[str, Any], forget: Callable[[str], boo
     report = {key: value for key, value in read_report(file).items() if forget is None or not forget(key)} | values
     text = (json.dumps(report, indent=2) + "\n").encode()
     write_bytes(file, text)
-    if run.name.startswith("version_") and _is_newest(run):
+    if run.name.startswith("version_") and [newest.name for newest in _newest_first(run.parent)[:1]] == [run.name]:
         write_bytes(run.parent / REPORT, text)
     return report

@@ -14,16 +14,48 @@ from lightning.pytorch.utilities import rank_zero_only
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 
 
-class ContinuedCSVLogger(CSVLogger):
-    """Lightning's CSVLogger, which appends to an existing file in place of deleting it."""
+class _ContinuedWriter(ExperimentWriter):
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.metrics_keys = whole_rows(Path(self.metrics_file_path))[0]
+
+    def _check_log_dir_exists(self) -> None:
+        """Accept an existing folder, and delete nothing."""
+
+
+class _RepeatedWriter(ExperimentWriter):
+    _is_fresh = False
+
+    def _check_log_dir_exists(self) -> None:
+        """Accept an existing folder, and delete nothing yet."""
+
+    def save(self) -> None:
+        if self.metrics and not self._is_fresh:
+            Path(self.metrics_file_path).unlink(missing_ok=True)
+            self._is_fresh = True
+        super().save()
+
+
+class RepeatedCSVLogger(CSVLogger):
+    """Lightning's CSVLogger, which leaves an earlier log alone until there is a row to put in its place.
+
+    Lightning deletes it before it reads a checkpoint: a refused `test` would lose the last one's metrics.
+    """
+
+    writer: type[ExperimentWriter] = _RepeatedWriter
 
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         if self._experiment is None:
-            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
-            self._experiment = _ContinuedWriter(self.log_dir)
+            self._experiment = self.writer(self.log_dir)
         return self._experiment  # type: ignore[return-value]
+
+
+class ContinuedCSVLogger(RepeatedCSVLogger):
+    """Lightning's CSVLogger, which appends to an existing file in place of deleting it."""
+
+    writer = _ContinuedWriter
 
     @rank_zero_only
     def go_on_from(self, step: int) -> None:
@@ -41,42 +73,6 @@ class ContinuedCSVLogger(CSVLogger):
         super().finalize(status)
         if self._experiment is not None:
             keep_before(Path(self.experiment.metrics_file_path), None)
-
-
-class RepeatedCSVLogger(CSVLogger):
-    """Lightning's CSVLogger, which leaves an earlier log alone until there is a row to put in its place.
-
-    Lightning deletes it before it reads a checkpoint: a refused `test` would lose the last one's metrics.
-    """
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        if self._experiment is None:
-            self._experiment = _RepeatedWriter(self.log_dir)
-        return self._experiment  # type: ignore[return-value]
-
-
-class _RepeatedWriter(ExperimentWriter):
-    _is_fresh = False
-
-    def _check_log_dir_exists(self) -> None:
-        """Accept an existing folder, and delete nothing yet."""
-
-    def save(self) -> None:
-        if self.metrics and not self._is_fresh:
-            Path(self.metrics_file_path).unlink(missing_ok=True)
-            self._is_fresh = True
-        super().save()
-
-
-class _ContinuedWriter(ExperimentWriter):
-    def __init__(self, log_dir: str) -> None:
-        super().__init__(log_dir)
-        self.metrics_keys = whole_rows(Path(self.metrics_file_path))[0]
-
-    def _check_log_dir_exists(self) -> None:
-        """Accept an existing folder, and delete nothing."""
 
 
 def whole_rows(file: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_bytes
+from lora_lightning.reports.classes import input_of
 from lora_lightning.tasks.positions import in_evaluation
 from lora_lightning.training.callbacks.export_on_fit_end import best_in
 from lora_lightning.training.callbacks.prediction_writer import rows
@@ -25,6 +26,7 @@ from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import is_sharded
+from lora_lightning.training.tracking.wandb_logger import WandbLogger as ResumableWandbLogger
 from lora_lightning.training.tracking.wandb_logger import go_on_with
 
 LARGE = 2 * 10**9
@@ -160,16 +162,9 @@ def _log(
 
 def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
     """Log evaluations of a checkpoint to the W&B or MLflow run that trained it, unless the config names one."""
-    loggers = list(loggers)
-    ours = [logger for logger in wandb_loggers(loggers) if hasattr(logger, "go_on_with")]
-    flows = [logger for logger in loggers if isinstance(logger, MLFlowLogger)]
-    if not (ours or flows) or not Path(checkpoint).exists():
-        return
-    saved = run.load_checkpoint(checkpoint).get(RESUME_KEY, {})
-    go_on_with(flows, saved.get("loggers", []), 0)
-    runs = [run_id for kind, run_id in saved.get("loggers", []) if kind == "WandbLogger"]
-    for logger, version in zip(ours, runs, strict=False):
-        logger.go_on_with(str(version))
+    resumable = [logger for logger in loggers if isinstance(logger, MLFlowLogger | ResumableWandbLogger)]
+    if resumable and Path(checkpoint).exists():
+        go_on_with(resumable, run.load_checkpoint(checkpoint).get(RESUME_KEY, {}).get("loggers", []), 0)
 
 
 @torch.no_grad()
@@ -184,44 +179,29 @@ def prediction_table(trainer: Trainer, module: LoRAModule, count: int) -> tuple[
         return None
     with in_evaluation(module.backbone), trainer.precision_plugin.forward_context():
         predictions = module.task.predict(module.backbone, batch)
-    names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-    inputs = _inputs(batch, getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
-    beside = {name: values for name, values in (("input", inputs), ("target", _targets(batch, names))) if values}
-    size = min(count, *map(len, (*predictions.values(), *beside.values())))
-    examples = [
-        {**{name: values[i] for name, values in beside.items()}, **row}
-        for i, row in enumerate(rows([predictions], [range(size)], names))  # type: ignore[list-item]
-    ]
-    columns = [name for name in examples[0] if name != "row"]  # its number in this batch, not in the set
-    return columns, [[_cell(example.get(name)) for name in columns] for example in examples]
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    names, tokenizer = getattr(data, "label_names", None), getattr(data, "tokenizer", None)
+    size = min(count, *map(len, predictions.values()))
+    table = []
+    for i, row in enumerate(rows([predictions], [range(size)], names)):  # type: ignore[list-item]
+        beside = {"input": input_of(batch, i, tokenizer), "target": _target(batch, i, names)}
+        table.append({name: value for name, value in beside.items() if value is not None} | row)
+    columns = [name for name in table[0] if name != "row"]  # its number in this batch, not in the set
+    return columns, [[_cell(row.get(name)) for name in columns] for row in table]
 
 
-def _inputs(batch: Mapping[str, Any], tokenizer: Any) -> list[Any]:
-    ids, pixels = batch.get("input_ids"), batch.get("pixel_values")
-    if tokenizer is not None and isinstance(ids, Tensor):
-        return [text[:SHOWN] for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    if isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.shape[1] in (1, 3):
-        return list(_pictures(pixels))
-    return []
-
-
-def _pictures(pixels: Tensor) -> Iterator[Any]:
-    """Images, each scaled to 0 to 255 by its minimum and maximum."""
-    import wandb
-
-    for image in pixels.float().cpu():
-        low, high = image.min(), image.max()
-        yield wandb.Image(((image - low) / (high - low).clamp(min=1e-9) * 255).byte().permute(1, 2, 0).numpy())
-
-
-def _targets(batch: Mapping[str, Any], names: list[str] | None) -> list[Any]:
+def _target(batch: Mapping[str, Any], row: int, names: list[str] | None) -> Any:
     labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.dim() != 1:
-        return []
-    values = labels.tolist()
-    return [names[v] if names and isinstance(v, int) and 0 <= v < len(names) else v for v in values]
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or row >= len(labels):
+        return None
+    value = labels[row].item()
+    return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _cell(value: Any) -> Any:
-    """Lists as text: a table's column has one type."""
-    return str(value)[:SHOWN] if isinstance(value, list | dict) else value
+    """Lists as text, since a table's column has one type; pictures as W&B's."""
+    import wandb
+
+    if isinstance(value, list | dict):
+        return str(value)[:SHOWN]
+    return wandb.Image(value) if hasattr(value, "thumbnail") else value

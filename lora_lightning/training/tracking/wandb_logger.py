@@ -53,13 +53,8 @@ class WandbLogger(LightningWandbLogger):
 
 def runs_of(loggers: Iterable[Logger]) -> list[list[Any]]:
     """Kind and id of each logger's run; a checkpoint has them, so that a resumed fit finds the runs."""
-    resumable: list[list[Any]] = []
-    for logger in loggers:
-        if isinstance(logger, LightningWandbLogger | TensorBoardLogger):
-            resumable.append([_kind(logger), logger.version])
-        elif isinstance(logger, MLFlowLogger):
-            resumable.append([_kind(logger), logger.run_id])
-    return [[kind, run_id] for kind, run_id in resumable if run_id is not None]
+    runs = [[kind, logger.version] for logger in loggers if (kind := _kind(logger))]
+    return [[kind, version] for kind, version in runs if version is not None]
 
 
 def go_on_with(loggers: Iterable[Any], runs: Sequence[Sequence[Any]], step: int) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.errors import LoRAError, first_few
 from lora_lightning.training.checkpoints.file_io import WholeFiles
-from lora_lightning.training.initialization import refuse_measured
+from lora_lightning.training.initialization import MEASURED
 from lora_lightning.training.strategies.base import ShardedStrategy, is_sharded
 from lora_lightning.training.strategies.collectives import gather
 from lora_lightning.training.strategies.fsdp2.checkpointing import AdapterCheckpoints
@@ -96,7 +96,12 @@ class FSDP2Strategy(AdapterCheckpoints, ShardedStrategy):
     def _refuse(self, module: LoRAModule) -> None:
         if self.cpu_offload and self.root_device.type == "cpu":
             raise LoRAError("cpu_offload keeps shards off the GPU, and this run is on the CPU: leave it out")
-        refuse_measured(module, "FSDP2")
+        starts = module.trainer.state.fn == TrainerFn.FITTING and not module.trainer.ckpt_path
+        if starts and module.lora.init in MEASURED:
+            raise LoRAError(
+                f"lora.init={module.lora.init} is measured on a whole model, and FSDP2 shards it: fit a step in one"
+                " process, and start from its adapter by init_adapter and another lora.init"
+            )
         parameters = module.named_parameters()
         beside = [name for name, p in parameters if p.requires_grad and not name.startswith("backbone.")]
         if beside:
