@@ -19,7 +19,7 @@ from lora_lightning.lora.formats.peft.config import subtracted_init, token_ids
 from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key
 from lora_lightning.lora.formats.peft.layout import from_peft
 from lora_lightning.lora.formats.peft.load import AdapterFiles, load_tensors
-from lora_lightning.lora.formats.peft.resolve import config_for, find_contents, resolve
+from lora_lightning.lora.formats.peft.resolve import config_for, resolve
 from lora_lightning.lora.formats.provenance import check_base, refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name, refuse_misfits
@@ -57,17 +57,18 @@ def start_from_directory(model: nn.Module, directory: Path, *, allow_other_base:
         )
     # Without what this run trains in full, which may be more than the earlier run did.
     check_base(files.record, model, allow_other_base=allow_other_base, replaced=_head_names(model))
-    peft, tensors = resolve(files.peft, files.tensors, model, allow_other_base=allow_other_base)
-    trained = config_for(peft, find_contents(tensors, peft, model), files.record, model, {})
-    tensors, left = _keep_own_heads(model, tensors, {key: PREFIX + copy_key(key) for key in adapter_tensors(model)})
-    ours = from_peft(model, tensors, lambda name: token_ids(peft, name))
+    contents = resolve(files.peft, files.tensors, model, allow_other_base=allow_other_base)
+    trained = config_for(contents, files.record, model, {})
+    keys = {key: PREFIX + copy_key(key) for key in adapter_tensors(model)}
+    tensors, left = _keep_own_heads(model, contents.tensors, keys)
+    ours = from_peft(model, tensors, lambda name: token_ids(files.peft, name))
     for path, layer in adapted_layers(model):
         name, parts = layer.lora_name(path), layer.lora_settings.slices
         there, here = files.record and files.record.slices.get(name), parts and parts.to_spec()
         if there != here:
             raise AdapterError(f"the adapter was trained on the parts {there} of '{name}', this run says {here}")
     for name, embedding in grafted_modules(model, TokenRows):
-        if sorted(token_ids(peft, name)) != embedding.lora_token_ids.tolist():
+        if sorted(token_ids(files.peft, name)) != embedding.lora_token_ids.tolist():
             raise AdapterError(f"the adapter trains other tokens of '{name}' than lora.trainable_token_indices names")
     return _fill(model, ours, trained, left)
 

@@ -7,27 +7,18 @@ for two blocks, or for one tensor that the files hold in pieces, such as a layer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError, first_few
 from lora_lightning.lora.meta.checkpoint import Checkpoint
-from lora_lightning.lora.meta.key_mapping import ATTRIBUTE, Base, Group, files_of
+from lora_lightning.lora.meta.inject import place_of
+from lora_lightning.lora.meta.key_mapping import ATTRIBUTE, files_of
 
-
-@dataclass
-class Empty:
-    """A tensor that the model holds on the meta device."""
-
-    tensor: Tensor
-    names: list[str] = field(default_factory=list)
-    """Its names in the model: several where it is tied."""
-    places: list[tuple[dict[str, Any], str]] = field(default_factory=list)
-    """The dictionaries of the modules that hold it, and its keys there."""
+Place = tuple[slice, ...]
+"""A part of a tensor: a slice of each dimension."""
 
 
 @torch.no_grad()
@@ -43,109 +34,80 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
     Raises:
         LoRAError: the model does not know its weight files, or they lack a tensor; the model is then unchanged.
     """
-    empty = _empty_tensors(model)
+    empty: dict[Tensor, list[str]] = {}  # with the names of each in the model: several where it is tied
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in (pair for pairs in named for pair in pairs):
+        if tensor.is_meta:
+            empty.setdefault(tensor, []).append(name)
     if not empty:
         return 0
     files = files_of(model)
     if files is None:
         raise LoRAError(
-            f"'{empty[0].names[0]}' is on the meta device, and it is not known where its weights lie: build the model"
-            " by lora_lightning.huggingface(..., on_meta=True) or lora_lightning.on_meta"
+            f"'{next(iter(empty.values()))[0]}' is on the meta device, and it is not known where its weights lie: build"
+            " the model by lora_lightning.huggingface(..., on_meta=True) or lora_lightning.on_meta"
         )
-    base = files.base(model)
-    sources = {name: slot for slot in empty if (name := next((n for n in slot.names if n in base.of_name), None))}
-    if without := [slot.names[0] for slot in empty if sources.keys().isdisjoint(slot.names)]:
+    base, checkpoint = files.base(model), files.checkpoint
+    if without := [names[0] for names in empty.values() if base.of_name.keys().isdisjoint(names)]:
         raise LoRAError(
-            f"{files.checkpoint.directory} has no values for {len(without)} tensors of {type(model).__name__} that are"
-            f" on the meta device: {first_few(without)}"
+            f"{checkpoint.directory} has no values for {len(without)} tensors of {type(model).__name__} that are on the"
+            f" meta device: {first_few(without)}"
         )
+    sources = {next(name for name in names if name in base.of_name): tensor for tensor, names in empty.items()}
     groups = {id(base.of_name[name]): base.of_name[name] for name in sources}.values()
-    stored = base.checkpoint.stored
-    made: list[tuple[Empty, Tensor]] = []
+    stored, filled = checkpoint.stored, dict[Tensor, Tensor]()
     for group in sorted(groups, key=lambda g: (stored[g.stored[0]].file, stored[g.stored[0]].start)):
-        made += _read(base, group, {name: sources[name] for name in group.names if name in sources}, device)
-    for slot, value in made:
-        _put(slot, value)
+        wanted = {name: sources[name] for name in group.names if name in sources}
+        whole: dict[str, Tensor] = {}
+        if not group.is_alone:
+            dtype = next(iter(wanted.values())).dtype
+            whole = group.load({key: checkpoint.read(key).to(dtype) for key in group.stored})
+        for name, tensor in wanted.items():
+            _refuse_other_shape(name, whole[name].shape if whole else stored[group.stored[0]].shape, tensor)
+            filled[tensor], part, place = _allocate(tensor, device)
+            if whole:
+                part.copy_(whole.pop(name)[place])
+            else:
+                _read_part(checkpoint, group.stored[0], part, place)
+    for tensor, names in empty.items():
+        value = filled[tensor]
+        if isinstance(tensor, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+        for store, key in (place_of(model, name) for name in names):
+            store[key] = value
     model.__dict__.pop(ATTRIBUTE, None)
-    return len(made)
+    return len(filled)
 
 
-def _empty_tensors(model: nn.Module) -> list[Empty]:
-    by_id: dict[int, Empty] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is not None and tensor.is_meta:
-                    slot = by_id.setdefault(id(tensor), Empty(tensor))
-                    slot.names.append(f"{path}.{name}".removeprefix("."))
-                    slot.places.append((store, name))
-    return list(by_id.values())
-
-
-def _read(
-    base: Base, group: Group, wanted: dict[str, Empty], device: torch.device | str
-) -> Iterator[tuple[Empty, Tensor]]:
-    """This process's part of each tensor of a group."""
-    checkpoint = base.checkpoint
-    if group.is_alone:
-        ((name, slot),) = wanted.items()
-        part, offset = _part(slot.tensor, device)
-        _check_shape(name, checkpoint.stored[group.stored[0]].shape, slot)
-        _read_rows(checkpoint, group.stored[0], part, offset)
-        yield slot, part
-        return
-    dtype = next(iter(wanted.values())).tensor.dtype
-    whole = group.load({key: checkpoint.read(key).to(dtype) for key in group.stored})
-    for name, slot in wanted.items():
-        value = whole.pop(name)
-        _check_shape(name, value.shape, slot)
-        part, offset = _part(slot.tensor, device)
-        place = tuple(slice(start, start + size) for start, size in zip(offset, part.shape, strict=True))
-        yield slot, part.copy_(value[place])
-
-
-def _check_shape(name: str, got: tuple[int, ...], slot: Empty) -> None:
-    if tuple(got) != tuple(slot.tensor.shape):
+def _refuse_other_shape(name: str, got: Sequence[int], tensor: Tensor) -> None:
+    if tuple(got) != tuple(tensor.shape):
         raise LoRAError(
-            f"'{name}' has shape {tuple(got)} in the files and {tuple(slot.tensor.shape)} in the model: they belong to"
+            f"'{name}' has shape {tuple(got)} in the files and {tuple(tensor.shape)} in the model: they belong to"
             " another architecture, or to another config"
         )
 
 
-def _part(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, tuple[int, ...]]:
-    """Memory for this process's part of a tensor, and the part's offset in the whole."""
+def _allocate(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor, Place]:
+    """A tensor like the one on the meta device, the part of it that this process holds, and the part's place."""
     if type(tensor) in (Tensor, nn.Parameter):
-        part = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        return part, (0,) * tensor.dim()
+        value = torch.empty_like(tensor, device=device)
+        return value, value, tuple(map(slice, value.shape))
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if not isinstance(tensor, DTensor):
         raise LoRAError(f"a {type(tensor).__name__} on the meta device cannot be filled from files: load it whole")
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device_mesh.device_type), tuple(offset)
+    sharded: DTensor = torch.empty_like(tensor, device=tensor.device_mesh.device_type)  # type: ignore[assignment]
+    return sharded, sharded.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
-def _read_rows(checkpoint: Checkpoint, key: str, into: Tensor, offset: tuple[int, ...]) -> None:
-    """Read the part of a tensor at `offset` into `into`, block by block."""
-    if not into.dim():
+def _read_part(checkpoint: Checkpoint, key: str, into: Tensor, place: Place) -> None:
+    """Read the part of a tensor at `place` into `into`, block by block."""
+    if not place:
         into.copy_(checkpoint.read(key))
         return
     done = 0
-    for rows in checkpoint.blocks(key, offset[0], offset[0] + into.shape[0]):
-        columns = tuple(slice(o, o + n) for o, n in zip(offset[1:], into.shape[1:], strict=True))
-        into[done : done + len(rows)].copy_(rows[:, *columns])
+    for rows in checkpoint.blocks(key, place[0].start or 0, place[0].stop):
+        into[done : done + len(rows)].copy_(rows[:, *place[1:]])
         done += len(rows)
-
-
-def _put(slot: Empty, value: Tensor) -> None:
-    tensor: Any = slot.tensor
-    if type(tensor) not in (Tensor, nn.Parameter):
-        from torch.distributed.tensor import DTensor
-
-        whole = {"shape": tensor.shape, "stride": tensor.stride()}
-        value = DTensor.from_local(value, tensor.device_mesh, tensor.placements, run_check=False, **whole)
-    if isinstance(tensor, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=tensor.requires_grad)
-    for store, name in slot.places:
-        store[name] = value

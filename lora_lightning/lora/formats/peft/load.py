@@ -19,7 +19,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError, first_few
 from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS, read_config, token_ids
 from lora_lightning.lora.formats.peft.layout import from_peft
-from lora_lightning.lora.formats.peft.resolve import Read, config_for, find_contents, refuse_other_targets, resolve
+from lora_lightning.lora.formats.peft.resolve import Read, config_for, refuse_other_targets, resolve
 from lora_lightning.lora.formats.provenance import Record, check_base, read_record
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
 from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module, refuse_misfits
@@ -120,14 +120,13 @@ def load_files(
 
     For a model on the meta device `read` reads W0's tensor with a name, and `make_real` allocates the adapter's memory.
     """
-    peft, tensors = resolve(files.peft, files.tensors, model, read, allow_other_base=allow_other_base)
-    contents = find_contents(tensors, peft, model)
-    refuse_other_targets(peft, contents, model)
+    contents = resolve(files.peft, files.tensors, model, read, allow_other_base=allow_other_base)
+    refuse_other_targets(contents, model)
     return inject_and_fill(
         model,
         f"the adapter in {files.directory}",
-        lambda: config_for(peft, contents, files.record, model, alphas or {}),
-        lambda: from_peft(model, tensors, lambda name: token_ids(peft, name)),
+        lambda: config_for(contents, files.record, model, alphas or {}),
+        lambda: from_peft(model, contents.tensors, lambda name: token_ids(contents.peft, name)),
         make_real,
     )
 
