@@ -14,7 +14,7 @@ from lora_lightning.commands.sweep.base_config import Base
 from lora_lightning.commands.sweep.command import run_sweep
 from lora_lightning.commands.sweep.sweep import Request, Sweep
 
-STAND_IN = Path(__file__).with_name("stand_in.py")
+COMMAND = (sys.executable, str(Path(__file__).with_name("stand_in.py")))
 
 
 def plan(folder, **changes):
@@ -49,8 +49,7 @@ def run(*args, **kwargs):
     """A sweep to its end: what it came to, and what it said of each trial, in order."""
     said = []
     made = sweep(*args, **kwargs)
-    command = (sys.executable, str(STAND_IN))
-    points = run_sweep(made, lambda t, what: said.append((what, t.values["model.lora.r"], t.state)), command=command)
+    points = run_sweep(made, lambda t, what: said.append((what, t.values["model.lora.r"], t.state)), command=COMMAND)
     return SimpleNamespace(folder=made.folder, points=points), said
 
 

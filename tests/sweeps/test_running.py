@@ -104,7 +104,8 @@ def test_each_of_several_jobs_has_its_part_of_the_gpus():
 def test_a_pruner_ends_fits_that_fall_behind(tmp_path, pruner):
     levels = {"1": 0.8, "2": 0.9, "4": 0.01, "8": 0.02, "16": 0.03}
     file = plan(tmp_path, level=levels, validations=12, pause=0.1)
-    outcome, _ = run(file, grid=["model.lora.r=1,2,4,8,16"], pruner=pruner, name="sweep")
+    asked = {"grid": ["model.lora.r=1,2,4,8,16"], "pruner": pruner, "name": "sweep"}
+    outcome, _ = run(file, **asked)
     by_r = {point.values["model.lora.r"]: point for point in outcome.points}
     assert [by_r[r].state for r in ("1", "2")] == ["complete"] * 2
     pruned = [point for point in outcome.points if point.state == "pruned"]
@@ -115,8 +116,7 @@ def test_a_pruner_ends_fits_that_fall_behind(tmp_path, pruner):
         assert trial.value == max(trial.reported)
     assert {e["r"] for e in events(tmp_path, "leaves")} == {point.values["model.lora.r"] for point in pruned}
     assert events(tmp_path)[0]["callbacks"] == "lora_lightning.commands.sweep.pruning_callback.ReportValidations"
-    _, said = run(file, grid=["model.lora.r=1,2,4,8,16"], pruner=pruner, name="sweep")
-    assert said == []  # what was pruned stays so
+    assert run(file, **asked)[1] == []  # what was pruned stays so
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
@@ -132,6 +132,8 @@ def test_a_sampler_draws_as_many_as_are_asked_within_the_ranges_and_goes_on(tmp_
         assert 1 <= int(point.values["model.lora.alpha"]) <= 64
         assert 0 <= float(point.values["model.lora.dropout"]) <= 0.2
     assert len({tuple(point.values.values()) for point in again.points}) == 6
+    with pytest.raises(LoRAError, match=r'alpha \("whole numbers, log", now "whole numbers"\)'):
+        run(file, **asked | {"ranges": ["model.lora.alpha=1..64", *asked["ranges"][1:]]}, trials=6)
 
 
 def worker(file, **asked):

@@ -34,9 +34,8 @@ def test_a_range_is_no_grid_and_is_whole_where_both_ends_are():
 def test_names_are_as_short_as_they_can_be_and_a_folder_tells_its_values():
     keys = ["model.lora.r", "data.init_args.lr", "model.optimizer.lr"]
     assert list(space.short_names(keys).values()) == ["lora.r", "init_args.lr", "optimizer.lr"]
-    assert space.short_names(["model.lora.r"]) == {"model.lora.r": "r"}
-    name = folder_name(3, {"model.lora.r": "4", "model.lora.target_modules": "[query, value]"}, seed=2)
-    assert name == "003_r-4_target_modules-query-value_seed-2"
+    values = {"model.lora.r": "4", "model.lora.target_modules": "[query, value]"}
+    assert folder_name(3, values, seed=2) == "003_r-4_target_modules-query-value_seed-2"
     assert space.readable_value("[query,value]") == "query, value"
     assert "/" not in folder_name(0, {"data.path": "../../x"}, None)
 

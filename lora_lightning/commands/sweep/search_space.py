@@ -108,6 +108,13 @@ def bounds(values: Distribution) -> list[str]:
     return [text_of(end) for end in ends]
 
 
+def fixed_of(values: Distribution) -> list[str] | str:
+    """What Optuna's samplers keep as they began with it: the values of a grid, and a range's kind of numbers."""
+    if hasattr(values, "choices"):
+        return bounds(values)
+    return ("whole numbers" if isinstance(values.low, int) else "numbers") + (", log" if values.log else "")
+
+
 def first_values(space: Space) -> list[str]:
     """One value of each, as flags of `fit`, for a check."""
     return [f"--{key}={bounds(values)[0]}" for key, values in space.items()]

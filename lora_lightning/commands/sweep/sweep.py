@@ -19,6 +19,7 @@ from lora_lightning.commands.sweep.search_space import (
     Values,
     bounds,
     first_values,
+    fixed_of,
     grid_points,
     parse_space,
 )
@@ -166,11 +167,8 @@ class Sweep:
         }
         if request.together:  # decisions at rungs do not hold for other rungs
             self.about["together"] = {"halving": request.halving, "rungs": list(request.rungs)}
-        if not is_grid:  # Optuna's samplers keep their first choices, and kinds of numbers
-            kinds = {key: [type(kind).__name__, getattr(kind, "log", None)] for key, kind in self.space.items()}
-            self.about["choices"] = {
-                key: bounds(kind) if hasattr(kind, "choices") else kinds[key] for key, kind in self.space.items()
-            }
+        if not is_grid:
+            self.about["choices"] = {key: fixed_of(values) for key, values in self.space.items()}
         self.open_study = functools.partial(
             Study,
             self.folder,
