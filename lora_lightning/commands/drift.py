@@ -105,13 +105,14 @@ def _compare(
     task, strengths = run.module.task, []
     metric = task.monitor.partition("/")[2]
     with Progress(transient=True) as bar:
-        shown = bar.add_task("validation", total=len(drifts))
+        bar_task = bar.add_task("validation", total=len(drifts))
         for scale, drift in drifts.items():
             with scaled(run.module.backbone, scale):
                 metrics = validation_metrics(run.module.backbone, task, validation_batches(run), forward=forward)
             strengths.append(Strength(scale=scale, drift=drift, metrics=metrics))
-            bar.advance(shown)
-    return choose(source, strengths, metric if metric in strengths[0].metrics else "loss", task.monitor_mode)
+            bar.advance(bar_task)
+    shown = metric if metric in strengths[0].metrics else "loss"
+    return choose(source, strengths, shown, task.better(f"val/{shown}") or "min")
 
 
 def validation_batches(run: Run) -> Iterator[tuple[int, Any]]:
