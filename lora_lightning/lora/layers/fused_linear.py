@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lightning.lora.layers.functional import lora_update, wide_dtype
+from lora_lightning.lora.layers.functional import lora_update
 from lora_lightning.lora.layers.tracing import is_ordinary, is_traced
 
 BLOCK = 2**18
@@ -146,8 +146,9 @@ class FusedLinear(torch.autograd.Function):
             if needs_x:
                 W = _folded(weight, A, B, ctx.scale, ctx.transposed) if ctx.folds else weight.to(ctx.dtype)
                 dX = torch.mm(g, W.t() if ctx.transposed else W)
-            dA = a.new_zeros(a.shape, dtype=wide_dtype(a)) if needs_A else None
-            dB = b.new_zeros(b.shape[::-1], dtype=wide_dtype(b)) if needs_B else None  # transposed
+            wide = torch.promote_types(ctx.dtype, torch.float32)
+            dA = a.new_zeros(a.shape, dtype=wide) if needs_A else None
+            dB = b.new_zeros(b.shape[::-1], dtype=wide) if needs_B else None  # transposed
             for part, mask in _blocks(rows, ctx.dropped, ctx.seed):
                 dz = _thin_product(g[part], b.t())
                 if dX is not None and not ctx.folds:
