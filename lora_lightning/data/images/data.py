@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,15 @@ import numpy as np
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.classification import OneLabel
-from lora_lightning.data.images.rows import SUFFIXES, Rows
-from lora_lightning.data.images.table import ImageTable, folders_by_split, image_files, some_images, visible_folders
+from lora_lightning.data.images.rows import Rows
+from lora_lightning.data.images.table import (
+    SUFFIXES,
+    ImageTable,
+    folders_by_split,
+    image_files,
+    some_images,
+    visible_folders,
+)
 from lora_lightning.data.io.tables import files_read, is_saved, known_split
 from lora_lightning.lora.errors import LoRAError, first_few, first_line
 
@@ -61,29 +68,53 @@ class ImageData(OneLabel, ImageTable):
     def read_images(self) -> dict[str, datasets.Dataset]:
         if self.reader is not None:
             return self._from_reader(self.reader)
-        root = None if isinstance(self.path, dict) else Path(resolve(self.path))
-        folders = files_read(self.path) if root is None else _image_folders(root)
-        if folders and all(not folder.suffix or folder.is_dir() for folder in folders.values()):
-            columns = (self.image_column, self.label_column)
-            return self.of_files({split: read_class_folders(f, split, columns) for split, f in folders.items()})
-        if root is not None and root.is_dir() and is_imagefolder(root):
-            return {known_split(str(split)): table for split, table in read_imagefolder(root).items()}
+        if isinstance(self.path, dict):
+            folders = folders_by_split(self.path)
+            if all(not folder.suffix or folder.is_dir() for folder in folders.values()):
+                return self.read_folders(folders)
+        elif (root := Path(resolve(self.path))).is_dir() and not is_saved(root):
+            if any((folder / name).is_file() for folder in (root, *visible_folders(root)) for name in METADATA):
+                return read_imagefolder(root)
+            if not files_read(self.path):
+                return self.read_folders(folders_by_split(self.path))
         return super().read_images()
 
-    def _from_reader(self, reader: Callable[[str], Any]) -> dict[str, datasets.Dataset]:
-        path = self.path if isinstance(self.path, dict) else resolve(self.path)
-        splits = reader(path)  # type: ignore[arg-type]
+    def read_folder(self, folder: Path, *, predict: bool) -> dict[str, list[str]]:
+        """Each image's path, and the name of its class's folder.
+
+        The builder `imagefolder` of `datasets` is not used: it names a class by the innermost folder, ignores a class
+        without images, and takes a class whose name contains `test` or `val` for a split.
+        """
+        if predict:
+            return {self.image_column: list(map(str, some_images(folder)))}
+        classes = {folder.name: image_files(folder) for folder in visible_folders(folder)}
+        if not classes:
+            loose = " but loose images" if image_files(folder) else ""
+            raise LoRAError(f"{folder} holds no folders{loose}: expected one for each class, with its images in it")
+        if empty := [name for name, files in classes.items() if not files]:
+            raise LoRAError(
+                f"{folder} has folders without an image ({', '.join(SUFFIXES)}): {first_few(empty)}; remove them, or"
+                " put the images of that class there"
+            )
+        return {
+            self.image_column: [str(file) for files in classes.values() for file in files],
+            self.label_column: [name for name, files in classes.items() for _ in files],
+        }
+
+    def _from_reader(self, reader: Callable[[Any], Any]) -> dict[str, datasets.Dataset]:
+        splits = reader(self.path if isinstance(self.path, dict) else resolve(self.path))
         tables = {}
         for split, pair in (splits if isinstance(splits, Mapping) else {"train": splits}).items():
-            if not isinstance(pair, tuple) or len(pair) != 2 or len(pair[0]) != len(pair[1]):
-                raise LoRAError(f"reader: expected images and as many labels, (images, labels), got {_describe(pair)}")
-            first = len(self._arrays)
+            lengths = [len(part) for part in pair if isinstance(part, Sized)] if isinstance(pair, tuple) else []
+            if len(lengths) != 2 or lengths[0] != lengths[1]:
+                raise LoRAError(
+                    "reader: expected images and as many labels, (images, labels), got a"
+                    f" {type(pair).__name__} of lengths {lengths}"
+                )
+            first, labels = len(self._arrays), np.asarray(pair[1]).tolist()
             self._arrays += list(pair[0])
-            numbers = list(range(first, len(self._arrays)))
-            labels = np.asarray(pair[1]).tolist()
-            tables[known_split(split)] = datasets.Dataset.from_dict(
-                {self.image_column: numbers, self.label_column: labels}
-            )
+            columns = {self.image_column: range(first, len(self._arrays)), self.label_column: labels}
+            tables[known_split(split)] = datasets.Dataset.from_dict(columns)
         return tables
 
     def columns(self, split: str) -> Sequence[str | None]:
@@ -97,75 +128,21 @@ class ImageData(OneLabel, ImageTable):
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         if not self.drop_duplicates or split == "predict":
             return table
-        cells, seen, rows = self.cells(table, split, self.image_column), set(), []
+        cells, rows = self.cells(table, split, self.image_column), dict[bytes, int]()
         for i in range(len(table)):
-            digest = cells.digest(i)
-            if digest not in seen:
-                rows.append(i)
-            seen.add(digest)
-        return table if len(rows) == len(table) else table.select(rows)
+            rows.setdefault(cells.digest(i), i)
+        return table if len(rows) == len(table) else table.select(rows.values())
 
     def encode(self, table: datasets.Dataset, split: str) -> Any:
         """Return rows that are decoded when batches are made."""
-        labels = None if split == "predict" else self.label_numbers(table, split)
-        return Rows(self.cells(table, split, self.image_column), labels=labels, **self.transforms)
+        targets: dict[str, Any] = {} if split == "predict" else {"labels": self.label_numbers(table, split)}
+        return Rows(self.cells(table, split, self.image_column), **self.transforms, **targets)
 
 
-def _image_folders(root: Path) -> dict[str, Path]:
-    """The folders of a directory by split; empty where it has tables, a saved set or an imagefolder's metadata."""
-    if not root.is_dir() or is_saved(root) or is_imagefolder(root) or files_read(str(root)):
-        return {}
-    return folders_by_split(root)
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"a tuple of lengths {[len(part) if hasattr(part, '__len__') else '?' for part in value]}"
-    return f"a {type(value).__name__}"
-
-
-def is_imagefolder(root: Path) -> bool:
-    """Whether a folder or one of its splits has a metadata file."""
-    return any((folder / name).is_file() for folder in (root, *visible_folders(root)) for name in METADATA)
-
-
-def read_class_folders(folder: Path, split: str, columns: Sequence[str]) -> datasets.Dataset:
-    """A table with a row for each image: its path, and the name of its class's folder.
-
-    The builder `imagefolder` of `datasets` is not used: it names a class by the innermost folder, ignores a class
-    without images, and takes a class whose name contains `test` or `val` for a split.
-
-    Args:
-        split: images of `predict` need no folders of classes.
-        columns: names of the two columns.
-
-    Raises:
-        LoRAError: there is no folder of a class, or one without an image.
-    """
-    image, label = columns
-    if not folder.is_dir():
-        raise LoRAError(f"no folder {folder}")
-    if split == "predict":
-        return datasets.Dataset.from_dict({image: [str(file) for file in some_images(folder)]})
-    classes = visible_folders(folder)
-    if not classes:
-        loose = " but loose images" if image_files(folder) else ""
-        raise LoRAError(f"{folder} holds no folders{loose}: expected one for each class, with its images in it")
-    rows = [(str(file), cls.name) for cls in classes for file in image_files(cls)]
-    empty = sorted({cls.name for cls in classes} - {name for _, name in rows})
-    if empty:
-        raise LoRAError(
-            f"{folder} has folders without an image ({', '.join(SUFFIXES)}): {first_few(empty)}; remove them, or put"
-            " the images of that class there"
-        )
-    return datasets.Dataset.from_dict({image: [file for file, _ in rows], label: [name for _, name in rows]})
-
-
-def read_imagefolder(root: Path) -> datasets.DatasetDict:
-    """Read images with a metadata file by `datasets`: tables with the column `image`, undecoded."""
+def read_imagefolder(root: Path) -> dict[str, datasets.Dataset]:
+    """Read images with a metadata file by `datasets`: tables by split with the column `image`."""
     try:
-        loaded = datasets.load_dataset("imagefolder", data_dir=str(root))
+        loaded: Any = datasets.load_dataset("imagefolder", data_dir=str(root))
     except Exception as error:  # datasets wraps errors in many types
         raise LoRAError(f"{root} cannot be read as an imagefolder: {first_line(error.__cause__ or error)}") from error
-    assert isinstance(loaded, datasets.DatasetDict)
-    return loaded
+    return {known_split(str(split)): table for split, table in loaded.items()}

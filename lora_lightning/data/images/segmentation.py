@@ -10,22 +10,13 @@ import datasets
 import numpy as np
 import torch
 
-from lora_lightning.data.images.rows import (  # says what to install
-    PIXELS,
-    Cells,
-    Rows,
-    as_tensor,
-    open_image,
-    reason_of,
-)
+from lora_lightning.data.images.rows import PIXELS, Cells, Rows, open_image  # says what to install
 
 # isort: split
 from torchvision import tv_tensors
 
-from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.classification import LabelNames
 from lora_lightning.data.images.table import ImageTable, folders_by_split, image_files, some_images
-from lora_lightning.data.io.tables import files_read
 from lora_lightning.lora.errors import LoRAError, first_few
 
 ONE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
@@ -92,17 +83,27 @@ class SegmentationData(LabelNames, ImageTable):
         return [self.image_column, self.mask_column]
 
     def read_images(self) -> dict[str, datasets.Dataset]:
-        if isinstance(self.path, dict):
-            folders = files_read(self.path)
-        else:
-            root = Path(resolve(self.path))
-            folders = folders_by_split(root) if root.is_dir() else {}
-        if not folders or not all((f / self.folders[0]).is_dir() or s == "predict" for s, f in folders.items()):
-            return super().read_images()
-        columns = (self.image_column, self.mask_column)
-        return self.of_files(
-            {split: read_mask_folders(f, split, columns, self.folders) for split, f in folders.items()}
-        )
+        folders = folders_by_split(self.path)
+        if folders and all(s == "predict" or (folder / self.folders[0]).is_dir() for s, folder in folders.items()):
+            return self.read_folders(folders)
+        return super().read_images()
+
+    def read_folder(self, folder: Path, *, predict: bool) -> dict[str, list[str]]:
+        """Each image's path, and that of the mask with the same name; there must be no image or mask alone."""
+        root, mask_root = (folder / name for name in self.folders)
+        if predict:
+            return {self.image_column: list(map(str, some_images(root if root.is_dir() else folder)))}
+        if not mask_root.is_dir():
+            raise LoRAError(f"no folder {mask_root} beside {root}")
+        images = {file.relative_to(root).with_suffix(""): str(file) for file in some_images(root)}
+        masks = {file.relative_to(mask_root).with_suffix(""): str(file) for file in image_files(mask_root)}
+        for what, ones, others in (
+            ("images without a mask", images, masks),
+            ("masks without an image", masks, images),
+        ):
+            if alone := sorted(ones[name] for name in ones.keys() - others.keys()):
+                raise LoRAError(f"{folder} has {what} of the same name: {first_few(alone)}")
+        return {self.image_column: list(images.values()), self.mask_column: [masks[name] for name in images]}
 
     def names_in_train(self) -> list[str]:
         raise AssertionError("names or their number are given")
@@ -116,8 +117,7 @@ class SegmentationData(LabelNames, ImageTable):
         if split == "predict":
             return Rows(images, **self.transforms)
         masks = self.cells(table, split, self.mask_column)
-        allowed = (self.num_classes, self.ignore_index, self.reduce_labels)
-        return MaskRows(images, masks, allowed, **self.transforms)
+        return MaskRows(images, masks, self.num_classes, self.ignore_index, self.reduce_labels, **self.transforms)
 
 
 class MaskRows(Rows):
@@ -126,38 +126,33 @@ class MaskRows(Rows):
     Args:
         images: the column of images.
         masks: the column of masks.
-        allowed: number of labels, the value of pixels without one, and whether 0 is such a value too.
+        num_classes: number of labels.
+        ignored: the value of pixels without a label.
+        reduce: whether 0 is such a value too, and 1 the first label.
         transforms: arguments of `Rows`.
     """
 
-    def __init__(self, images: Cells, masks: Cells, allowed: tuple[int, int, bool], **transforms: Any) -> None:
+    def __init__(
+        self, images: Cells, masks: Cells, num_classes: int, ignored: int, reduce: bool, **transforms: Any
+    ) -> None:
         super().__init__(images, **transforms)
-        self.masks = masks
-        self.num_classes, self.ignore_index, self.reduce_labels = allowed
+        self.masks, self.num_classes, self.ignored, self.reduce = masks, num_classes, ignored, reduce
 
     def read(self, i: int) -> dict[str, Any]:
-        image = self.images.rgb(i)
-        try:
-            mask = read_mask(self.masks.source(i))
-        except Exception as error:  # each decoder has its errors
-            raise self.masks.fault(i, "a mask that opens", reason_of(error)) from error
+        """An example's image and its mask; values that are no labels are refused."""
+        image, mask = self.images.read(i), self.masks.read(i, read_mask, "a mask")
         if mask.shape != (image.height, image.width):
             got = f"{mask.shape[1]} x {mask.shape[0]}"
             raise self.masks.fault(i, f"the size of its image, {image.width} x {image.height}", got)
-        return {PIXELS: as_tensor(image), "labels": tv_tensors.Mask(torch.from_numpy(self._labels(i, mask)))}
-
-    def _labels(self, i: int, mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """The mask's values as labels; a value that is none raises a BadImageError."""
-        ignored = mask == self.ignore_index
-        if self.reduce_labels:
-            ignored |= mask == 0
-            mask = mask - 1
-        wrong = np.unique(mask[~ignored & ((mask < 0) | (mask >= self.num_classes))]) + int(self.reduce_labels)
+        first = int(self.reduce)
+        last = self.num_classes - 1 + first
+        unlabelled = (mask == self.ignored) | (self.reduce & (mask == 0))
+        wrong = np.unique(mask[~unlabelled & ((mask < first) | (mask > last))])
         if len(wrong):
-            last = self.num_classes - 1 + int(self.reduce_labels)
-            got = f"the values {first_few([str(value) for value in wrong])}"
-            raise self.masks.fault(i, f"labels from 0 to {last} or {self.ignore_index}", got)
-        return np.where(ignored, self.ignore_index, mask)
+            got = f"the values {first_few(list(map(str, wrong)))}"
+            raise self.masks.fault(i, f"labels from 0 to {last} or {self.ignored}", got)
+        labels = np.where(unlabelled, self.ignored, mask - first)
+        return {PIXELS: image, "labels": tv_tensors.Mask(torch.from_numpy(labels))}
 
 
 def read_mask(source: Any) -> np.ndarray[Any, Any]:
@@ -166,41 +161,3 @@ def read_mask(source: Any) -> np.ndarray[Any, Any]:
         if image.mode not in ONE_CHANNEL:
             raise ValueError(f"an image of mode {image.mode}: a mask has one channel, whose values are labels' numbers")
         return np.asarray(image).astype(np.int64)
-
-
-def read_mask_folders(folder: Path, split: str, columns: Sequence[str], names: Sequence[str]) -> datasets.Dataset:
-    """A table with a row for each image: its path, and that of the mask with the same name.
-
-    Args:
-        split: images of `predict` need no masks.
-        columns: names of the two columns.
-        names: of the folders of images and of masks.
-
-    Raises:
-        LoRAError: there is no image, or one without a mask, or a mask without an image.
-    """
-    images, masks = (folder / name for name in names)
-    if not images.is_dir() and split == "predict":
-        images = folder
-    images_by_stem = {_stem(file, images): file for file in some_images(images)}
-    if split == "predict":
-        return datasets.Dataset.from_dict({columns[0]: [str(file) for file in images_by_stem.values()]})
-    if not masks.is_dir():
-        raise LoRAError(f"no folder {masks} beside {images}")
-    mask_files = {_stem(file, masks): file for file in image_files(masks)}
-    for what, first, second in (
-        ("images without a mask", images_by_stem, mask_files),
-        ("masks without an image", mask_files, images_by_stem),
-    ):
-        alone = sorted(str(first[stem]) for stem in first.keys() - second.keys())
-        if alone:
-            raise LoRAError(f"{folder} has {what} of the same name: {first_few(alone)}")
-    rows = {
-        columns[0]: [str(file) for file in images_by_stem.values()],
-        columns[1]: [str(mask_files[stem]) for stem in images_by_stem],
-    }
-    return datasets.Dataset.from_dict(rows)
-
-
-def _stem(file: Path, root: Path) -> str:
-    return str(file.relative_to(root).with_suffix(""))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import glob
 import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -16,15 +16,8 @@ from tqdm.auto import tqdm
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.base import TableData
-from lora_lightning.data.images.rows import SUFFIXES, AugmentedOrder, Cells
-from lora_lightning.data.images.transforms import (
-    Augmentation,
-    Interpolation,
-    Preprocessing,
-    evaluation_transform,
-    preprocessing_of,
-    training_transform,
-)
+from lora_lightning.data.images.rows import AugmentedOrder, Cells, open_image
+from lora_lightning.data.images.transforms import Augmentation, Interpolation, Preprocessing, preprocessing_of
 from lora_lightning.data.io.splits import SPLITS, split_name
 from lora_lightning.data.io.tables import ROW, cells_of, files_read, values_of
 from lora_lightning.lora.errors import LoRAError
@@ -33,6 +26,8 @@ Verify = Literal["open", "decode", "none"]
 
 SHOWN_FROM = 20_000
 """From this number of images on, a check shows a progress bar."""
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Suffixes of image files, as in torchvision's ImageFolder. Other files are skipped."""
 
 
 class ImageCells(TableData):
@@ -63,19 +58,15 @@ class ImageCells(TableData):
         """The tables with images as paths and bytes: `datasets` would decode each row on access."""
         tables = self.read_images()
         for split, table in tables.items():
-            for column in self.image_columns:
-                if column in table.column_names and is_image(table.features[column]):
+            for column in filter(table.features.get, self.image_columns):
+                feature = table.features[column]  # an image, its bytes, or the parts of an image
+                if feature == datasets.Value("binary") or isinstance(feature, datasets.Image | dict):
                     tables[split] = tables[split].cast_column(column, datasets.Image(decode=False))
         return tables
 
     def read_images(self) -> dict[str, datasets.Dataset]:
         """Tables by split, with images in any form."""
         return super().read()
-
-    def of_files(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
-        """Remember that each row is a file of a folder, which errors then name."""
-        self.files = {split: list(values_of(table, self.image_columns[0])) for split, table in tables.items()}
-        return tables
 
     def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
         """Return the error for a value; where each row is a file, it names the file in place of the row."""
@@ -86,41 +77,32 @@ class ImageCells(TableData):
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise for a cell that is neither a path nor an image."""
-        for column in self.image_columns:
-            if column not in table.column_names:  # rows of predict have no masks
-                continue
-            feature = table.features[column]
-            inside = isinstance(feature, datasets.Image) or (self._arrays and getattr(feature, "dtype", "") == "int64")
-            for row, cell in () if inside else cells_of(table, ROW, column):
+        for column in self._columns_of_paths(table):
+            for row, cell in cells_of(table, ROW, column):
                 if not isinstance(cell, str) or not cell:
                     raise self.bad_cell(split, row, column, "the path of an image", cell)
 
+    def _columns_of_paths(self, table: datasets.Dataset) -> list[str]:
+        """The columns of images that are not inside the table; rows of predict have no masks."""
+        columns = [] if self._arrays else [column for column in self.image_columns if column in table.column_names]
+        return [column for column in columns if not isinstance(table.features[column], datasets.Image)]
+
     def prepare_data(self) -> None:
-        """Read the tables, and verify the images once in one process."""
+        """Read the tables, and raise in one process for the first image that does not open or, if asked, decode."""
         super().prepare_data()
         if self.verify == "none" or self._verified:
             return
         for split, table in self.tables.items():
             with self._kind_of_set(split) as kind:
-                self.verify_rows(table, kind)
+                rows: Iterable[int] = range(len(table))
+                rows = tqdm(rows, desc=f"check images, {split}", disable=len(table) < SHOWN_FROM, leave=False)
+                encoded: Any = self.encode(table, kind) if self.verify == "decode" else None
+                columns = [] if encoded else [self.cells(table, kind, name) for name in self._columns_of_paths(table)]
+                for i in rows:
+                    _ = encoded and encoded[i]
+                    for cells in columns:
+                        cells.read(i, open_image).close()
         self._verified = True
-
-    def verify_rows(self, table: datasets.Dataset, split: str) -> None:
-        """Raise for the first image of a split that cannot be opened or, where asked for, decoded with its mask."""
-        bar: Iterable[int] = tqdm(
-            range(len(table)), desc=f"check images, {split}", disable=len(table) < SHOWN_FROM, leave=False
-        )
-        if self.verify == "decode":
-            rows = self.encode(table, split)
-            for i in bar:
-                _ = rows[i]
-            return
-        for column in self.image_columns:
-            inside = isinstance(table.features.get(column), datasets.Image) and not self.files
-            if column in table.column_names and not inside:  # it would have to read all images inside a table
-                cells = self.cells(table, split, column)
-                for i in bar:
-                    cells.verify(i)
 
     def cells(self, table: datasets.Dataset, split: str, column: str) -> Cells:
         """A column of images of a split."""
@@ -139,15 +121,10 @@ class ImageCells(TableData):
             return Path()
         if self.image_root:
             return Path(resolve(self.image_root))
-        if isinstance(self.path, dict):
-            files = files_read(self.path)
-            file = files.get(split, files.get("train", next(iter(files.values()))))
-        else:
-            file = Path(resolve(self.path))
+        files = files_read(self.path)
+        places = (files.get(split), files.get("train"), *files.values(), Path(resolve(str(self.path))))
+        file = next(place for place in places if place)
         return file if file.is_dir() else file.parent
-
-    def lengths(self, table: Any) -> None:
-        return
 
 
 class ImageTable(ImageCells):
@@ -197,33 +174,46 @@ class ImageTable(ImageCells):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The preprocessing of evaluation."""
+        """The preprocessing of evaluation, read on first use."""
         if self._preprocessing is None:
             how = Preprocessing() if self.preprocessing_name is None else preprocessing_of(self.preprocessing_name)
             how = how.at(self.image_size)
-            if self.crop_share == 1:
-                how = replace(how, resize=how.size)
-            elif self.crop_share is not None:
-                how = replace(how, resize=round(min(how.size) / self.crop_share))
+            if self.crop_share is not None:
+                resize = how.size if self.crop_share == 1 else round(min(how.size) / self.crop_share)
+                how = replace(how, resize=resize)
             options: dict[str, Any] = {name: value for name, value in self.given.items() if value is not None}
-            for name in ("mean", "std"):
-                if name in options:
-                    options[name] = tuple(float(x) for x in options[name])
-                    if len(options[name]) != 3:
-                        raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {options[name]}")
+            for name in options.keys() & {"mean", "std"}:
+                options[name] = tuple(float(x) for x in options[name])
+                if len(options[name]) != 3:
+                    raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {options[name]}")
             self._preprocessing = replace(how, **options)
         return self._preprocessing
 
     @property
     def transforms(self) -> dict[str, Any]:
         """Arguments of `Rows`."""
-        training = training_transform(self.preprocessing, self.augment)
-        return {"evaluation": evaluation_transform(self.preprocessing), "training": training, "seed": self.seed}
+        how = self.preprocessing
+        return {"evaluation": how.transform(), "training": how.transform(self.augment), "seed": self.seed}
 
     @property
     def image_processor(self) -> Any:
         """The preprocessing as a transformers image processor, which an export saves."""
         return self.preprocessing.processor()
+
+    def read_folders(self, folders: dict[str, Path]) -> dict[str, datasets.Dataset]:
+        """Tables of the images in folders by split, with a row for each; errors then name the file of a row."""
+        tables = {}
+        for split, folder in folders.items():
+            if not folder.is_dir():
+                raise LoRAError(f"no folder {folder}")
+            columns = self.read_folder(folder, predict=split.startswith("predict"))
+            self.files[split] = columns[self.image_columns[0]]
+            tables[split] = datasets.Dataset.from_dict(columns)
+        return tables
+
+    @abstractmethod
+    def read_folder(self, folder: Path, *, predict: bool) -> dict[str, list[str]]:
+        """Columns of a folder's images and their labels; images to predict on have none."""
 
     def _with_splits(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
         tables = super()._with_splits(tables)
@@ -238,22 +228,10 @@ class ImageTable(ImageCells):
         return default_collate
 
 
-def is_image(feature: Any) -> bool:
-    """Whether a column has images as `datasets` stores them: by its feature, by its parts, or as bytes."""
-    if isinstance(feature, datasets.Image) or feature == datasets.Value("binary"):
-        return True
-    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
-
-
 def image_files(folder: Path) -> list[Path]:
     """All images below a folder at any depth, sorted by name, without hidden files and folders."""
-    files_found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files_found += [
-            Path(parent) / f for f in sorted(files) if not f.startswith(".") and f.lower().endswith(SUFFIXES)
-        ]
-    return files_found
+    files = glob.glob("**/*.*", root_dir=folder, recursive=True)  # noqa: PTH207  (rglob takes hidden ones, no links)
+    return [folder / file for file in sorted(files) if file.lower().endswith(SUFFIXES)]
 
 
 def some_images(folder: Path) -> list[Path]:
@@ -268,8 +246,13 @@ def visible_folders(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
-def folders_by_split(root: Path) -> dict[str, Path]:
+def folders_by_split(path: str | dict[str, str]) -> dict[str, Path]:
     """The folders of splits (`train`, `val`, `test`, `predict`) in a folder; without `train` the folder itself."""
+    if isinstance(path, dict):
+        return files_read(path)
+    root = Path(resolve(path))
+    if not root.is_dir():
+        return {}
     named = {split_name(folder.name.lower()): folder for folder in visible_folders(root)}
     splits = {split: folder for split, folder in named.items() if split in (*SPLITS, "predict")}
     return splits if "train" in splits else {"train": root}

@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 import datasets
 import torch
-from torch.utils.data import Dataset
 from transformers import AutoProcessor
 
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.data.images.rows import Cells
+from lora_lightning.data.images.rows import PIXELS, Rows
 from lora_lightning.data.images.table import ImageCells
 from lora_lightning.data.io.tables import values_of
-from lora_lightning.data.pairs import GROUP, groups_of
+from lora_lightning.data.pairs import groups_of
 from lora_lightning.data.text import tokenize_cut
 from lora_lightning.lora.errors import LoRAError, first_line
 
@@ -90,13 +89,12 @@ class ImageTextData(ImageCells):
         self.check_texts(table, split, [self.text_column], blank=False)
 
     def encode(self, table: datasets.Dataset, split: str) -> Any:
-        """Nothing yet: `CaptionedImages` decodes as batches are made, since pixels would take more room than files."""
+        """Return rows that are decoded when batches are made, since pixels would take more room than files."""
         named = list(values_of(table, self.group_column)) if self.group_column and split != "predict" else None
         texts = list(values_of(table, self.text_column))
         _, cut = tokenize_cut(self.processor.tokenizer, self.max_length, text=texts)
         self._cut_shares[split] = {"texts cut": sum(cut) / len(cut)}
-        images = self.cells(table, split, self.image_column)
-        return CaptionedImages(images, texts, groups_of(texts, None, named))
+        return Rows(self.cells(table, split, self.image_column), text=texts, group=groups_of(texts, None, named))
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
@@ -105,22 +103,7 @@ class ImageTextData(ImageCells):
         return partial(collate_pairs, processor=made)
 
 
-class CaptionedImages(Dataset[dict[str, Any]]):
-    """Examples of one split: an image, its text, and the group that the text is of."""
-
-    column_names: Sequence[str] = ()
-
-    def __init__(self, images: Cells, texts: Sequence[str], groups: Sequence[list[int]]) -> None:
-        self.images, self.texts, self.groups = images, texts, groups
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"image": self.images.rgb(i), "text": self.texts[i], GROUP: self.groups[i]}
-
-
 def collate_pairs(rows: list[dict[str, Any]], *, processor: Callable[..., Any]) -> dict[str, Any]:
     """Images and texts through the processor, and the groups as `labels` (n, 1)."""
-    made = processor(images=[row["image"] for row in rows], text=[row["text"] for row in rows])
-    return {**made, "labels": torch.tensor([row[GROUP] for row in rows])}
+    made = processor(images=[row[PIXELS] for row in rows], text=[row["text"] for row in rows])
+    return {**made, "labels": torch.tensor([row["group"] for row in rows])}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -38,30 +37,52 @@ class Preprocessing:
         """The preprocessing for another input size; the crop keeps its share of the image."""
         if size is None:
             return self
-        height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
-        if min(height, width) < 1 or (not isinstance(size, int) and len(size) != 2):
+        sides = (size, size) if isinstance(size, int) else tuple(map(int, size))
+        if len(sides) != 2 or min(sides) < 1:
             raise LoRAError(f"image_size must be one number or height and width, at least 1, got {size}")
         if isinstance(self.resize, int):
-            shorter = max(round(min(height, width) * self.resize / min(self.size)), height, width)
-            return replace(self, size=(height, width), resize=shorter)
-        scaled = round(height * self.resize[0] / self.size[0]), round(width * self.resize[1] / self.size[1])
-        return replace(self, size=(height, width), resize=scaled)
+            shorter = round(min(sides) * self.resize / min(self.size))
+            return replace(self, size=sides, resize=max(shorter, *sides))
+        height, width = (sides[i] * self.resize[i] / self.size[i] for i in (0, 1))
+        return replace(self, size=sides, resize=(round(height), round(width)))
 
     def processor(self) -> Any:
         """An equal transformers image processor, to be saved beside a model."""
         import transformers
 
-        height, width = self.size
-        resize = self.resize
+        resize = {"shortest_edge": self.resize} if isinstance(self.resize, int) else _sides(self.resize)
         return transformers.CLIPImageProcessor(
-            size={"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]},
-            do_center_crop=resize != self.size,
-            crop_size={"height": height, "width": width},
+            size=resize,
+            do_center_crop=self.resize != self.size,
+            crop_size=_sides(self.size),
             image_mean=list(self.mean),
             image_std=list(self.std),
             resample=next(number for number, name in PIL_FILTERS.items() if name == self.interpolation),
             do_convert_rgb=True,
         )
+
+    def transform(self, augment: Augmentation | None = None) -> v2.Compose:
+        """A transform of images to float32 (3, *size) and of their masks to the same size, for evaluation.
+
+        With `augment` it is that of training, by torch's global generator.
+        """
+        mode, size = v2.InterpolationMode(self.interpolation), list(self.size)
+        if augment is not None and augment.crop_scale is not None:
+            scale = (augment.crop_scale, 1.0)
+            steps: list[Any] = [v2.RandomResizedCrop(size, scale, interpolation=mode, antialias=True)]
+        else:
+            resize = self.resize if isinstance(self.resize, int) else list(self.resize)
+            steps = [v2.Resize(resize, interpolation=mode, antialias=True), v2.CenterCrop(size)]
+        if augment is not None and augment.flip:
+            steps.append(v2.RandomHorizontalFlip(augment.flip))
+        if augment is not None and augment.rand_augment is not None:
+            steps.append(v2.RandAugment(magnitude=augment.rand_augment))
+        numbers = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(self.mean), list(self.std))]
+        return v2.Compose([v2.ToImage(), *steps, *numbers, v2.ToPureTensor()])
+
+
+def _sides(size: tuple[int, int]) -> dict[str, int]:
+    return dict(zip(("height", "width"), size, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,34 +107,6 @@ class Augmentation:
             raise LoRAError(f"augment.rand_augment must be from 0 to 30, got {self.rand_augment}")
 
 
-def evaluation_transform(p: Preprocessing) -> v2.Transform:
-    """A transform of a uint8 image (3, h, w) to float32 (3, *size), and of a mask to the same size."""
-    return v2.Compose([*_to_size(p), *_to_numbers(p)])
-
-
-def training_transform(p: Preprocessing, augment: Augmentation) -> v2.Transform:
-    """The same with augmentation, by torch's global generator."""
-    steps: list[Any] = _to_size(p)
-    if augment.crop_scale is not None:
-        mode = v2.InterpolationMode(p.interpolation)
-        steps = [v2.RandomResizedCrop(list(p.size), (augment.crop_scale, 1.0), interpolation=mode, antialias=True)]
-    if augment.flip:
-        steps.append(v2.RandomHorizontalFlip(augment.flip))
-    if augment.rand_augment is not None:
-        steps.append(v2.RandAugment(magnitude=augment.rand_augment))
-    return v2.Compose([*steps, *_to_numbers(p)])
-
-
-def _to_size(p: Preprocessing) -> list[Any]:
-    resize = p.resize if isinstance(p.resize, int) else list(p.resize)
-    steps: list[Any] = [v2.Resize(resize, interpolation=v2.InterpolationMode(p.interpolation), antialias=True)]
-    return steps if p.resize == p.size else [*steps, v2.CenterCrop(list(p.size))]
-
-
-def _to_numbers(p: Preprocessing) -> list[Any]:
-    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(p.mean), list(p.std))]
-
-
 def preprocessing_of(name: str) -> Preprocessing:
     """The preprocessing of a backbone's pretraining; one that is not known, or not supported here, is refused.
 
@@ -122,9 +115,11 @@ def preprocessing_of(name: str) -> Preprocessing:
             `AutoImageProcessor.from_pretrained`.
     """
     kind, _, rest = name.partition(":")
-    if kind == "torchvision":
-        return _of_torchvision(rest)
-    return _of_timm(rest) if kind == "timm" else _of_transformers(name)
+    readers = {"timm": _of_timm, "torchvision": _of_torchvision}
+    how = readers[kind](rest) if kind in readers else _of_transformers(name)
+    if how.interpolation not in PIL_FILTERS.values():
+        raise LoRAError(f"'{name}' resizes by {how.interpolation}, which is not known here: give preprocessing by hand")
+    return how
 
 
 def _of_timm(name: str) -> Preprocessing:
@@ -136,19 +131,18 @@ def _of_timm(name: str) -> Preprocessing:
 
     check_timm_name(name)
     try:
-        config = timm.models.get_pretrained_cfg(name)
-        resolve_config: Any = timm.data.resolve_data_config  # type: ignore[attr-defined]
-        settings = resolve_config({}, pretrained_cfg=config.to_dict())  # type: ignore[union-attr]
+        library: Any = timm  # whose functions have no types
+        settings = library.data.resolve_data_config({}, pretrained_cfg=library.get_pretrained_cfg(name).to_dict())
     except Exception as error:
         raise LoRAError(f"timm does not say how '{name}' prepares images: {error}") from error
-    _, height, width = settings["input_size"]
-    whole = math.floor(height / settings["crop_pct"]), math.floor(width / settings["crop_pct"])
+    size = settings["input_size"][1:]
+    height, width = (int(side / settings["crop_pct"]) for side in size)
     return Preprocessing(
-        size=(height, width),
-        resize=whole if settings["crop_mode"] == "squash" else min(whole),
+        size=size,
+        resize=(height, width) if settings["crop_mode"] == "squash" else min(height, width),
         mean=tuple(settings["mean"]),
         std=tuple(settings["std"]),
-        interpolation=_interpolation(settings["interpolation"], name),
+        interpolation=settings["interpolation"],
     )
 
 
@@ -169,11 +163,12 @@ def _of_torchvision(name: str) -> Preprocessing:
         resize=resize if crop else size,
         mean=tuple(preset.mean),
         std=tuple(preset.std),
-        interpolation=_interpolation(preset.interpolation.value, name),
+        interpolation=preset.interpolation.value,
     )
 
 
 def _of_transformers(name: str) -> Preprocessing:
+    """The settings of an image processor as far as they are known here, if they then give its pixels."""
     import transformers
 
     from lora_lightning.backbones.locate import refuse_not_there, resolve
@@ -183,48 +178,38 @@ def _of_transformers(name: str) -> Preprocessing:
     refuse_not_there("image processor", path)
     try:
         with quiet():
-            settings: Any = transformers.AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
+            processor: Any = transformers.AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, ImportError) as error:
         raise LoRAError(f"'{name}' has no image processor: {first_line(error)}") from error
-
-    def of(attribute: str, default: Any) -> Any:
-        value = getattr(settings, attribute, None)
-        return default if value is None else value
-
-    size, crop = dict(of("size", {"height": 224, "width": 224})), of("crop_size", None)
     resize: int | tuple[int, int]
+    given = {key: value for key, value in processor.to_dict().items() if value is not None}
+    size, crop = given.get("size", _sides((224, 224))), given.get("crop_size")
     if "shortest_edge" in size:
-        resize = int(size["shortest_edge"])
-        target = (resize, resize)
-        if share := of("crop_pct", None):  # ConvNeXt's: a crop below 384 pixels, none from there on
-            resize = int(resize / share) if resize < 384 else target
-    elif {"height", "width"} <= set(size):
+        side = int(size["shortest_edge"])
+        resize, target = side, (side, side)
+        if share := given.get("crop_pct"):  # ConvNeXt's: a crop below 384 pixels, none from there on
+            resize = int(side / share) if side < 384 else target
+    elif {"height", "width"} <= size.keys():
         target = resize = (int(size["height"]), int(size["width"]))
     else:
         raise LoRAError(f"the image processor of '{name}' resizes by {size}, which is not known here: give image_size")
-    if of("do_center_crop", False) and crop is not None:
-        target = (int(dict(crop)["height"]), int(dict(crop)["width"]))
-    plain = not of("do_normalize", True)
+    if given.get("do_center_crop") and crop:
+        target = (int(crop["height"]), int(crop["width"]))
+    plain = not given.get("do_normalize", True)
     how = Preprocessing(
         size=target,
         resize=resize,
-        mean=(0.0, 0.0, 0.0) if plain else tuple(of("image_mean", Preprocessing.mean)),
-        std=(1.0, 1.0, 1.0) if plain else tuple(of("image_std", Preprocessing.std)),
-        interpolation=PIL_FILTERS.get(int(of("resample", 2)), "bilinear"),
+        mean=(0.0, 0.0, 0.0) if plain else tuple(given.get("image_mean", Preprocessing.mean)),
+        std=(1.0, 1.0, 1.0) if plain else tuple(given.get("image_std", Preprocessing.std)),
+        interpolation=PIL_FILTERS.get(int(given.get("resample", 2)), "bilinear"),
     )
     noise = torch.randint(256, (3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     probe = noise.repeat_interleave(25, 1).repeat_interleave(25, 2)
-    theirs = settings(v2.functional.to_pil_image(probe), return_tensors="pt")["pixel_values"][0]
-    ours = evaluation_transform(how)(probe)
+    theirs = processor(v2.functional.to_pil_image(probe), return_tensors="pt")["pixel_values"][0]
+    ours = how.transform()(probe)
     if theirs.shape != ours.shape or not (theirs - ours).abs().mean() <= ROUNDING:  # such as blue before red
         raise LoRAError(
-            f"the {type(settings).__name__} of '{name}' does more than to resize, crop, scale to [0, 1] and normalize:"
+            f"the {type(processor).__name__} of '{name}' does more than to resize, crop, scale to [0, 1] and normalize:"
             " leave preprocessing out, and give what you can of image_size, crop_share, mean, std and interpolation"
         )
     return how
-
-
-def _interpolation(interpolation: str, name: str) -> Interpolation:
-    if interpolation in PIL_FILTERS.values():
-        return interpolation  # type: ignore[return-value]
-    raise LoRAError(f"'{name}' resizes by {interpolation}, which is not known here: give preprocessing by hand")
