@@ -8,9 +8,10 @@ the system message to the last turn) break that; there a marker in the answer's 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.data.chat.conversations import Message, conversation_of, last_answer, tools_of
+from lora_lightning.data.chat.conversations import BadRow, Message, conversation_of, last_answer, tools_of
+from lora_lightning.data.io.tables import ROW
 from lora_lightning.data.seq2seq import REFERENCES
 from lora_lightning.lora.errors import LoRAError, first_line
 from lora_lightning.tasks.generation import PROMPT
@@ -31,12 +33,12 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """A template's own mark of answers."""
 
 
+MARKER = "\ue000answer\ue000"
+"""Characters of the private use area, which are in no template and in no answer."""
+
+
 class TemplateError(Exception):
-    """The chat template refuses a conversation."""
-
-
-def _refusal(error: Exception) -> TemplateError:
-    return TemplateError(f"a conversation that the chat template takes ({first_line(error)})")
+    """The chat template refuses a conversation, or rewrites an answer so that it cannot be found."""
 
 
 @dataclass(frozen=True)
@@ -48,64 +50,83 @@ class ChatTemplate:
     options: dict[str, Any] = field(default_factory=dict)
     """Variables that the template reads, such as `enable_thinking`."""
 
+    def apply(self, messages: Sequence[Message], tools: Any, **how: Any) -> Any:
+        """transformers' `apply_chat_template` with the options; a TemplateError where the template refuses."""
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tools=tools, **how, **self.options)
+        except Exception as error:  # a template may raise anything
+            raise TemplateError(f"a conversation that the chat template takes ({first_line(error)})") from error
+
     def text(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
         """The conversation's text; `prompt` adds the beginning of an answer."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
-            )
-        )
+        return str(self.apply(messages, tools, tokenize=False, add_generation_prompt=prompt))
 
     def prompt_ids(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
-        """Token ids of a conversation, up to the beginning of an answer; a TemplateError where it is refused."""
-        try:
-            text = self.text(messages, tools, prompt=True)
-        except Exception as error:  # a template may raise anything
-            raise _refusal(error) from error
+        """Token ids of a conversation, up to the beginning of an answer."""
+        text = self.text(messages, tools, prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, messages: Sequence[Message], tools: Any, train_on: TrainOn) -> tuple[list[int], list[int]]:
-        """Token ids up to the last answer's end, and labels: the ids where trained on, else -100.
-
-        Raises:
-            TemplateError: the template refuses the conversation, or rewrites an answer so that it cannot be found.
-        """
-        try:
-            ids, marks = self._ids_and_marks(messages, tools, train_on)
-        except AnswerNotFoundError as error:
-            raise TemplateError(
-                f"its answers to be found in what the chat template makes of it, which rewrites message {error.number}"
-                " (train_on: last_answer may do, or a chat_template with {% generation %})"
-            ) from error
-        except Exception as error:  # a template may raise anything
-            raise _refusal(error) from error
-        return ids, [number if mark else IGNORED for number, mark in zip(ids, marks, strict=True)]
-
-    def _ids_and_marks(
-        self, messages: Sequence[Message], tools: Any, train_on: TrainOn
-    ) -> tuple[list[int], list[bool]]:
-        if train_on == "all":
-            ids = self.tokenizer(self.text(messages, tools), add_special_tokens=False)["input_ids"]
-            return list(ids), [True] * len(ids)
+        """Token ids up to the last answer's end, and labels: the ids where trained on, else -100."""
+        text, last = self.text(messages, tools), train_on == "last_answer"
         encoded: Any
-        if GENERATION.search(self.tokenizer.get_chat_template(tools=tools)):
-            encoded = self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, return_dict=True, return_assistant_tokens_mask=True, **self.options
-            )
-            marks = [bool(mark) for mark in encoded["assistant_masks"]]
+        if train_on != "all" and GENERATION.search(self.tokenizer.get_chat_template(tools=tools)):
+            encoded = self.apply(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
+            marks = encoded["assistant_masks"]
         else:
-            answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-            answers = answers[-1:] if train_on == "last_answer" else answers
-            text, spans = answer_spans(lambda some, prompt: self.text(some, tools, prompt=prompt), messages, answers)
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            marks = tokens_within(encoded["offset_mapping"], spans)
+            answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            answers = [] if train_on == "all" else answers[-1:] if last else answers
+            trained = bytearray(len(text) + 1)  # by characters; a token that begins in the prompt belongs to it
+            for start, end in (self._span(messages, tools, text, number) for number in answers):
+                trained[start:end] = b"\1" * (end - start)
+            marks = [trained[begins] for begins, _ in encoded["offset_mapping"]]
         ids = list(encoded["input_ids"])
-        blank = lambda number: not str(self.tokenizer.decode([number])).strip()  # noqa: E731
-        marks = up_to_turns_end(marks, ids, special_ids(self.tokenizer), blank)
-        if train_on == "last_answer":
-            first = runs(marks)[-1][0] if any(marks) else 0
-            marks = [mark and number >= first for number, mark in enumerate(marks)]
-        return ids, marks
+        if train_on == "all":
+            return ids, ids
+        labels = [IGNORED] * len(ids)
+        for start, end in runs(marks)[-1 if last else None :]:
+            stop = self._turns_end(ids, start, end)
+            labels[start:stop] = ids[start:stop]
+        return ids, labels
+
+    def _span(self, messages: Sequence[Message], tools: Any, text: str, number: int) -> tuple[int, int]:
+        """An answer's first character in the conversation's text, and the one after its turn."""
+        before = self._part(messages[:number], tools, prompt=True)
+        through = text if number + 1 == len(messages) else self._part(messages[: number + 1], tools)
+        start = len(before) if before and text.startswith(before) else None
+        if start is not None and text.startswith(through) and len(through) > start:
+            return start, len(through)
+        # By the text around a marker in its place, in the whole conversation and in one that ends there.
+        marked = [*messages[:number], {**messages[number], "content": MARKER}, *messages[number + 1 :]]
+        head, found, tail = self._part(marked, tools).partition(MARKER)
+        alone, _, closing = self._part(marked[: number + 1], tools).partition(MARKER)
+        if start is None and text.startswith(head):
+            # The model writes the text between the generation prompt and the answer, such as a blank.
+            lead = alone.removeprefix(before) if before and alone.startswith(before) else ""
+            start = len(head.removesuffix(lead))
+        end = len(text) - len(tail)
+        if start is None or not found or not text.endswith(tail) or start > end:
+            raise TemplateError(
+                f"its answers to be found in what the chat template makes of it, which rewrites message {number + 1}"
+                " (train_on: last_answer may do, or a chat_template with {% generation %})"
+            )
+        return start, end + len(os.path.commonprefix([closing, tail]))  # noqa: RUF071  (by characters)
+
+    def _part(self, messages: Sequence[Message], tools: Any, *, prompt: bool = False) -> str:
+        """The text of a part of a conversation; empty where the template refuses it, as where roles must alternate."""
+        with contextlib.suppress(TemplateError):
+            return self.text(messages, tools, prompt=prompt) if messages else ""
+        return ""
+
+    def _turns_end(self, ids: Sequence[int], start: int, end: int) -> int:
+        """The end of an answer with the special token that ends its turn, if there is one in it or right after it."""
+        special, last = special_ids(self.tokenizer), end - 1
+        while last > start and not str(self.tokenizer.decode([ids[last]])).strip():  # such as a line break
+            last -= 1
+        if ids[last] in special:
+            return last + 1
+        return end + 1 if end < len(ids) and ids[end] in special else end
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
@@ -129,175 +150,58 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> No
         )
 
 
-def encode_conversations(
+def encode_each(
     rows: Mapping[str, list[Any]],
     *,
+    encode: Callable[..., dict[str, Any]],
     template: ChatTemplate,
     layout: dict[str, str],
     system: str | None,
-    train_on: TrainOn,
-    max_length: int,
+    **options: Any,
 ) -> dict[str, list[Any]]:
-    """Token ids and labels of a batch of rows, cut to `max_length`.
-
-    `problem` is the error of a row, `trained` the number of tokens to train on after the cut, and `whole` that before.
-    """
-    columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "problem", "trained", "whole")}
-    for messages, tools in conversations_of(rows, layout, system):
-        ids, labels, problem, end = list[int](), list[int](), "", last_answer(messages)
+    """Columns of `encode(template, messages, tools, **options)` of each row; one that is refused raises a BadRow."""
+    encoded = []
+    for values in zip(*rows.values(), strict=True):
+        row = dict(zip(rows, values, strict=True))
         try:
-            ids, labels = template.encode(messages[: 0 if end is None else end + 1], tools, train_on)
+            encoded.append(encode(template, conversation_of(row, layout, system), tools_of(row, layout), **options))
         except TemplateError as error:
-            problem = str(error)
-        kept = labels[:max_length]
-        values = (ids[:max_length], kept, problem, _count_trained(kept), _count_trained(labels))
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
-    return columns
+            part = next(part for part in ("messages", "answer", "prompt") if part in layout)
+            raise BadRow(part, str(error), row[layout[part]], row=row[ROW]) from error
+    return {name: [columns[name] for columns in encoded] for name in encoded[0]}
 
 
-def encode_prompts(
-    rows: Mapping[str, list[Any]], *, template: ChatTemplate, layout: dict[str, str], system: str | None, answered: bool
+def conversation_columns(
+    template: ChatTemplate, messages: Sequence[Message], tools: Any, *, train_on: TrainOn, max_length: int
+) -> dict[str, Any]:
+    """Token ids and labels up to the last answer, cut to `max_length`, and how many tokens to train on remain of all.
+
+    The first label does not count, since nothing predicts the first token.
+    """
+    end = last_answer(messages)
+    ids, labels = template.encode(messages[: 0 if end is None else end + 1], tools, train_on)
+    trained, whole = (sum(label != IGNORED for label in labels[1:stop]) for stop in (max_length, None))
+    cut = {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+    return {**cut, "trained": trained, "answer_cut": trained < whole}
+
+
+def prompt_columns(
+    template: ChatTemplate, messages: Sequence[Message], tools: Any, *, answered: bool
 ) -> dict[str, list[Any]]:
-    """Return for each row the conversation up to its last answer, and that answer as the only reference.
+    """The conversation up to its last answer, and that answer as the only reference.
 
     Args:
         answered: False where a conversation may end without an answer; then all of it is the prompt.
     """
-    columns: dict[str, list[Any]] = {f"{PROMPT}input_ids": [], REFERENCES: [], "problem": []}
-    for messages, tools in conversations_of(rows, layout, system):
-        end, ids, problem = last_answer(messages), [], ""
-        if not answered and messages[-1]["role"] != "assistant":
-            end = None
-        try:
-            ids = template.prompt_ids(messages[:end], tools)
-        except TemplateError as error:
-            problem = str(error)
-        columns[f"{PROMPT}input_ids"].append(ids)
-        columns[REFERENCES].append([] if end is None else [messages[end]["content"]])
-        columns["problem"].append(problem)
-    return columns
+    end = last_answer(messages) if answered or messages[-1]["role"] == "assistant" else None
+    references = [] if end is None else [messages[end]["content"]]
+    return {f"{PROMPT}input_ids": template.prompt_ids(messages[:end], tools), REFERENCES: references}
 
 
-def conversations_of(
-    rows: Mapping[str, list[Any]], layout: Mapping[str, str], system: str | None
-) -> Iterator[tuple[list[Message], Any]]:
-    """The messages and the tools of each row."""
-    for values in zip(*rows.values(), strict=True):
-        row = dict(zip(rows, values, strict=True))
-        yield conversation_of(row, layout, system), tools_of(row, layout)
-
-
-def _count_trained(labels: Sequence[int]) -> int:
-    """Return the number of labels that count, without the first, since nothing predicts the first token."""
-    return sum(label != IGNORED for label in labels[1:])
-
-
-Render = Callable[[Sequence[Message], bool], str]
-"""Renders messages, with or without a prompt for the next answer at their end, to text."""
-
-MARKER = "\ue000answer\ue000"
-"""Characters of the private use area, which are in no template and in no answer."""
-
-
-class AnswerNotFoundError(Exception):
-    """The template rewrites a message so that it cannot be found. Messages count from 1."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"message {number}")
-        self.number = number
-
-
-def answer_spans(
-    render: Render, messages: Sequence[Message], answers: Sequence[int]
-) -> tuple[str, list[tuple[int, int]]]:
-    """Return the conversation's text, and for each of the `answers` its first character and the one after its turn.
-
-    A message that the template does not write exactly once raises an AnswerNotFoundError.
-
-    Args:
-        render: the chat template; it may raise for a part of a conversation.
-        messages: the conversation.
-        answers: numbers of messages, from 0.
-    """
-    text = render(messages, False)
-    return text, [_span(render, messages, number, text) for number in answers]
-
-
-def _span(render: Render, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
-    before = _render_or_none(render, messages[:number], True)
-    through = text if number + 1 == len(messages) else _render_or_none(render, messages[: number + 1], False)
-    start = len(before) if before is not None and text.startswith(before) else None
-    if start is not None and through is not None and text.startswith(through) and len(through) > start:
-        return start, len(through)
-    return _by_marker(render, messages, number, text, before)
-
-
-def _by_marker(
-    render: Render, messages: Sequence[Message], number: int, text: str, before: str | None
-) -> tuple[int, int]:
-    """Find an answer by the text around a marker in its place, in the whole conversation and in one that ends there."""
-    marked = [*messages[:number], {**messages[number], "content": MARKER}, *messages[number + 1 :]]
-    head, here, tail = (_render_or_none(render, marked, False) or "").partition(MARKER)
-    alone, _, closing = (_render_or_none(render, marked[: number + 1], False) or "").partition(MARKER)
-    if before is not None and text.startswith(before):
-        start = len(before)
-    elif text.startswith(head):
-        # The model writes the text between the generation prompt and the answer, such as a blank.
-        lead = alone.removeprefix(before) if before and alone.startswith(before) else ""
-        start = len(head.removesuffix(lead))
-    else:
-        raise AnswerNotFoundError(number + 1)
-    end = len(text) - len(tail)
-    if not here or not text.endswith(tail) or start > end:
-        raise AnswerNotFoundError(number + 1)
-    return start, end + len(os.path.commonprefix([closing, tail]))  # noqa: RUF071  (by characters)
-
-
-def _render_or_none(render: Render, messages: Sequence[Message], prompt: bool) -> str | None:
-    """Render; None where the template refuses these messages, as some do where roles do not alternate."""
-    try:
-        return render(messages, prompt) if messages else None
-    except Exception:  # a template may raise anything
-        return None
-
-
-def tokens_within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Return for each token whether it begins within a span. One that begins in the prompt belongs to the prompt."""
-    marks, ahead = [], list(spans)
-    for begins, _ in offsets:
-        while ahead and begins >= ahead[0][1]:
-            ahead.pop(0)
-        marks.append(bool(ahead) and ahead[0][0] <= begins)
-    return marks
-
-
-def up_to_turns_end(
-    marks: Sequence[bool], ids: Sequence[int], special: set[int], blank: Callable[[int], bool]
-) -> list[bool]:
-    """Let each answer end with the special token that ends its turn, if there is one in it or right after it.
-
-    Args:
-        marks: whether each token belongs to an answer.
-        special: control tokens.
-        blank: whether a token is only white space, such as the line break after the end of a turn.
-    """
-    marks = list(marks)
-    for first, end in runs(marks):
-        last = end - 1
-        while last > first and blank(ids[last]):
-            last -= 1
-        if ids[last] in special:
-            marks[last + 1 : end] = [False] * (end - last - 1)
-        elif end < len(ids) and ids[end] in special:
-            marks[end] = True
-    return marks
-
-
-def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
-    """Return each run of marks: the position of its first, and the one after its last."""
+def runs(marks: Sequence[object]) -> list[tuple[int, int]]:
+    """Each run of true marks: the position of its first, and the one after its last."""
     spans, at = [], 0
-    for mark, group in groupby(marks):
+    for mark, group in groupby(map(bool, marks)):
         size = len(list(group))
         spans += [(at, at + size)] if mark else []
         at += size

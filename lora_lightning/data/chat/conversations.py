@@ -40,11 +40,12 @@ class BadRow(Exception):
 
     Args:
         part: of `PARTS`, that with the value.
+        row: the row's number in its file, where known.
     """
 
-    def __init__(self, part: str, expected: str, got: object, hint: str = "") -> None:
-        super().__init__(expected)
-        self.part, self.expected, self.got, self.hint = part, expected, got, hint
+    def __init__(self, part: str, expected: str, got: object, hint: str = "", row: int = 0) -> None:
+        super().__init__(part, expected, got, hint, row)
+        self.part, self.expected, self.got, self.hint, self.row = part, expected, got, hint, row
 
 
 def layout_of(names: Sequence[str], given: Mapping[str, str] | None, *, answers: bool = True) -> dict[str, str]:
@@ -58,12 +59,15 @@ def layout_of(names: Sequence[str], given: Mapping[str, str] | None, *, answers:
     Raises:
         LoRAError: the columns are neither given nor known.
     """
+
+    def used(layout: Mapping[str, str]) -> dict[str, str]:
+        return {part: name for part, name in layout.items() if answers or part != "answer" or name in names}
+
     if given:
-        return {part: name for part, name in given.items() if answers or part != "answer" or name in names}
-    for layout in LAYOUTS:
-        wanted = {part: name for part, name in layout.items() if answers or part != "answer" or name in names}
-        if set(wanted.values()) <= set(names):
-            return {**wanted, **{part: part for part in ("tools", "system") if part in names}}
+        return used(given)
+    for layout in map(used, LAYOUTS):
+        if set(layout.values()) <= set(names):
+            return {**layout, **{part: part for part in ("tools", "system") if part in names}}
     raise LoRAError(
         f"no column of a conversation is known among {', '.join(names)}: expected messages, conversations,"
         " instruction and output, prompt and completion, or question and answer; name yours in data.columns, such as"
@@ -82,9 +86,7 @@ def check_chat_columns(given: Mapping[str, str] | None) -> dict[str, str] | None
     for part in given:
         if part not in PARTS:
             raise LoRAError(f"data.columns: expected {', '.join(PARTS)}, got '{part}'{did_you_mean(part, PARTS)}")
-    if ("messages" in given) == ("prompt" in given or "answer" in given) or (
-        "messages" not in given and not {"prompt", "answer"} <= set(given)
-    ):
+    if given.keys() & {"messages", "prompt", "answer"} not in ({"messages"}, {"prompt", "answer"}):
         raise LoRAError(
             f"data.columns: expected either messages or prompt and answer, got {', '.join(given) or 'none'}"
         )
@@ -102,15 +104,25 @@ def conversation_of(row: Mapping[str, Any], layout: Mapping[str, str], system: s
         BadRow: a value is wrong.
     """
     cells = {part: row.get(column) for part, column in layout.items()}
+    for part, cell in cells.items():
+        optional = cell is None and part in ("context", "system")
+        if part not in ("messages", "tools") and not isinstance(cell, str) and not optional:
+            raise BadRow(part, "text", cell)
     if "messages" in layout:
-        messages = _messages_of_list(cells["messages"])
+        sources = cells["messages"]
+        if not isinstance(sources, list) or not sources:
+            expected = "at least one message" if sources == [] else "a list of messages, each with role and content"
+            raise BadRow("messages", expected, sources)
+        messages = [_message(source, number) for number, source in enumerate(sources, 1)]
     else:
-        messages = _messages_of_pair(cells, answered="answer" in layout)
-    system_cell = cells.get("system")
-    if system_cell is not None and not isinstance(system_cell, str):
-        raise BadRow("system", "text", system_cell)
-    if messages[0]["role"] not in ("system", "developer") and (system_cell or system):
-        messages.insert(0, {"role": "system", "content": system_cell or system})
+        context = str(cells.get("context") or "")
+        prompt = f"{cells['prompt']}\n\n{context}" if context.strip() else str(cells["prompt"])
+        if not prompt.strip():
+            raise BadRow("prompt", "a text that is not empty", cells["prompt"])
+        messages = [{"role": "user", "content": prompt}]
+        messages += [{"role": "assistant", "content": cells["answer"]}] if "answer" in layout else []
+    if messages[0]["role"] not in ("system", "developer") and (own := cells.get("system") or system):
+        messages.insert(0, {"role": "system", "content": own})
     return messages
 
 
@@ -141,59 +153,30 @@ def last_answer(messages: Sequence[Message]) -> int | None:
     return max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
 
 
-def _messages_of_pair(cells: Mapping[str, Any], answered: bool) -> list[Message]:
-    for part in ("prompt", "answer") if answered else ("prompt",):
-        if not isinstance(cells[part], str):
-            raise BadRow(part, "text", cells[part])
-    context = cells.get("context")
-    if context is not None and not isinstance(context, str):
-        raise BadRow("context", "text", context)
-    prompt = f"{cells['prompt']}\n\n{context}" if context and context.strip() else cells["prompt"]
-    if not prompt.strip():
-        raise BadRow("prompt", "a text that is not empty", cells["prompt"])
-    messages = [{"role": "user", "content": prompt}]
-    return [*messages, {"role": "assistant", "content": cells["answer"]}] if answered else messages
-
-
-def _messages_of_list(messages: Any) -> list[Message]:
-    if not isinstance(messages, list):
-        raise BadRow("messages", "a list of messages, each with role and content", messages)
-    if not messages:
-        raise BadRow("messages", "at least one message", messages)
-    return [_message(message, number) for number, message in enumerate(messages, 1)]
-
-
 def _message(source: Any, number: int) -> Message:
+    """A message in OpenAI's layout, without empty keys."""
     if not isinstance(source, Mapping):
         raise BadRow("messages", f"message {number} to be a mapping with role and content", source)
     if source.get("role") is None and source.get("from") is not None:
         source = _of_sharegpt(source, number)
-    role = source.get("role")
-    role = OTHER_NAMES.get(role, role) if isinstance(role, str) else role
+    role, content, calls = source.get("role"), source.get("content"), source.get("tool_calls") or []
+    if isinstance(role, str):
+        role = OTHER_NAMES.get(role, role)
     if role not in ROLES:
         hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
         raise BadRow("messages", f"the role of message {number} to be one of {', '.join(ROLES)}", role, hint)
-    calls = source.get("tool_calls") or None
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise BadRow("messages", f"tool_calls of message {number} to be a list of calls", calls)
-    message = {key: value for key, value in source.items() if value is not None and key != "tool_calls"}
-    message |= {"role": role, "content": _content(source.get("content"), number, optional=calls is not None)}
-    return message | ({"tool_calls": [_call(call) for call in calls]} if calls else {})
-
-
-def _content(content: Any, number: int, *, optional: bool) -> str:
-    """A message's text, from one part or several."""
-    if content is None and optional:
-        return ""
-    if (
-        isinstance(content, list)
-        and content
-        and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content)
-    ):
-        content = "".join(str(part.get("text") or "") for part in content)
+    if content is None and calls:
+        content = ""
+    parts = content if isinstance(content, list) else []
+    if parts and all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
+        content = "".join(str(part.get("text") or "") for part in parts)
     if not isinstance(content, str):
         raise BadRow("messages", f"the content of message {number} to be text", content)
-    return content
+    others = {key: value for key, value in source.items() if value is not None and key != "tool_calls"}
+    message = {**others, "role": role, "content": content}
+    return {**message, "tool_calls": [_call(call) for call in calls]} if calls else message
 
 
 def _call(source: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from lora_lightning.data.chat.chat_template import (
     ChatTemplate,
     TemplateError,
     TrainOn,
-    encode_conversations,
-    encode_prompts,
+    conversation_columns,
+    encode_each,
+    prompt_columns,
     runs,
     set_template,
     special_ids,
@@ -31,7 +32,7 @@ from lora_lightning.data.chat.conversations import (
     tools_of,
 )
 from lora_lightning.data.io.splits import kind_of
-from lora_lightning.data.io.tables import ROW, cells_of, check_names, values_of
+from lora_lightning.data.io.tables import ROW, check_names, values_of
 from lora_lightning.data.loading.packing import pack_table
 from lora_lightning.data.seq2seq import REFERENCES
 from lora_lightning.data.text import GivesPrompts, Prompt, held_out_split, rows_from_all_over
@@ -133,64 +134,48 @@ class ChatData(GivesPrompts):
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         kind = kind_of(split)
-        if self.with_prompts and kind != "train":
-            return self._with_prompts(table, split)
-        conversations = self.conversations(table, split)
-        packed = self.packing and kind != "predict"
-        return pack_table(conversations, self.max_length, split) if packed else conversations
-
-    def conversations(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Token ids and labels of the conversations with tokens to train on; a warning counts the others."""
-        encoded, trainable = self._encode_conversations(table, split)
-        return encoded.select(trainable)
-
-    def _with_prompts(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        answered = kind_of(split) != "predict"
-        prompts = self._encode_rows(encode_prompts, table, split, answered=answered).remove_columns("problem")
-        if not answered:
+        if not self.with_prompts or kind == "train":
+            conversations, kept = self._conversations(table, split)
+            conversations = conversations.select(kept)
+            packed = self.packing and kind != "predict"
+            return pack_table(conversations, self.max_length, split) if packed else conversations
+        prompts = self._encode_each(prompt_columns, table, split, answered=kind != "predict")
+        if kind == "predict":
             return prompts.remove_columns(REFERENCES)
-        encoded, trainable = self._encode_conversations(table, split)
-        return datasets.concatenate_datasets([encoded, prompts], axis=1).select(trainable)
+        conversations, kept = self._conversations(table, split)
+        return datasets.concatenate_datasets([conversations, prompts], axis=1).select(kept)
 
-    def _encode_conversations(self, table: datasets.Dataset, split: str) -> tuple[datasets.Dataset, list[int]]:
-        """Token ids and labels of all conversations, and the numbers of those with tokens to train on."""
-        options = {"train_on": self.train_on, "max_length": self.max_length}
-        encoded = self._encode_rows(encode_conversations, table, split, **options)
-        return encoded.select_columns(["input_ids", "labels"]), self._trainable(encoded, table[ROW], split)
-
-    def _encode_rows(
-        self, function: Callable[..., Any], table: datasets.Dataset, split: str, **options: Any
+    def _encode_each(
+        self, encode: Callable[..., Any], table: datasets.Dataset, split: str, **options: Any
     ) -> datasets.Dataset:
-        """`encode_by` a function of conversations, with an error for the first row that the template refuses."""
+        """A function of each conversation, with an error for the first row that the template refuses."""
         layout = self.layout(table, split)
-        shared = {"template": self.template, "layout": layout, "system": self.system}
-        encoded = self.encode_by(function, table, split, **shared, **options)
-        column = layout.get("messages", layout.get("answer", layout.get("prompt", "")))
-        for (row, cell), problem in zip(cells_of(table, ROW, column), values_of(encoded, "problem"), strict=True):
-            if problem:
-                raise self.bad_cell(split, row, column, problem, cell)
-        return encoded
+        shared = {"encode": encode, "template": self.template, "layout": layout, "system": self.system}
+        try:
+            return self.encode_by(encode_each, table, split, **shared, **options)
+        except BadRow as bad:
+            raise self.bad_cell(split, bad.row, layout[bad.part], bad.expected, bad.got) from None
 
-    def _trainable(self, encoded: datasets.Dataset, rows: Sequence[int], split: str) -> list[int]:
-        """Return the numbers of conversations with tokens to train on after the cut."""
-        trained, whole = (list(values_of(encoded, name)) for name in ("trained", "whole"))
-        lost = [left < all_ for left, all_ in zip(trained, whole, strict=True)]
-        self._cut_shares[split] = {"answers cut": sum(lost) / len(lost)}
-        fit = [number for number, count in enumerate(trained) if count]
-        if len(fit) < len(encoded):
-            first = next(number for number, count in enumerate(trained) if not count)
-            cut = sum(not left and short for left, short in zip(trained, lost, strict=True))
+    def _conversations(self, table: datasets.Dataset, split: str) -> tuple[datasets.Dataset, list[int]]:
+        """Token ids and labels, and the numbers of the rows with tokens to train on; a warning counts the others."""
+        options = {"train_on": self.train_on, "max_length": self.max_length}
+        encoded = self._encode_each(conversation_columns, table, split, **options)
+        trained, cut = (list(values_of(encoded, name)) for name in ("trained", "answer_cut"))
+        encoded = self.without_cuts(encoded, split).remove_columns("trained")
+        kept = [row for row, count in enumerate(trained) if count]
+        if len(kept) < len(encoded):
+            behind = sum(short for count, short in zip(trained, cut, strict=True) if not count)
             message = (
-                f"{self.place(split)}: {len(encoded) - len(fit)} of {len(encoded)} conversations have nothing to train"
-                f" on, the first in row {rows[first]}; {cut} of them because their answers begin behind max_length,"
-                f" {self.max_length} tokens"
+                f"{self.place(split)}: {len(encoded) - len(kept)} of {len(encoded)} conversations have nothing to train"
+                f" on, the first in row {table[ROW][trained.index(0)]}; {behind} of them because their answers begin"
+                f" behind max_length, {self.max_length} tokens"
             )
-            if not fit:
+            if not kept:
                 raise LoRAError(f"{message}: raise max_length, or see what the chat template makes of them")
             rank_zero_warn(f"{message}. They are left out")
         if split == "train":
             self._warn_of_open_ends(values_of(encoded, "labels"))
-        return fit
+        return encoded, kept
 
     def _warn_of_open_ends(self, labels: Any) -> None:
         ends = special_ids(self.tokenizer)
@@ -205,7 +190,8 @@ class ChatData(GivesPrompts):
         if not self.packing or self.with_prompts or "predict" in self.tables:
             return super().predict_dataloader()
         self.encoded_rows("test")  # raises where there is none
-        return self._loader(self.conversations(self.tables["test"], "test"), self.eval_batch_size)
+        conversations, kept = self._conversations(self.tables["test"], "test")
+        return self._loader(conversations.select(kept), self.eval_batch_size)
 
     @property
     def stop_token_ids(self) -> list[int]:
