@@ -53,15 +53,15 @@ from lora_lightning.tasks.preference import PreferenceTuning as PreferenceTuning
 from lora_lightning.tasks.segmentation import ImageSegmentation as ImageSegmentation
 from lora_lightning.tasks.supervised import Supervised as Supervised
 from lora_lightning.tasks.token_classification import TokenClassification as TokenClassification
-from lora_lightning.training.callbacks.drift_monitor import DriftMonitor as DriftMonitor
 from lora_lightning.training.callbacks.export_on_fit_end import ExportAtEnd as ExportAtEnd
 from lora_lightning.training.callbacks.freeze_base import FreezeBase as FreezeBase
 from lora_lightning.training.callbacks.generation_samples import Samples as Samples
 from lora_lightning.training.callbacks.gradient_norms import StepFigures as StepFigures
 from lora_lightning.training.callbacks.initial_validation import MeasureBefore as MeasureBefore
+from lora_lightning.training.callbacks.monitors import DriftMonitor as DriftMonitor
+from lora_lightning.training.callbacks.monitors import RankTelemetry as RankTelemetry
 from lora_lightning.training.callbacks.nan_guard import StopOnNonFinite as StopOnNonFinite
 from lora_lightning.training.callbacks.progress_bar import Progress as Progress
-from lora_lightning.training.callbacks.rank_telemetry import RankTelemetry as RankTelemetry
 from lora_lightning.training.callbacks.run_report import RunReport as RunReport
 from lora_lightning.training.callbacks.throughput import Throughput as Throughput
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints as Checkpoints

@@ -49,6 +49,17 @@ from lora_lightning.training.precision import convert, explain_by_precision, pre
 from lora_lightning.training.strategies.base import ShardedStrategy, fingerprint, is_sharded
 
 
+def lora_module(module: LightningModule, user: object) -> LoRAModule:
+    """The module, where it is a LoRAModule.
+
+    Raises:
+        LoRAError: it is another one, which `user`, such as a callback, does not take.
+    """
+    if not isinstance(module, LoRAModule):
+        raise LoRAError(f"{type(user).__name__} takes a LoRAModule, got {type(module).__name__}")
+    return module
+
+
 class LoRAModule(LightningModule):
     """Injects LoRA into `backbone` and trains it on `task`; W0 does not change.
 

@@ -15,8 +15,7 @@ from lora_lightning.export.probe_batch import first_batch, loaders_of
 from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.dtype import DType
-from lora_lightning.reports.console import show_report
-from lora_lightning.training.callbacks.export_on_fit_end import export_module, record_export
+from lora_lightning.training.callbacks.export_on_fit_end import export_module
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
@@ -151,8 +150,7 @@ class LoRATrainer(Trainer):
         model.to(self.strategy.root_device)
         batch = None if datamodule is None else self._probe(model, datamodule)
         options = {"formats": formats, "dtype": dtype, "max_shard_size": max_shard_size, "serving": serving}
-        result = export_module(model, datamodule, target, batch=batch, scale=scale, **options)
-        show_report(record_export(folder, result), Console())
+        result = export_module(model, datamodule, folder, target, batch, Console(), scale=scale, **options)
         log_export(self.loggers, folder, target)
         return result
 

@@ -36,7 +36,7 @@ from lora_lightning.data.language_modelling import LanguageModellingData
 from lora_lightning.data.loading.sampler import EpochSampler, ResumableLoader
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding
 from lora_lightning.training import trainer as lightning_trainer
-from lora_lightning.training.callbacks.rank_telemetry import RankTelemetry
+from lora_lightning.training.callbacks.monitors import RankTelemetry
 from lora_lightning.training.strategies.base import local_shard
 from lora_lightning.training.strategies.collectives import gather
 from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy

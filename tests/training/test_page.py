@@ -207,8 +207,8 @@ def test_the_classes_counted_are_those_of_the_checkpoint_that_is_kept(monkeypatc
     monkeypatch.setattr(report, "_write_classes", lambda trainer, *_: written.append(trainer.global_step))
     module = SimpleNamespace(task=SimpleNamespace(monitor="val/accuracy", monitor_mode="max"))
     same = {"checkpoint_callback": kept, "state": SimpleNamespace(fn="fit"), "sanity_checking": False}
-    for step, loss, accuracy in ((1, 0.5, 0.6), (2, 0.4, 0.5), (3, 0.6, 0.7)):
-        same["callback_metrics"] = {"val/loss": loss, "val/accuracy": accuracy}
+    for step, best, loss, accuracy in ((1, None, 0.5, 0.6), (2, 0.5, 0.4, 0.5), (3, 0.4, 0.6, 0.7)):
+        kept.best_model_score, same["callback_metrics"] = best, {"val/loss": loss, "val/accuracy": accuracy}
         report.on_validation_end(SimpleNamespace(global_step=step, fast_dev_run=True, **same), module)
     assert written == [1, 2]
 

@@ -30,7 +30,7 @@ from lora_lightning import (
     inject,
 )
 from lora_lightning.training.callbacks.generation_samples import Samples
-from lora_lightning.training.callbacks.rank_telemetry import RankTelemetry
+from lora_lightning.training.callbacks.monitors import RankTelemetry
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint
 from lora_lightning.training.optim import make_optimizer
 from lora_lightning.training.precision import lightning_precision
@@ -89,8 +89,8 @@ REFUSED = [
     *((partial(DriftMonitor, **{name: 0}), "at least 1") for name in ("every_n_steps", "count")),
     (partial(RankTelemetry, every_n_steps=0), "every_n_steps must be at least 1"),
     (partial(Samples, count=0), "count must be at least 1"),
-    (lambda: RankTelemetry().setup(trainer(), BoringModel(), "fit"), "looks at a LoRAModule"),
-    (lambda: trainer(callbacks=[ExportAtEnd()]).fit(BoringModel()), "exports a LoRAModule, got BoringModel"),
+    (lambda: RankTelemetry().setup(trainer(), BoringModel(), "fit"), "RankTelemetry takes a LoRAModule"),
+    (lambda: trainer(callbacks=[ExportAtEnd()]).fit(BoringModel()), "ExportAtEnd takes a LoRAModule, got BoringModel"),
 ]
 
 

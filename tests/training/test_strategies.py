@@ -11,7 +11,7 @@ import torchvision
 from lora_lightning import LoRAConfig, LoRAError, inject
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.training.callbacks.rank_telemetry import FILE
+from lora_lightning.training.callbacks.monitors import FILE
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy

@@ -17,7 +17,7 @@ from lora_lightning.analysis.measures import RankMeasures, base_norm, measures_o
 from lora_lightning.lora.frozen.spectrum import update_pairs
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.training.callbacks.rank_telemetry import FILE, HEADER, RankTelemetry
+from lora_lightning.training.callbacks.monitors import FILE, HEADER, RankTelemetry
 from lora_lightning.training.tracking.csv_logger import keep_before, whole_rows
 from tests.distributed import one_process
 from tests.lora.laws import stir

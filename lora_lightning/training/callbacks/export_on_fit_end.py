@@ -17,7 +17,6 @@ from lora_lightning.export.export import export
 from lora_lightning.export.options import FORMATS, check_target, parse_options
 from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.export.verification import ExportReport
-from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.layout import layer_layouts
 from lora_lightning.lora.formats.vllm import fold_for_vllm, vllm_targets
 from lora_lightning.lora.frozen.dtype import DType
@@ -26,7 +25,7 @@ from lora_lightning.reports.console import show_report
 from lora_lightning.reports.html import write_page
 from lora_lightning.training.callbacks.run_report import RunReport
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.module import LoRAModule, lora_module
 from lora_lightning.training.strategies.base import is_sharded
 
 
@@ -67,46 +66,49 @@ class ExportAtEnd(Callback):
         """
         if stage != "fit":
             return
-        if not isinstance(pl_module, LoRAModule):
-            raise LoRAError(f"ExportAtEnd exports a LoRAModule, got {type(pl_module).__name__}")
+        backbone = lora_module(pl_module, self).backbone
         if (folder := run.run_dir(trainer)) is not None:
             check_target(self._target(folder))
         if self.options["serving"] == "vllm":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the export shows them
-                vllm_targets(pl_module.backbone, fold_for_vllm(pl_module.backbone, layer_layouts(pl_module.backbone)))
+                vllm_targets(backbone, fold_for_vllm(backbone, layer_layouts(backbone)))
 
     def _target(self, folder: Path) -> Path:
         return Path(self.output_dir) if self.output_dir else folder / run.EXPORT
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export in one process, after the last checkpoint is written."""
-        folder = run.run_dir(trainer)
-        if folder is None or not trainer.is_global_zero:
+        folder, module = run.dir_to_write(trainer), lora_module(pl_module, self)
+        if folder is None:
             return
-        assert isinstance(pl_module, LoRAModule)  # see setup
-        if is_sharded(pl_module.backbone):
+        if is_sharded(module.backbone):
             rank_zero_warn(f"nothing was exported: W0 lies in parts; run lora-lightning export --ckpt_path {folder}")
             return
-        batch = first_batch([trainer.val_dataloaders, trainer.train_dataloader], pl_module)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        with best_in(trainer, pl_module):
-            result = export_module(pl_module, data, self._target(folder), batch=batch, **self.options)
-        has_report = any(isinstance(c, RunReport) for c in trainer.callbacks)  # type: ignore[attr-defined]  # it shows all
-        show_report(record_export(folder, result), Console(quiet=has_report))
+        batch = first_batch([trainer.val_dataloaders, trainer.train_dataloader], module)
+        data, target = trainer.datamodule, self._target(folder)  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        console = Console(quiet=any(isinstance(c, RunReport) for c in callbacks))  # which shows all
+        with best_in(trainer, module):
+            result = export_module(module, data, folder, target, batch, console, **self.options)
         for logger in trainer.loggers:
             logger.log_metrics(result.metrics(), step=trainer.global_step)
             logger.save()
 
 
 def export_module(
-    module: LoRAModule, datamodule: Any, target: Path, *, batch: dict[str, Any] | None, **options: Any
+    module: LoRAModule, datamodule: Any, folder: Path, target: Path, batch: Any, console: Console, **options: Any
 ) -> ExportReport:
-    """Export the module's backbone, with the DataModule's tokenizer, image processor and labels beside it."""
+    """Export the module's backbone, with the DataModule's tokenizer, image processor and labels beside it.
+
+    The figures go into the report of the run in `folder`, which is shown.
+    """
     names = ("tokenizer", "image_processor", "label_names")
     preprocessing: dict[str, Any] = {name: getattr(datamodule, name, None) for name in names}
     w0, example = module.w0_fingerprint(), module.example_input_array
-    return export(module.backbone, module.task, w0, target, batch=batch, example=example, **options, **preprocessing)
+    result = export(module.backbone, module.task, w0, target, batch=batch, example=example, **options, **preprocessing)
+    show_report(record_export(folder, result), console)
+    return result
 
 
 def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:

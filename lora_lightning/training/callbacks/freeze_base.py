@@ -22,7 +22,7 @@ from lora_lightning.lora.layers import SavedCopy, TokenRows
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.console import dtype_lines, first_lines, part_dtypes, show_data, show_injection, show_lines
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.module import lora_module
 from lora_lightning.training.strategies.base import is_sharded, local_shard, moved_tensors, shard_fingerprint
 from lora_lightning.training.strategies.collectives import gather
 
@@ -54,11 +54,11 @@ class FreezeBase(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Freeze before the optimizers are made."""
         if stage == "fit":
-            freeze(_lora_module(pl_module).backbone)
+            freeze(lora_module(pl_module, self).backbone)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter is whole, take the fingerprint, show what trains."""
-        module = _lora_module(pl_module)
+        module = lora_module(pl_module, self)
         refuse_lost(module.report, module.backbone)
         self.before = module.w0_fingerprint()
         self._own_before = shard_fingerprint(module.backbone) if is_sharded(module.backbone) else self.before
@@ -103,7 +103,7 @@ class FreezeBase(Callback):
     def _prove(self, pl_module: LightningModule) -> None:
         """W0 is unchanged if every process's part of it is."""
         assert self._own_before is not None
-        changed = moved_tensors(self._own_before, shard_fingerprint(_lora_module(pl_module).backbone))
+        changed = moved_tensors(self._own_before, shard_fingerprint(lora_module(pl_module, self).backbone))
         self.after = None if changed else self.before
         if changed:
             raise W0MovedError(
@@ -184,9 +184,3 @@ def _missed_shards(trainable: list[tuple[str, nn.Parameter]]) -> list[str]:
     zero = {name for name, p in sharded if p.grad is not None and not local_shard(p.grad).any()}
     everywhere = set.intersection(*gather(zero))
     return [] if len(everywhere) == len(sharded) else sorted(everywhere)  # a batch of no units gives zeros to all
-
-
-def _lora_module(module: LightningModule) -> LoRAModule:
-    if not isinstance(module, LoRAModule):
-        raise LoRAError(f"FreezeBase guards a LoRAModule, got {type(module).__name__}")
-    return module

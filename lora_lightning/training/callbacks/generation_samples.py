@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationMixin
@@ -19,8 +16,10 @@ from lora_lightning.data.text import GivesPrompts, Prompt
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.inject import disabled
+from lora_lightning.reports.table import Table
 from lora_lightning.tasks.generation import generate_texts
 from lora_lightning.tasks.positions import in_evaluation
+from lora_lightning.training.callbacks.prediction_writer import json_lines
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
 
@@ -86,18 +85,19 @@ class Samples(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show one of the newest."""
-        if self.samples and trainer.is_global_zero and run.run_dir(trainer) is not None:
-            Console().print(table_of(self.newest[0]))
+        if self.samples and run.dir_to_write(trainer) is not None:
+            sample = self.newest()[0]
+            titles = {"prompt": "prompt", "before": "before", f"after {sample['step']} steps": "after"}
+            rows = [(title, sample[name]) for title, name in titles.items()]
+            Console().print(Table(title="An answer", rows=rows))
 
-    @property
     def newest(self) -> list[dict[str, Any]]:
         """The samples of the newest step."""
         return [sample for sample in self.samples if sample["step"] == self.samples[-1]["step"]]
 
     def _sample(self, trainer: Trainer, module: LightningModule) -> None:
         """All processes generate, since a sharded model needs them all; the first one writes."""
-        folder = run.run_dir(trainer)
-        if folder is None:
+        if run.run_dir(trainer) is None:
             return
         assert isinstance(module, LoRAModule)  # see setup
         data: GivesPrompts = trainer.datamodule  # type: ignore[attr-defined]
@@ -111,11 +111,10 @@ class Samples(Callback):
             dict(zip(COLUMNS, (trainer.global_step, p.text, p.reference, *answers), strict=True))
             for p, *answers in zip(prompts, self._before, after, strict=True)
         ]
-        if not trainer.is_global_zero:
+        if (folder := run.dir_to_write(trainer)) is None:
             return
-        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples)
-        page = page_of(self.newest)
-        write_bytes(folder / FILE, "".join(lines).encode())
+        page = page_of(self.newest())
+        write_bytes(folder / FILE, json_lines(self.samples))
         write_bytes(folder / PAGE, page.encode())
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -156,13 +155,3 @@ def page_of(samples: list[dict[str, Any]]) -> str:
     rows += [[sample[name].replace("|", "\\|").replace("\n", "<br>") for name in COLUMNS[1:]] for sample in samples]
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     return f"After {samples[0]['step']} steps:\n\n{table}"
-
-
-def table_of(sample: dict[str, Any]) -> Table:
-    """One sample for the screen."""
-    table = Table(title="An answer", title_justify="left", show_header=False, box=None, padding=(0, 3, 0, 0))
-    table.add_column("what", style="bold", no_wrap=True)
-    table.add_column("text", overflow="fold")
-    for title, name in (("prompt", "prompt"), ("before", "before"), (f"after {sample['step']} steps", "after")):
-        table.add_row(title, Text(sample[name]))
-    return table

@@ -38,6 +38,5 @@ class MeasureBefore(Callback):
         Console().print(f"before training: {text}", soft_wrap=True)
         for logger in trainer.loggers:
             logger.log_metrics({name.replace("_", "/", 1): x for name, x in self.figures.items()}, step=0)
-        folder = run.run_dir(trainer)
-        if folder is not None:
+        if (folder := run.run_dir(trainer)) is not None:
             run.update_report(folder, self.figures)

@@ -15,7 +15,7 @@ from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import tensors_in
 from lora_lightning.training.strategies.base import is_sharded, local_shard
-from lora_lightning.training.strategies.collectives import first_problem
+from lora_lightning.training.strategies.collectives import gather, reduce_number
 
 
 class NotFiniteError(LoRAError):
@@ -52,17 +52,14 @@ class StopOnNonFinite(Callback):
             named = []
         norm = nn.utils.get_total_norm([grad for _, grad in named])
         values = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, norm)])
-        bad = ~torch.isfinite(values)
-        anywhere = bad.any().float()
-        if trainer.world_size > 1:  # all stop at the same step, also where gradients are sharded
-            anywhere = trainer.strategy.reduce(anywhere, reduce_op="max")
-        if not bool(anywhere):
+        finite = values.isfinite().tolist()
+        losses_are_bad, is_bad = not all(finite[:-1]), not all(finite)
+        if not reduce_number(trainer, is_bad, "max"):  # all stop at the same step, also where gradients are sharded
             return
         wrong = [name for name, grad in named if not torch.isfinite(torch.linalg.vector_norm(grad))]
         message = self._message(trainer, pl_module, wrong)  # in every process: a forward may need them all
-        by_loss, by_gradient = bool(bad[: len(self._losses)].any()), bool(bad.any())
-        first = first_problem(message if by_loss else None)  # the process with the bad loss knows its rows
-        raise NotFiniteError(first or first_problem(message if by_gradient else None) or message)
+        # The process with the bad loss knows its rows.
+        raise NotFiniteError(max(gather((losses_are_bad, is_bad, message)))[-1])
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._batch = None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -18,8 +17,6 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.strategies.collectives import gather
-
-FILE = "predictions.jsonl"
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -41,23 +38,23 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Gather all processes' predictions and write one file for each set."""
-        data, folder = trainer.datamodule, run.run_dir(trainer)  # type: ignore[attr-defined]
+        data, folder = trainer.datamodule, run.dir_to_write(trainer)  # type: ignore[attr-defined]
         by_set = predictions if len(batch_indices) > 1 else [predictions]
         for index, (batches, indices) in enumerate(zip(by_set, batch_indices or [[]], strict=True)):
             columns = self._columns(trainer, index)
-            parts: list[list[dict[str, Any]]] = gather(list(rows(batches, indices, getattr(data, "label_names", None))))
-            if folder is None or not trainer.is_global_zero:
+            parts = gather(list(rows(batches, indices, getattr(data, "label_names", None))))
+            if folder is None:
                 continue
-            all_rows = sorted((row for part in parts for row in part), key=lambda row: row["row"])
-            keys = {key for row in all_rows for key in row}
+            found = sorted((row for part in parts for row in part), key=lambda row: row["row"])
+            keys = {key for row in found for key in row}
             beside = {f"data_{name}" if name in keys else name: values for name, values in columns.items()}
             lines = [
                 {"row": row["row"], **{n: _plain(values[row["row"]]) for n, values in beside.items()}, **row}
-                for row in all_rows
+                for row in found
             ]
             name = set_name(data, "predict", index)
-            file = folder / (f"{Path(FILE).stem}_{name}.jsonl" if name else FILE)
-            write_bytes(file, "".join(json.dumps(x, ensure_ascii=False, default=str) + "\n" for x in lines).encode())
+            file = folder / f"predictions{name and f'_{name}'}.jsonl"
+            write_bytes(file, json_lines(lines))
             Console().print(f"{len(lines)} predictions in {file}", soft_wrap=True)
 
     def _columns(self, trainer: Trainer, index: int) -> Mapping[str, Sequence[Any]]:
@@ -74,7 +71,9 @@ class PredictionWriter(BasePredictionWriter):
         return {}
 
 
-def rows(batches: Sequence[Mapping[str, Any]], indices: Sequence[list[int]], names: list[str] | None) -> Any:
+def rows(
+    batches: Sequence[Mapping[str, Any]], indices: Sequence[Sequence[int]], names: list[str] | None
+) -> Iterator[dict[str, Any]]:
     """One mapping per example, from each batch's tensors or lists and the rows that they belong to."""
     for batch, numbers in zip(batches, indices, strict=True):
         for i, number in enumerate(numbers):
@@ -86,6 +85,11 @@ def rows(batches: Sequence[Mapping[str, Any]], indices: Sequence[list[int]], nam
             elif names and isinstance(predicted, list) and all(isinstance(number, int) for number in predicted):
                 row["labels"] = [names[number] for number in predicted]
             yield row
+
+
+def json_lines(values: Iterable[Mapping[str, Any]]) -> bytes:
+    """A JSON object in each line."""
+    return "".join(json.dumps(value, ensure_ascii=False, default=str) + "\n" for value in values).encode()
 
 
 def _plain(value: Any) -> Any:

@@ -47,16 +47,13 @@ class RunReport(Callback):
         self._by_step: dict[int, dict[str, float]] = {}
         self._classes: ClassCounts | None = None
         """Class counts of the running evaluation of a classifier."""
-        self._best: float | None = None
-        """The monitored metric of the validation whose class counts were written last."""
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds and metrics so far, for a resumed fit."""
-        return {"seconds": self._total_seconds(), "by_step": dict(self._by_step), "best": self._best}
+        return {"seconds": self._total_seconds(), "by_step": dict(self._by_step)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._seconds, self._by_step = float(state_dict["seconds"]), dict(state_dict["by_step"])
-        self._best = state_dict.get("best")
 
     def _total_seconds(self) -> float:
         return self._seconds + (0.0 if self._started is None else time.perf_counter() - self._started)
@@ -97,13 +94,12 @@ class RunReport(Callback):
         if trainer.sanity_checking:
             return
         self._by_step[trainer.global_step] = metrics_of(trainer, "val")
-        if self._classes is None or trainer.state.fn != TrainerFn.FITTING:
-            return
-        checkpoint = trainer.checkpoint_callback
+        checkpoint = trainer.checkpoint_callback  # it looks at this validation after all other callbacks
         figure = trainer.callback_metrics.get(str(getattr(checkpoint, "monitor", None)))
+        best = getattr(checkpoint, "best_model_score", None)
         sign = 1 if getattr(checkpoint, "mode", None) == "max" else -1
-        if self._best is None or figure is None or sign * float(figure) > sign * self._best:
-            self._best = None if figure is None else float(figure)
+        is_best = figure is None or best is None or sign * float(figure) > sign * float(best)
+        if is_best and trainer.state.fn == TrainerFn.FITTING:
             self._write_classes(trainer, run.run_dir(trainer), "val")
 
     def _write_classes(self, trainer: Trainer, folder: Path | None, stage: str) -> None:
@@ -120,8 +116,8 @@ class RunReport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what was measured of an earlier best, before an export of this one is recorded."""
         self._seconds, self._started = self._total_seconds(), None
-        folder, best = run.run_dir(trainer), getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if folder is None or not trainer.is_global_zero or not best:
+        folder, best = run.dir_to_write(trainer), getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if folder is None or not best:
             return
         before, now = run.read_report(folder / run.REPORT).get("best_step"), self._of_best(best).get("best_step")
         if before is not None and now is not None and before != now:
@@ -130,16 +126,17 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts, fingerprints, time, and the metric that chose the best checkpoint."""
-        folder = run.run_dir(trainer)
-        if folder is None or not trainer.is_global_zero or not isinstance(pl_module, LoRAModule):
+        folder = run.dir_to_write(trainer)
+        if folder is None or not isinstance(pl_module, LoRAModule):
             return
         report, w0 = pl_module.report, pl_module.w0_fingerprint()
         after = next((c.after for c in trainer.callbacks if isinstance(c, FreezeBase) and c.after), None)  # type: ignore[attr-defined]
         if after is None and not is_sharded(pl_module.backbone):  # one process of several cannot gather shards
             after = fingerprint(pl_module.backbone)
+        state = pl_module.backbone.state_dict()
+        full_bytes = sum(tensor.nbytes for name, tensor in state.items() if ".lora_" not in name)
         values: dict[str, Any] = {
-            "run_dir": str(folder),
-            **subject(pl_module),
+            **subject(trainer, pl_module, folder),
             **cost(trainer, pl_module),
             "trainable": report.trainable,
             "total": report.total,
@@ -152,12 +149,8 @@ class RunReport(Callback):
             "steps": trainer.global_step,
             "precision": str(trainer.precision),
             "dtypes": part_dtypes(pl_module.backbone, pl_module.backbone_mode, trainer),
-            "full_checkpoint_bytes": sum(
-                t.nbytes for n, t in pl_module.backbone.state_dict().items() if ".lora_" not in n
-            ),
+            "full_checkpoint_bytes": full_bytes,
         }
-        if summary := getattr(trainer.datamodule, "data_summary", None):  # type: ignore[attr-defined]
-            values["data"] = summary
         if pl_module.init_adapter is not None:
             values["init_adapter"] = pl_module.init_adapter
         values |= metrics_of(trainer, "val")
@@ -190,8 +183,7 @@ class RunReport(Callback):
         if data is not None and (count := data.rows_of("test")) is not None:
             values |= {"test_rows": count, "test_data": " and ".join(map(data.place, data.sets("test")))}
         if _of_other_data(trainer) and isinstance(pl_module, LoRAModule):
-            values |= {"run_dir": str(folder), "monitor": pl_module.task.monitor, **subject(pl_module)}
-            values["data"] = getattr(data, "data_summary", None)
+            values |= {"monitor": pl_module.task.monitor, **subject(trainer, pl_module, folder)}
         show_report(self._write_values(folder, values), Console())
 
     def _write_values(self, folder: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -229,9 +221,11 @@ def metric_titles(task: Task) -> dict[str, str]:
     return {n: f"{names[n]} ({average})" for n, average in averages.items() if n in names and average is not None}
 
 
-def subject(module: LoRAModule) -> dict[str, Any]:
-    """What was adapted, and how."""
+def subject(trainer: Trainer, module: LoRAModule, folder: Path) -> dict[str, Any]:
+    """What was adapted, how, on which data, and where the results are."""
     return {
+        "run_dir": str(folder),
+        "data": getattr(trainer.datamodule, "data_summary", None),  # type: ignore[attr-defined]
         "backbone": backbone_name(module.backbone),
         "task": type(module.task).__name__,
         "lora": module.lora.to_dict(),

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_lightning.tasks.base import examples_in, tokens_in
 from lora_lightning.training.checkpoints.loop_state import is_between_steps, is_logged, logged_steps
 from lora_lightning.training.loss_weighting import is_padding
-from lora_lightning.training.strategies.collectives import reduce_number
+from lora_lightning.training.strategies.collectives import gather, reduce_number
 
 MIB = 2**20
 
@@ -29,39 +29,32 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self.samples = self.tokens = 0.0
+        self.samples = self.tokens = self.seconds = self.peak_mib = 0.0
         """Totals of the fit up to the last log row."""
-        self.seconds = 0.0
-        self.peak_mib = 0.0
-        self._begin()
+        self._samples = self._seconds = 0.0
+        """Of this process since then."""
+        self._tokens: Tensor | int = 0
         self._running_since: float | None = None
 
-    def _begin(self) -> None:
-        self._samples, self._seconds = 0, 0.0
-        self._tokens: Tensor | int | None = None
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin anew, before a resumed fit's totals are loaded."""
+        if stage == "fit":
+            vars(self).update(vars(Throughput()))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "tokens": self.tokens, "seconds": self.seconds}
+        return self._totals()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name in ("samples", "tokens", "seconds"):
-            setattr(self, name, float(state_dict[name]))
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.samples = self.tokens = self.seconds = self.peak_mib = 0.0
-        self._begin()
+        vars(self).update(state_dict)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the batch, unless it is padding that gives all processes equally many."""
         if self._running_since is None:
             self._running_since = time.perf_counter()
-        if is_padding(trainer, batch_idx):
-            return
-        examples = getattr(getattr(pl_module, "task", None), "examples", examples_in)
-        self._samples += examples(batch)
-        tokens = tokens_in(batch)
-        if tokens is not None:
-            self._tokens = tokens + (0 if self._tokens is None else self._tokens)
+        if not is_padding(trainer, batch_idx):
+            self._samples += getattr(getattr(pl_module, "task", None), "examples", examples_in)(batch)
+            if (tokens := tokens_in(batch)) is not None:
+                self._tokens = self._tokens + tokens
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,54 +63,49 @@ class Throughput(Callback):
             return
         step, logged = logged_steps(trainer) + 1, is_logged(trainer)
         if logged or (step & (step - 1) == 0 and step < trainer.log_every_n_steps):  # type: ignore[attr-defined]
-            self._log_rates(trainer, pl_module, logged)
+            samples, tokens, seconds = self._read_counts()
+            rates = {"samples": samples / seconds} | ({"tokens": tokens / seconds} if tokens else {})
+            shown = {f"{name}/s": rate for name, rate in rates.items()}
+            pl_module.log_dict(shown, prog_bar=True, logger=False, batch_size=1)
+            if logged:
+                figures = {f"throughput/{name}_per_second": rate for name, rate in rates.items()}
+                kind = "cuda" if pl_module.device.type == "cuda" else "process"
+                figures[f"memory/{kind}_peak_mib"] = reduce_number(trainer, peak_mib(pl_module.device), "max")
+                pl_module.log_dict(figures, batch_size=1)
+                self._add_up()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause()
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add what came after the last log row to the totals."""
-        self._pause()
-        self._add_up(*self._read_counts(trainer, pl_module))
-        self.peak_mib = reduce_number(trainer, peak_mib(pl_module.device), "max")
-
-    def _pause(self) -> None:
-        """Stop the clock until the next batch."""
+        """Stop the clock until the next training batch."""
         if self._running_since is not None:
             self._seconds += time.perf_counter() - self._running_since
             self._running_since = None
 
-    def _log_rates(self, trainer: Trainer, module: LightningModule, logged: bool) -> None:
-        samples, tokens, seconds = self._read_counts(trainer, module)
-        rates = {"samples": samples / seconds} | ({"tokens": tokens / seconds} if tokens else {})
-        module.log_dict({f"{name}/s": x for name, x in rates.items()}, prog_bar=True, logger=False, batch_size=1)
-        if logged:
-            figures = {f"throughput/{name}_per_second": x for name, x in rates.items()}
-            kind = "cuda" if module.device.type == "cuda" else "process"
-            figures[f"memory/{kind}_peak_mib"] = reduce_number(trainer, peak_mib(module.device), "max")
-            module.log_dict(figures, batch_size=1)
-            self._add_up(samples, tokens, seconds)
+    on_train_epoch_end = on_validation_start
 
-    def _read_counts(self, trainer: Trainer, module: LightningModule) -> tuple[float, float, float]:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Add what came after the last log row to the totals."""
+        self.on_validation_start(trainer, pl_module)
+        self._add_up()
+        self.peak_mib = reduce_number(trainer, peak_mib(pl_module.device), "max")
+
+    def _read_counts(self) -> tuple[float, float, float]:
         """Samples and tokens over all processes, and seconds, since the last log row."""
-        totals = torch.zeros(2, dtype=torch.float64 if module.device.type != "mps" else None, device=module.device)
-        totals[0] = self._samples
-        if self._tokens is not None:
-            totals[1] = self._tokens
-        if trainer.world_size > 1:
-            totals = trainer.strategy.reduce(totals, reduce_op="sum")
-        samples, tokens = totals.tolist()  # waits for the device, so the clock is right
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # so that the clock is right
+        samples, tokens = map(sum, zip(*gather((self._samples, float(self._tokens))), strict=True))
         if self._running_since is not None:
             now = time.perf_counter()
             self._seconds, self._running_since = self._seconds + now - self._running_since, now
         return samples, tokens, self._seconds
 
-    def _add_up(self, samples: float, tokens: float, seconds: float) -> None:
-        self.samples, self.tokens, self.seconds = self.samples + samples, self.tokens + tokens, self.seconds + seconds
-        self._begin()
+    def _totals(self) -> dict[str, float]:
+        """Those of the fit until now."""
+        names = ("samples", "tokens", "seconds")
+        return {n: getattr(self, n) + count for n, count in zip(names, self._read_counts(), strict=True)}
+
+    def _add_up(self) -> None:
+        vars(self).update(self._totals())
+        self._samples, self._tokens, self._seconds = 0.0, 0, 0.0
 
 
 def peak_mib(device: torch.device) -> float:

@@ -44,6 +44,11 @@ def run_dir(trainer: Trainer) -> Path | None:
     return Path(first.save_dir or trainer.default_root_dir) / str(first.name) / str(first.version)
 
 
+def dir_to_write(trainer: Trainer) -> Path | None:
+    """`run_dir` in the process that writes there; None in the others."""
+    return run_dir(trainer) if trainer.is_global_zero else None
+
+
 @contextmanager
 def lock_run(folder: Path | None) -> Iterator[None]:
     """Within the block no other process, on this machine or one that shares the disk, trains in this run folder.
