@@ -133,7 +133,7 @@ def write(result: Analysis, request: Request) -> dict[str, bytes]:
     sections = [table_section(table) for table in screens(result)] + figure_sections(drawings, svgs)
     long = tables.drift_tables(result.drift)[1] if result.drift is not None else []
     long += [*map(tables.pair_table, result.pairs), *map(tables.layer_table, result.adapters)]
-    sections.append(Section("In full", [Block(table=table, fold=table.title) for table in long]))
+    sections.append(Section("In full", [Block("table", table, fold=table.title) for table in long]))
     write_bytes(folder / PAGE, page(TITLE, INTRO, sections).encode())
     return svgs
 

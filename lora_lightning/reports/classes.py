@@ -46,9 +46,9 @@ class ClassCounts:
         pairs = labels[rows] * classes + predicted[rows]
         self.counts += torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
         wrong = rows[(predicted != labels)[rows]]
+        least = self.mistakes[-1]["confidence"] if len(self.mistakes) == MISTAKES else -1.0
+        wrong = wrong[confidence[wrong] > least]
         for i in wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist():
-            if len(self.mistakes) >= MISTAKES and float(confidence[i]) <= self.mistakes[-1]["confidence"]:
-                break
             row = {"true": int(labels[i]), "predicted": int(predicted[i]), "confidence": float(confidence[i])}
             self._keep([{**row, **_for_page(input_of(batch, i, tokenizer))}])
 
@@ -129,11 +129,7 @@ def confusions(confusion: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, 
 def confused_pairs(confusion: Mapping[str, Any]) -> Table:
     """The pairs of classes that are mixed up most, where there are too many classes for a matrix."""
     labels = confusion["labels"]
-    pairs = [
-        (n, labels[i], labels[j])
-        for i, row in enumerate(confusion["counts"])
-        for j, n in enumerate(row)
-        if i != j and n
-    ]
-    rows = [[true, predicted, f"{n:,}"] for n, true, predicted in sorted(pairs, reverse=True)[:MISTAKES]]
+    counts = torch.tensor(confusion["counts"]).fill_diagonal_(0)
+    pairs = sorted(((int(counts[i, j]), labels[i], labels[j]) for i, j in counts.nonzero().tolist()), reverse=True)
+    rows = [[true, predicted, f"{n:,}"] for n, true, predicted in pairs[:MISTAKES]]
     return Table(header=["true class", "taken for", "how often"], rows=rows, text=(0, 1))

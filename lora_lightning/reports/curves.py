@@ -45,6 +45,24 @@ class Series:
     left_out: int = 0
     """Values that were not finite."""
 
+    @property
+    def stage(self) -> str:
+        """`train`, `val_mismatched` and so on; empty for what is measured of no set."""
+        stage, slash, _ = self.name.partition("/")
+        return stage if slash and stage.partition("_")[0] in ("train", "val", "test") else ""
+
+    @property
+    def metric(self) -> str:
+        """The name without its stage."""
+        return self.name.removeprefix(f"{self.stage}/")
+
+    def title(self, titles: Mapping[str, str]) -> str:
+        """The title of the chart with this column."""
+        if kind := TITLES.get(self.name.partition("/")[0]):
+            return kind
+        metric = self.metric.removeprefix("throughput/").removesuffix("_step").removesuffix("_epoch")
+        return titles.get(metric, metric.replace("_", " "))
+
 
 def read_metrics(file: Path) -> list[Series]:
     """The columns of a `metrics.csv`, without incomplete rows of an interrupted fit.
@@ -52,7 +70,11 @@ def read_metrics(file: Path) -> list[Series]:
     Of two values for one step, as a resumed fit leaves them, the later counts.
     """
     reader = csv.DictReader(io.StringIO(file.read_text(encoding="utf-8") if file.is_file() else ""))
-    columns: dict[str, dict[int, float]] = {name: {} for name in reader.fieldnames or [] if _is_curve(name)}
+    columns: dict[str, dict[int, float]] = {
+        name: {}
+        for name in reader.fieldnames or ()
+        if not (name in NO_CURVE or name.startswith(NO_CURVES) or name.endswith("_before"))
+    }
     for row in reader:
         step = _number(row.get("step"))
         if step is None or not math.isfinite(step):
@@ -62,10 +84,6 @@ def read_metrics(file: Path) -> list[Series]:
                 values[int(step)] = value
     finite = {n: tuple((s, x) for s, x in sorted(v.items()) if abs(x) < LARGEST) for n, v in columns.items() if v}
     return [Series(name, points, left_out=len(columns[name]) - len(points)) for name, points in finite.items()]
-
-
-def _is_curve(name: str) -> bool:
-    return not (name in NO_CURVE or name.startswith(NO_CURVES) or name.endswith("_before"))
 
 
 def _number(text: str | None) -> float | None:
@@ -117,12 +135,9 @@ def charts_of(
     groups: dict[str, list[Series]] = {}
     for column in series:
         if column.points:
-            groups.setdefault(title_of(column.name, titles or {}), []).append(column)
+            groups.setdefault(column.title(titles or {}), []).append(column)
     order = {"loss": -1} | {title: i for i, title in enumerate(LAST, start=1)}
-    return [
-        chart_of(title, sorted(groups[title], key=_rank), best_step)
-        for title in sorted(groups, key=lambda title: order.get(title, 0))
-    ]
+    return [chart_of(title, groups[title], best_step) for title in sorted(groups, key=lambda t: order.get(t, 0))]
 
 
 def chart_of(title: str, series: Sequence[Series], best_step: int | None) -> dict[str, Any]:
@@ -130,8 +145,7 @@ def chart_of(title: str, series: Sequence[Series], best_step: int | None) -> dic
 
     `best` is the position of the best checkpoint's step, in a chart of validation metrics.
     """
-    steps = [step for column in series for step, _ in column.points]
-    values = [value for column in series for _, value in column.points]
+    steps, values = zip(*(point for column in series for point in column.points), strict=True)
     low, high = min(values), max(values)
     flat = high - low <= 1e-9 * max(abs(high), abs(low))
     room = max(abs(high) * 0.1, 1e-12) if flat else (high - low) * 0.06
@@ -140,6 +154,7 @@ def chart_of(title: str, series: Sequence[Series], best_step: int | None) -> dic
     x = Axis(float(min(steps) - one_step), float(max(steps) + one_step), LEFT + 4, WIDTH - RIGHT - 4)
     y = Axis(bottom, high + room, HEIGHT - BOTTOM, TOP)
     validated = any(column.name.startswith("val") for column in series)
+    order = sorted(series, key=lambda c: (c.stage != "train", c.stage != "val", not c.name.endswith("_step"), c.name))
     return {
         "title": title,
         "x": x,
@@ -148,21 +163,20 @@ def chart_of(title: str, series: Sequence[Series], best_step: int | None) -> dic
         "y_ticks": [(y.at(value), short(value)) for value in y.ticks(5)],
         "best": x.at(best_step) if best_step is not None and validated and x.low <= best_step <= x.high else None,
         "best_step": best_step,
-        "lines": [_line(column, x, y, color=f"line{i % 5}") for i, column in enumerate(series)],
+        "lines": [_line(column, x, y, color=f"line{i % 5}") for i, column in enumerate(order)],
     }
 
 
 def _line(series: Series, x: Axis, y: Axis, color: str) -> dict[str, Any]:
     """A line, with tooltips where the points are few; a stage has the same color in every chart."""
-    stage, slash, rest = series.name.partition("/")
-    is_step = stage == "train" and rest.endswith("_step")
-    label = (stage if slash and _is_stage(stage) else rest) or series.name
-    values = [value for _, value in series.points]
+    stage, values = series.stage, [value for _, value in series.points]
+    faint = stage == "train" and series.metric.endswith("_step")
+    label = stage or series.name.partition("/")[2] or series.name
     return {
         "name": series.name,
         "left_out": series.left_out,
-        "color": "train faint" if is_step else stage if stage in ("train", "val", "test") else color,
-        "label": f"{stage}, one step" if rest == "loss_step" else label,
+        "color": "train faint" if faint else stage if stage in ("train", "val", "test") else color,
+        "label": f"{stage}, one step" if series.metric == "loss_step" else label,
         "path": "M" + " L".join(f"{x.at(step):.2f} {y.at(value):.2f}" for step, value in thin_out(series.points)),
         "dots": [
             (x.at(step), y.at(value), f"{series.name} {value:.6g} at step {step}")
@@ -174,46 +188,24 @@ def _line(series: Series, x: Axis, y: Axis, color: str) -> dict[str, Any]:
     }
 
 
-def title_of(name: str, titles: Mapping[str, str]) -> str:
-    """The title of the chart with this column."""
-    stage, slash, rest = name.partition("/")
-    if stage in TITLES:
-        return TITLES[stage]
-    if slash and (stage == "throughput" or _is_stage(stage)):
-        metric = rest.removesuffix("_step").removesuffix("_epoch")
-        return titles.get(metric, metric.replace("_", " "))
-    return name.replace("_", " ")
-
-
-def _is_stage(name: str) -> bool:
-    return name.partition("_")[0] in ("train", "val", "test")
-
-
-def _rank(series: Series) -> tuple[int, str]:
-    stage, _, rest = series.name.partition("/")
-    return ("train", "val").index(stage) * 2 - rest.endswith("_step") if stage in ("train", "val") else 9, series.name
-
-
 def thin_out(points: tuple[Point, ...]) -> list[Point]:
     """Points to draw: all of them, or the minimum and the maximum of each interval, and the two ends."""
     if len(points) <= 2 * BUCKETS:
         return list(points)
     size = math.ceil(len(points) / BUCKETS)
-    points_to_draw = {points[0], points[-1]}
-    for i in range(0, len(points), size):
-        stretch = points[i : i + size]
-        points_to_draw |= {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
-    return sorted(points_to_draw)
+    stretches = [points[i : i + size] for i in range(0, len(points), size)]
+    peaks = {find(stretch, key=lambda point: point[1]) for stretch in stretches for find in (min, max)}
+    return sorted({points[0], points[-1], *peaks})
 
 
 def numbers_table(series: Sequence[Series]) -> Table:
     """The charts' content as a table."""
     rows = []
     for column in (s for s in series if s.points):
-        least, most = min(column.points, key=lambda p: p[1]), max(column.points, key=lambda p: p[1])
-        cells = [f"{column.points[0][1]:.6g}", f"{column.points[-1][1]:.6g}"]
-        cells += [f"{value:.6g} at {step}" for step, value in (least, most)]
-        rows.append([column.name, str(len(column.points)), *cells])
+        ends = [f"{column.points[i][1]:.6g}" for i in (0, -1)]
+        extremes = (find(column.points, key=lambda point: point[1]) for find in (min, max))
+        peaks = [f"{value:.6g} at {step}" for step, value in extremes]
+        rows.append([column.name, str(len(column.points)), *ends, *peaks])
     header = ["column of metrics.csv", "points", "first", "last", "least, at step", "greatest, at step"]
     return Table(header=header, rows=rows, code=True)
 

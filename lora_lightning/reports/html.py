@@ -31,21 +31,14 @@ FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\
 """Characters that neither HTML nor XML allows in text."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Block:
-    """A piece of a page: one of these fields, which the template shows."""
+    """A piece of a page."""
 
-    table: Table | None = None
-    charts: Sequence[Mapping[str, Any]] = ()
-    """The result of `charts_of`."""
-    figure: str = ""
-    """The `data:` URL of a picture, with `text` as its caption."""
-    matrix: Sequence[Any] = ()
-    """The result of `confusions`."""
-    cards: Sequence[Mapping[str, Any]] = ()
-    """Mistakes: each with its classes, the model's confidence, and a text or a picture."""
-    code: str = ""
-    text: str = ""
+    kind: str
+    """The macro of the template that shows it: `table`, `charts`, `picture`, `matrix`, `mistakes`, `code` or `text`."""
+    content: Any
+    """A `Table`, the result of `charts_of` or `confusions`, a text, or what `_picture` and `_classes` make."""
     fold: str = ""
     """The title under which the block is folded."""
 
@@ -111,12 +104,12 @@ def figure_sections(drawings: Mapping[str, Drawing], svgs: Mapping[str, bytes]) 
 
 
 def _picture(svg: bytes, caption: str) -> Block:
-    return Block(figure=f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}", text=caption)
+    return Block("picture", (f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}", caption))
 
 
 def table_section(table: Table) -> Section:
     """A section with a table under its title."""
-    return Section(table.title, [Block(table=table)])
+    return Section(table.title, [Block("table", table)])
 
 
 # ---- the page of a run
@@ -226,13 +219,13 @@ def _duration(seconds: float) -> str:
 def _sections(folder: Path, v: Mapping[str, Any]) -> Iterator[Section]:
     """What there is to show: data, curves, classes, drift, the injection table, answers, figures and proofs, config."""
     if summary := v.get("data"):
-        yield Section("Data", [Block(table=data_table(summary))])
+        yield Section("Data", [Block("table", data_table(summary))])
     if "test_data" not in v or (folder / METRICS).is_file():  # a test of other data has no log
         series = read_metrics(folder / METRICS)
         charts = charts_of(series, v.get("best_step"), v.get("metric_titles"))
-        numbers = Block(table=numbers_table(series), fold="The numbers behind the curves")
-        nothing = Block(text=f"Nothing was logged to {METRICS}.")
-        yield Section("Curves", [Block(charts=charts), numbers] if charts else [nothing])
+        numbers = Block("table", numbers_table(series), fold="The numbers behind the curves")
+        nothing = Block("text", f"Nothing was logged to {METRICS}.")
+        yield Section("Curves", [Block("charts", charts), numbers] if charts else [nothing])
     validated, tested = (_json(folder / CLASSES.format(stage=stage)) for stage in ("val", "test"))
     yield from _classes(validated, "validation", fold=bool(tested))
     yield from _classes(tested, "test")
@@ -241,21 +234,21 @@ def _sections(folder: Path, v: Mapping[str, Any]) -> Iterator[Section]:
         header = list(rows[0])
         text = [i for i, name in enumerate(header) if name in ("module", "kind")]
         table = Table(header=header, rows=[[str(x) for x in row.values()] for row in rows], text=text, code=True)
-        yield Section("What trains", [Block(table=table)])
+        yield Section("What trains", [Block("table", table)])
     samples = [json.loads(line) for line in _text(folder / SAMPLES).splitlines() if line.strip()]
     if newest := [s for s in samples if s["step"] == samples[-1]["step"]]:
         columns = ("prompt", "reference", "before", "after")
         answers = [[str(s.get(name, "")) for name in columns] for s in newest]
         table = Table(header=columns, rows=answers, text=range(4), prose=True)
-        yield Section(f"Answers after {newest[0]['step']} steps", [Block(table=table)])
+        yield Section(f"Answers after {newest[0]['step']} steps", [Block("table", table)])
     facts = [row for row in report_rows(v) if row[0] != "W0 before, after"]  # here in full
     if v.get("w0_before"):
         verdict = "unchanged" if v.get("w0_unchanged") else "moved"
         facts += [("W0 before the fit", str(v["w0_before"])), ("W0 after the fit", f"{v['w0_after']}: {verdict}")]
     if facts:
-        yield Section("Figures and proofs", [Block(table=Table(rows=facts))])
+        yield Section("Figures and proofs", [Block("table", Table(rows=facts))])
     if config := _text(folder / CONFIG):
-        yield Section("Config", [Block(code=config, fold=f"{CONFIG}, resolved")])
+        yield Section("Config", [Block("code", config, fold=f"{CONFIG}, resolved")])
 
 
 def _classes(confusion: Mapping[str, Any], title_of_set: str, *, fold: bool = False) -> Iterator[Section]:
@@ -263,20 +256,20 @@ def _classes(confusion: Mapping[str, Any], title_of_set: str, *, fold: bool = Fa
     if not confusion:
         return
     labels, many = confusion["labels"], len(confusion["labels"]) > MOST_SHOWN
-    figures = Block(table=class_table(confusion), fold="Figures of every class" if many else "")
-    counts = Block(table=confused_pairs(confusion)) if many else Block(matrix=confusions(confusion))
+    figures = Block("table", class_table(confusion), fold="Figures of every class" if many else "")
+    counts = Block("table", confused_pairs(confusion)) if many else Block("matrix", confusions(confusion))
     yield Section(f"Classes, {title_of_set}", [figures, counts], beside=not many)
     if confusion["mistakes"]:
         named = [{**m, "true": labels[m["true"]], "predicted": labels[m["predicted"]]} for m in confusion["mistakes"]]
         folded = f"The {len(named)} mistakes of which the model was surest" if fold else ""
-        yield Section(f"The most confident mistakes, {title_of_set}", [Block(cards=named, fold=folded)])
+        yield Section(f"The most confident mistakes, {title_of_set}", [Block("mistakes", named, fold=folded)])
 
 
 def _drift(folder: Path) -> list[Section]:
     """The drift of the model, and its strengths, where `analyze --drift` has measured them."""
     tables = [Table(**table) for table in _json(folder / DRIFT).get("tables", [])]
     sections = [table_section(table) for table in tables if table.note or not table.header]
-    folded = [Block(table=table, fold=table.title) for table in tables if table.header and not table.note]
+    folded = [Block("table", table, fold=table.title) for table in tables if table.header and not table.note]
     if figure := _text(folder / DRIFT_FIGURE):
         folded.insert(0, _picture(figure.encode(), "The validation metric over the drift, by strength of the update."))
     if sections:
