@@ -54,7 +54,7 @@ class BaseFiles:
             LoRAError: transformers has no such class.
         """
         config, dtype = self.config, main_dtype(self.checkpoint)
-        cls, heads = _model_class(config, files.peft.get("task_type")), dict[str, Any]()
+        cls, heads = _model_class(config, str(files.peft.get("task_type"))), dict[str, Any]()
 
         def make() -> PreTrainedModel:
             with torch.device("meta"):
@@ -70,20 +70,20 @@ class BaseFiles:
     def load(self, files: AdapterFiles) -> PreTrainedModel:
         """The plain model for this adapter with its weights, all of them in memory."""
         make, _ = self.maker(files)
-        config, dtype = make().config, main_dtype(self.checkpoint)
+        plain, dtype = make(), main_dtype(self.checkpoint)
         with quiet():
-            return type(make()).from_pretrained(  # type: ignore[no-any-return]
-                self.directory, config=config, dtype=dtype, ignore_mismatched_sizes=True
+            return type(plain).from_pretrained(  # type: ignore[no-any-return]
+                self.directory, config=plain.config, dtype=dtype, ignore_mismatched_sizes=True
             )
 
 
 def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The floating-point dtype of most of the base's bytes, which a new head gets."""
-    sizes = Counter[str]()
+    sizes = Counter({"F32": 0})
     for stored in checkpoint.stored.values():
-        sizes[stored.dtype] += stored.size if stored.dtype in ("F64", "F32", "BF16", "F16") else 0
-    name, size = sizes.most_common(1)[0] if sizes else ("F32", 0)
-    return DTYPES[name] if size else torch.float32
+        if stored.dtype in ("F64", "F32", "BF16", "F16"):
+            sizes[stored.dtype] += stored.size
+    return DTYPES[sizes.most_common(1)[0][0]]
 
 
 def _config(base: Path) -> PretrainedConfig:
@@ -103,22 +103,21 @@ def _config(base: Path) -> PretrainedConfig:
     return config  # type: ignore[no-any-return]
 
 
-def _model_class(config: PretrainedConfig, task: str | None) -> type[PreTrainedModel]:
+def _model_class(config: PretrainedConfig, task: str) -> type[PreTrainedModel]:
     """The class of the adapter's task, else the one that the base's config names."""
-    if task is not None and str(task) in TASKS:
+    if task in TASKS:
         try:
             with torch.device("meta"):
-                return type(getattr(transformers, TASKS[str(task)]).from_config(copy.deepcopy(config)))
+                return type(getattr(transformers, TASKS[task]).from_config(copy.deepcopy(config)))
         except ValueError as error:
             raise LoRAError(
                 f"the adapter's task is {task}, and transformers has no such {config.model_type} model"
             ) from error
     named = next(iter(config.architectures or []), "")
-    named_class: type[PreTrainedModel] | None = getattr(transformers, named, None) if named else None
-    if named_class is None:
+    if not hasattr(transformers, named):
         what = f"'{named}', which transformers does not have" if named else "no architecture"
         raise LoRAError(f"{CONFIG} names {what}: merge it in memory with load_adapter and merge")
-    return named_class
+    return getattr(transformers, named)  # type: ignore[no-any-return]
 
 
 def _labels(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:

@@ -83,32 +83,17 @@ def huggingface(
         "revision": revision,
     }
     kwargs |= {key: value for key, value in given.items() if value}
-    on_meta = on_meta and not builds_bare()
-    if on_meta and add_tokens:
-        raise LoRAError("add_tokens makes rows of the embedding, which on_meta has not read yet: leave on_meta out")
+    bare, on_meta = random_weights or builds_bare(), on_meta and not builds_bare()
     if on_meta:
-        refuse_on_meta(kwargs, random_weights=random_weights)
+        refuse_on_meta({**kwargs, "random_weights": random_weights, "add_tokens": add_tokens})
         kwargs["use_safetensors"] = True
     try:
         with quiet(), record_files(on_meta) as files:
-            bare = random_weights or builds_bare()
             model = _from_config(cls, name, dtype, kwargs) if bare else _load(cls, name, dtype, kwargs)
     except LoRAError:
         raise
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        reason = first_line(error)
-        if "trust_remote_code" in str(error):
-            raise LoRAError(
-                f"'{pretrained_model_name_or_path}' brings code of its own, which is not run unasked: read it, and then"
-                " give the backbone model_kwargs: {trust_remote_code: true}"
-            ) from error
-        if Path(pretrained_model_name_or_path).exists():
-            raise LoRAError(f"transformers cannot load '{pretrained_model_name_or_path}': {reason}") from error
-        raise LoRAError(
-            f"no model '{pretrained_model_name_or_path}': neither a directory nor found on the hub ({reason})"
-        ) from error
-    except ImportError as error:
-        raise LoRAError(f"'{pretrained_model_name_or_path}' asks for a package: {first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError, ImportError) as error:
+        raise LoRAError(_fault(pretrained_model_name_or_path, error)) from error
     if on_meta:
         finish_on_meta(model, files)
     if "gguf_file" in kwargs:
@@ -120,6 +105,20 @@ def huggingface(
     if pad_token_id is not None and "pad_token_id" in text.to_dict():
         text.pad_token_id = pad_token_id  # batches are padded with this one, so the last real token is found by it
     return model  # type: ignore[no-any-return]
+
+
+def _fault(name: str, error: Exception) -> str:
+    """Why transformers loads no model of this name."""
+    if isinstance(error, ImportError):
+        return f"'{name}' asks for a package: {first_line(error)}"
+    if "trust_remote_code" in str(error):
+        return (
+            f"'{name}' brings code of its own, which is not run unasked: read it, and then give the backbone"
+            " model_kwargs: {trust_remote_code: true}"
+        )
+    if Path(name).exists():
+        return f"transformers cannot load '{name}': {first_line(error)}"
+    return f"no model '{name}': neither a directory nor found on the hub ({first_line(error)})"
 
 
 @torch.no_grad()

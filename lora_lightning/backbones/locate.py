@@ -52,12 +52,10 @@ def refuse_not_there(kind: str, name: str) -> None:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
-    if name.startswith((".", "/", "~")):
-        raise LoRAError(f"no {kind} '{name}': there is no such folder{_near(name)}")
     repo_type = "dataset" if kind == "set" else "model"
     try:
         url = hf_hub_url(name, FILES[repo_type], repo_type=repo_type)
-    except HFValidationError as error:
+    except HFValidationError as error:  # such as a path that begins with a dot
         raise LoRAError(f"no {kind} '{name}': there is no such folder{_near(name)}") from error
     caches = [Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=repo_type)]
     if kind == "set":

@@ -8,7 +8,7 @@ of the right shape on the meta device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,20 +23,15 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.tensor_files import DTYPES
 from lora_lightning.lora.meta.key_mapping import Base, WeightFiles, keep_files
 
+NOT_ON_META = (
+    "random_weights", "add_tokens", "gguf_file", "quantization_config", "device_map", "key_mapping",
+    "tp_plan", "tp_size", "distributed_config",
+)  # fmt: skip
 
-def refuse_on_meta(kwargs: Mapping[str, Any], *, random_weights: bool) -> None:
-    """Raise a LoRAError where the weights are in no file, or cannot be read one by one."""
-    other = (
-        "gguf_file",
-        "quantization_config",
-        "device_map",
-        "tp_plan",
-        "tp_size",
-        "distributed_config",
-        "key_mapping",
-    )
-    conflict = "random_weights" if random_weights else next((name for name in other if name in kwargs), None)
-    if conflict is not None:
+
+def refuse_on_meta(given: Mapping[str, Any]) -> None:
+    """Raise a LoRAError for an argument that makes weights, or with which they cannot be read one by one."""
+    if conflict := next((name for name in NOT_ON_META if given.get(name)), None):
         raise LoRAError(f"on_meta reads plain safetensors files and goes with no {conflict}: leave one of the two out")
 
 
@@ -47,13 +42,9 @@ def record_files(on_meta: bool) -> Iterator[list[Path]]:
 
     def opened(file: str, *args: Any, **kwargs: Any) -> _Headers:
         files.append(Path(file))
-        return _Headers(real(file, framework="pt"))
+        return _Headers(safe_open(file, framework="pt"))
 
-    real = safe_open
-    if not on_meta:
-        yield files
-        return
-    with patch.object(modeling_utils, "safe_open", opened):
+    with patch.object(modeling_utils, "safe_open", opened) if on_meta else nullcontext():
         yield files
 
 
@@ -64,8 +55,7 @@ class _Headers:
         self.file = file
 
     def get_slice(self, key: str) -> _Bare:
-        part = self.file.get_slice(key)
-        return _Bare(tuple(part.get_shape()), part.get_dtype())
+        return _Bare(self.file.get_slice(key))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
@@ -80,14 +70,9 @@ class _Headers:
 class _Bare:
     """A tensor of a file without its values, with the operations that transformers applies to it."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
-        self.shape, self.dtype = shape, dtype
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
-    def get_dtype(self) -> str:
-        return self.dtype
+    def __init__(self, part: Any) -> None:
+        self.get_shape, self.get_dtype = part.get_shape, part.get_dtype
+        self.shape, self.dtype = tuple(part.get_shape()), part.get_dtype()
 
     def __getitem__(self, index: Any) -> _Bare:
         assert index is Ellipsis, index

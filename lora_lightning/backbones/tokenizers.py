@@ -1,4 +1,4 @@
-"""A tokenizer by one line of YAML."""
+"""A tokenizer, or a processor, by one line of YAML."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_lightning.backbones.gguf import directory_and_file
 from lora_lightning.backbones.locate import refuse_not_there, resolve
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, first_line
 
 FILES = r"tokenizer|vocab|\.model$|tekken"
 """Matches the names of files that hold a tokenizer."""
@@ -52,17 +52,27 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_processor(auto_class: Any, name: str, kind: str = "processor") -> Any:
+    """`auto_class.from_pretrained` of a hub name, a directory or `package:NAME/path`; `kind` names it in errors."""
+    location = resolve(name)
+    refuse_not_there(kind, location)
+    try:
+        with quiet():
+            return auto_class.from_pretrained(location)
+    except (OSError, ValueError, ImportError) as error:
+        raise LoRAError(f"no {kind} '{name}': {first_line(error)}") from error
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Within the block transformers reports nothing: a new head is expected, and other missing tensors are refused."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    bars = transformers_logging.is_progress_bar_enabled()
-    if bars:
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    log: Any = transformers_logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        log.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            log.enable_progress_bar()

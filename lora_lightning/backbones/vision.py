@@ -91,24 +91,30 @@ def torchvision_model(
         raise LoRAError("torchvision_model needs torchvision: pip install 'lora_lightning[vision]'") from error
     if model_name not in (known := models.list_models()):
         raise LoRAError(f"torchvision has no model '{model_name}'{did_you_mean(model_name, known)}")
-    kwargs = dict(model_kwargs or {})
+    kwargs, chosen = dict(model_kwargs or {}), None
     if builds_bare():
         weights = checkpoint_path = None
-    chosen = None if checkpoint_path is not None else _torchvision_weights(model_name, weights)
-    sized = {} if num_classes is None else {"num_classes": num_classes}
+    if weights is not None and checkpoint_path is None:
+        members, name = models.get_model_weights(model_name).__members__, weights.rpartition(".")[2]
+        if name not in members:
+            raise LoRAError(
+                f"torchvision has no weights '{weights}' of '{model_name}'{did_you_mean(name, members)}"
+                f" (known: {', '.join(members) or 'none'})"
+            )
+        chosen = members[name]
+    elif num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if model_name.startswith(("deeplab", "fcn", "lraspp")):
+        kwargs.setdefault("weights_backbone", None)
     try:
-        if chosen is None:
-            if model_name.startswith(("deeplab", "fcn", "lraspp")):
-                kwargs.setdefault("weights_backbone", None)
-            model: nn.Module = models.get_model(model_name, weights=None, **sized, **kwargs)
-        else:
-            model = models.get_model(model_name, weights=chosen, **kwargs)
+        model: nn.Module = models.get_model(model_name, weights=chosen, **kwargs)
     except Exception as error:  # no network, a broken download, arguments that the model does not take
         raise LoRAError(f"torchvision cannot make '{model_name}': {first_line(error)}") from error
+    new: list[str] = []
     if checkpoint_path is not None:
         new = _fill(model, Path(resolve(checkpoint_path)), None)
-    else:
-        new = [] if chosen is None or num_classes is None else _resize_heads(model, num_classes, chosen)
+    elif chosen is not None and num_classes is not None:
+        new = _resize_heads(model, num_classes, chosen)
     model.new_keys = new  # type: ignore[assignment]
     return model
 
@@ -127,43 +133,24 @@ def check_timm_name(name: str) -> None:
         raise LoRAError(f"timm has no weights '{tag}' of '{architecture}'{did_you_mean(tag, known)}")
 
 
-def _torchvision_weights(model_name: str, weights: str | None) -> Any:
-    from torchvision import models
-
-    if weights is None:
-        return None
-    known = models.get_model_weights(model_name)
-    name = weights.rpartition(".")[2]
-    if name not in known.__members__:
-        listed = ", ".join(known.__members__) or "none"
-        raise LoRAError(
-            f"torchvision has no weights '{weights}' of '{model_name}'{did_you_mean(name, known.__members__)}"
-            f" (known: {listed})"
-        )
-    return known[name]
-
-
 def _resize_heads(model: nn.Module, num_classes: int, weights: Any) -> list[str]:
     """Replace each last layer, which has an output for each class of the weights, by a new one of the same kind.
 
     Returns:
         The new tensors' names.
     """
-    old = len(weights.meta["categories"])
-    if old == num_classes:
-        return []
-    new = []
-    for name, layer in list(model.named_modules()):
-        replacement: nn.Module
+    old, new = len(weights.meta["categories"]), list[str]()
+    for name, layer in list(model.named_modules()) if old != num_classes else ():
+        head: nn.Module | None = None
+        bias = getattr(layer, "bias", None) is not None
         if isinstance(layer, nn.Linear) and layer.out_features == old:
-            replacement = nn.Linear(layer.in_features, num_classes, bias=layer.bias is not None)
+            head = nn.Linear(layer.in_features, num_classes, bias)
         elif isinstance(layer, nn.Conv2d) and layer.out_channels == old and layer.kernel_size == (1, 1):
-            replacement = nn.Conv2d(layer.in_channels, num_classes, 1, bias=layer.bias is not None)
-        else:
-            continue
-        model.set_submodule(name, replacement)
-        new += [f"{name}.{key}" for key in replacement.state_dict()]
-    if not new:
+            head = nn.Conv2d(layer.in_channels, num_classes, 1, bias=bias)
+        if head is not None:
+            model.set_submodule(name, head)
+            new += [f"{name}.{key}" for key in head.state_dict()]
+    if not new and old != num_classes:
         raise LoRAError(
             f"{type(model).__name__} has no last layer of {old} outputs to be replaced: leave num_classes out"
         )

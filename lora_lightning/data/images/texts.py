@@ -10,13 +10,12 @@ import datasets
 import torch
 from transformers import AutoProcessor
 
-from lora_lightning.backbones.locate import resolve
+from lora_lightning.backbones.tokenizers import load_processor
 from lora_lightning.data.images.rows import PIXELS, Rows
 from lora_lightning.data.images.table import ImageCells
 from lora_lightning.data.io.tables import values_of
 from lora_lightning.data.pairs import groups_of
 from lora_lightning.data.text import tokenize_cut
-from lora_lightning.lora.errors import LoRAError, first_line
 
 
 class ImageTextData(ImageCells):
@@ -64,10 +63,7 @@ class ImageTextData(ImageCells):
     def processor(self) -> Any:
         """The processor, loaded on first use; an export saves it beside the model."""
         if self._processor is None:
-            try:
-                self._processor = AutoProcessor.from_pretrained(resolve(self.processor_name))  # type: ignore[no-untyped-call]
-            except (OSError, ValueError) as error:
-                raise LoRAError(f"no processor '{self.processor_name}': {first_line(error)}") from error
+            self._processor = load_processor(AutoProcessor, self.processor_name)
         return self._processor
 
     @property

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torchvision.transforms import v2
 
-from lora_lightning.lora.errors import LoRAError, first_line
+from lora_lightning.lora.errors import LoRAError
 
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 PIL_FILTERS: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
@@ -171,16 +171,9 @@ def _of_transformers(name: str) -> Preprocessing:
     """The settings of an image processor as far as they are known here, if they then give its pixels."""
     import transformers
 
-    from lora_lightning.backbones.locate import refuse_not_there, resolve
-    from lora_lightning.backbones.tokenizers import quiet
+    from lora_lightning.backbones.tokenizers import load_processor
 
-    path = resolve(name)
-    refuse_not_there("image processor", path)
-    try:
-        with quiet():
-            processor: Any = transformers.AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, ImportError) as error:
-        raise LoRAError(f"'{name}' has no image processor: {first_line(error)}") from error
+    processor = load_processor(transformers.AutoImageProcessor, name, "image processor")
     resize: int | tuple[int, int]
     given = {key: value for key, value in processor.to_dict().items() if value is not None}
     size, crop = given.get("size", _sides((224, 224))), given.get("crop_size")
