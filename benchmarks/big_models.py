@@ -30,7 +30,7 @@ CHILD = """
 import sys, torch
 from pathlib import Path
 from lora_lightning import huggingface
-from lora_lightning.lora.meta.fill import fill_from_files
+from lora_lightning.lora.meta.empty_model import fill_from_files
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

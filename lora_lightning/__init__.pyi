@@ -34,8 +34,8 @@ from lora_lightning.lora.inject import disabled as disabled
 from lora_lightning.lora.inject import inject as inject
 from lora_lightning.lora.inject import remove as remove
 from lora_lightning.lora.merge import merge as merge
-from lora_lightning.lora.meta.build import on_meta as on_meta
-from lora_lightning.lora.meta.fill import fill_from_files as fill_from_files
+from lora_lightning.lora.meta.empty_model import fill_from_files as fill_from_files
+from lora_lightning.lora.meta.empty_model import on_meta as on_meta
 from lora_lightning.tasks.base import StepOutput as StepOutput
 from lora_lightning.tasks.base import Task as Task
 from lora_lightning.tasks.base import image_inputs as image_inputs

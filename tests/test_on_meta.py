@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, huggingface
-from lora_lightning.lora.meta.fill import fill_from_files
-from lora_lightning.lora.meta.inject import inject_anywhere
+from lora_lightning.lora.meta.empty_model import fill_from_files, inject_anywhere
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
 DECODER = {**SIZES, "num_key_value_heads": 1, "max_position_embeddings": 16}

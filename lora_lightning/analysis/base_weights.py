@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lightning.analysis.adapters import Factors
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.formats.peft.resolve import Read
+from lora_lightning.lora.formats.peft.load import Read
 from lora_lightning.lora.frozen.quantization import plain_weight
 from lora_lightning.lora.frozen.spectrum import subtract_init, weight_matrices
 from lora_lightning.lora.frozen.tensors import full_name

@@ -14,14 +14,14 @@ import torch
 
 from lora_lightning.analysis.adapters import OUT, Adapter, Factors
 from lora_lightning.analysis.measures import common_rank
-from lora_lightning.lora.bank.combine import Loss, pad_pair, truncate_pair
+from lora_lightning.lora.bank.combine import Loss, truncate_pair
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import refuse_occupied, write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.keys import PREFIX
 from lora_lightning.lora.formats.peft.save import ranks_and_alphas
 from lora_lightning.lora.formats.tensor_files import file_content
-from lora_lightning.lora.frozen.spectrum import Pair
+from lora_lightning.lora.frozen.spectrum import Pair, pad_pair
 from lora_lightning.lora.init.from_weight import is_from_weight
 
 WHAT, MARK = "a truncated adapter", "truncation.json"
@@ -111,7 +111,7 @@ def _truncate_layer(layer: Factors, rank: int) -> tuple[Pair, Loss]:
         (a, b), loss = truncate_pair(A.double(), B.double(), rank // layer.groups)
         # What was zero stays zero: rounding would let a group of channels see another's.
         a, b = a.masked_fill((A == 0).all(0), 0.0), b.masked_fill((B == 0).all(1, keepdim=True), 0.0)
-        pairs.append(pad_pair((a, b), rank // layer.groups))
+        pairs.append(pad_pair((a, b), rank // layer.groups - len(a)))
         losses.append(loss)
     is_stack = layer.kind == "Parameter" and len(pairs) > 1
     columns = [b for _, b in pairs]

@@ -17,8 +17,7 @@ from lora_lightning.backbones.tokenizers import quiet
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.keys import PREFIX, canonical_keys
 from lora_lightning.lora.formats.peft.load import AdapterFiles
-from lora_lightning.lora.formats.tensor_files import DTYPES
-from lora_lightning.lora.meta.checkpoint import Checkpoint
+from lora_lightning.lora.formats.tensor_files import DTYPES, Checkpoint
 
 CONFIG = "config.json"
 

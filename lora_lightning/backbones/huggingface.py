@@ -16,7 +16,7 @@ from lora_lightning.backbones.meta_device import finish_on_meta, record_files, r
 from lora_lightning.backbones.tokenizers import load_tokenizer, quiet
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 from lora_lightning.lora.frozen.quantization import scheme
-from lora_lightning.lora.meta.build import builds_bare
+from lora_lightning.lora.meta.empty_model import builds_bare
 
 
 def huggingface(

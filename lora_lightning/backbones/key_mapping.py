@@ -24,8 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.tensor_files import DTYPES
-from lora_lightning.lora.meta.checkpoint import Checkpoint
+from lora_lightning.lora.formats.tensor_files import DTYPES, Checkpoint
 from lora_lightning.lora.meta.key_mapping import Group, Tensors, single_group
 
 

@@ -115,10 +115,10 @@ def _tie_equal(model: PreTrainedModel, base: Base) -> None:
 def _same(model: PreTrainedModel, base: Base, target: str, source: str) -> bool:
     """Whether the files hold the same values under both names, in the dtype of the model."""
     dtype, groups = model.get_parameter(target).dtype, (base.of_name[target], base.of_name[source])
+    stored = base.checkpoint.stored
     if all(group.is_alone for group in groups):
-        (target_key,), (source_key,) = groups[0].stored, groups[1].stored
-        pairs = zip(base.checkpoint.blocks(target_key), base.checkpoint.blocks(source_key), strict=True)
-        shapes = [base.checkpoint.stored[key].shape for key in (target_key, source_key)]
-        return shapes[0] == shapes[1] and all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pairs)
-    values = [group.load({key: base.checkpoint.read(key).to(dtype) for key in group.stored}) for group in groups]
+        one, other = (stored[group.stored[0]] for group in groups)
+        pairs = zip(one.blocks(), other.blocks(), strict=True)
+        return one.shape == other.shape and all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pairs)
+    values = [group.load({key: stored[key].read().to(dtype) for key in group.stored}) for group in groups]
     return torch.equal(values[0][target], values[1][source])

@@ -14,7 +14,7 @@ from lora_lightning.backbones.locate import resolve
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
 from lora_lightning.lora.frozen.tensors import refuse_misfits
-from lora_lightning.lora.meta.build import builds_bare
+from lora_lightning.lora.meta.empty_model import builds_bare
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys under which training scripts of timm and torchvision store a state dict."""

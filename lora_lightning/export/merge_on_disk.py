@@ -20,8 +20,8 @@ from lora_lightning.lora.errors import AdapterWarning, LoRAError, first_few
 from lora_lightning.lora.formats.atomic_dir import refuse_occupied, stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_lightning.lora.formats.peft.load import AdapterFiles
+from lora_lightning.lora.formats.tensor_files import INDEX
 from lora_lightning.lora.frozen.dtype import DType, dtype_name, parse_dtype
-from lora_lightning.lora.meta.checkpoint import INDEX
 from lora_lightning.lora.meta.merge_files import StreamedMerge, StreamReport
 from lora_lightning.lora.report import rounding_warning
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_lightning.backbones.tokenizers import quiet
 from lora_lightning.lora.errors import MergeError, first_few
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.lora.formats.tensor_files import DTYPES, read_bytes, read_header, write_tensors
+from lora_lightning.lora.formats.tensor_files import read_header, write_tensors
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 
 WEIGHTS, LABELS = "model.safetensors", "label_names.json"
@@ -116,7 +116,7 @@ def _fill(plain: nn.Module, file: Path) -> nn.Module:
     for tensor in state.values():
         tensor.zero_()  # so that a tensor that the file lacks is noticed
     for key, at in read_header(file)[0].items():
-        state[key].copy_(read_bytes(file, key, at.start, at.size).view(DTYPES[at.dtype]).reshape(at.shape))
+        state[key].copy_(at.read())
     return plain
 
 

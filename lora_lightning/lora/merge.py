@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import MergeError, warn
-from lora_lightning.lora.frozen.dtype import cast, float_dtype, refuse_overflow, widen
+from lora_lightning.lora.frozen.dtype import cast, float_dtype, refuse_overflow
 from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
@@ -57,7 +57,7 @@ def _merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> 
     refuse_merge(model, dequantize=dequantize, dtype=dtype)
     _refuse_infinite_sums(model, dtype)
     if dtype is not None:
-        widen(model, dtype)
+        cast(model, dtype, widen=True)
     report = MergeReport()
     ties, plain_dtype = shared_parameters(model), float_dtype(model)
     folded: dict[int, Any] = {}

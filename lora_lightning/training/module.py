@@ -23,8 +23,7 @@ from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import plain_name
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy
-from lora_lightning.lora.meta.fill import fill_from_files
-from lora_lightning.lora.meta.inject import inject_anywhere
+from lora_lightning.lora.meta.empty_model import fill_from_files, inject_anywhere
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.tasks.positions import refuse_long_rows, refuse_too_long
 from lora_lightning.training.activations.compilation import TrainingForward

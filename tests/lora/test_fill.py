@@ -16,10 +16,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.meta import checkpoint
-from lora_lightning.lora.meta.build import on_meta
-from lora_lightning.lora.meta.fill import fill_from_files
-from lora_lightning.lora.meta.inject import inject_anywhere
+from lora_lightning.lora.formats import tensor_files
+from lora_lightning.lora.meta.empty_model import fill_from_files, inject_anywhere, on_meta
 
 
 class Net(nn.Module):
@@ -77,7 +75,7 @@ def same(got, wanted):
 
 @pytest.mark.parametrize("block", [1, 50, 2**25])
 def test_a_module_of_ones_own_is_filled_from_its_file(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(checkpoint, "BLOCK", block)
+    monkeypatch.setattr(tensor_files, "BLOCK", block)
     wanted = trained_net(with_number)
     got = on_meta(with_number, written(wanted, tmp_path / "own.safetensors"))
     assert all(p.is_meta for p in got.parameters())
@@ -85,7 +83,7 @@ def test_a_module_of_ones_own_is_filled_from_its_file(tmp_path, monkeypatch, blo
     assert torch.equal(got.angles, torch.arange(6.0))
     assert torch.equal(got.norm.running_mean, wanted.norm.running_mean)
     read = []
-    monkeypatch.setattr(checkpoint.Checkpoint, "read_bytes", counting(read))
+    monkeypatch.setattr(tensor_files.Stored, "read_bytes", counting(read))
     assert fill_from_files(got) == 13
     assert max(read) <= max(block, 40), "no more than a block, or a row, is held beside the model"
     same(got, wanted)
@@ -147,7 +145,7 @@ def test_each_process_gets_its_shard_and_reads_no_other(file, monkeypatch, shard
                 inject_anywhere(model, lora)
                 shard(model, size)
             read = []
-            monkeypatch.setattr(checkpoint.Checkpoint, "read_bytes", counting(read))
+            monkeypatch.setattr(tensor_files.Stored, "read_bytes", counting(read))
             fill_from_files(got)
             monkeypatch.undo()
             one, other = dict(got.named_parameters()), dict(wanted.named_parameters())
@@ -163,10 +161,10 @@ def test_each_process_gets_its_shard_and_reads_no_other(file, monkeypatch, shard
 
 
 def counting(read):
-    own = checkpoint.Checkpoint.read_bytes
+    own = tensor_files.Stored.read_bytes
 
-    def read_bytes(self, key, start=0, size=None):
-        found = own(self, key, start, size)
+    def read_bytes(self, start=0, size=None):
+        found = own(self, start, size)
         read.append(found.nbytes)
         return found
 

@@ -14,7 +14,7 @@ from transformers import LlamaModel
 
 from lora_lightning import load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterWarning
-from lora_lightning.lora.formats.peft.config import CHECKS, CONFIG, HARMLESS, WEIGHTS, WITHOUT_COUNTERPART
+from lora_lightning.lora.formats.peft.config import CONFIG, FIELDS, WEIGHTS
 from tests.factories import distance, hf, llama, output
 from tests.lora import directories
 from tests.lora.directories import edit_config, rename
@@ -178,7 +178,7 @@ def test_other_methods_and_settings_without_a_counterpart_are_refused_by_name(tm
         edit_config(tmp_path, peft_type=method)
         refused(tmp_path, rf"\(peft_type LORA\), got '{method}'$")
         assert method == "SOMETHING" or method in set(peft.PeftType)
-    for setting, does in WITHOUT_COUNTERPART.items():
+    for setting, does in ((name, rule) for name, rule in FIELDS.items() if isinstance(rule, str)):
         (tmp_path / CONFIG).write_text(config)
         assert setting in peft.LoraConfig.__dataclass_fields__
         edit_config(tmp_path, **{setting: [[0, 1]] if setting != "use_qalora" else True})
@@ -191,8 +191,8 @@ def test_other_methods_and_settings_without_a_counterpart_are_refused_by_name(tm
 
 def test_every_field_of_pefts_is_known_and_others_are_announced(tmp_path):
     of_peft(tmp_path)
-    assert set(peft.LoraConfig.__dataclass_fields__) <= {*HARMLESS, *CHECKS, *WITHOUT_COUNTERPART}
-    edit_config(tmp_path, **dict.fromkeys(HARMLESS - {"peft_type", "init_lora_weights"}, 1))
+    assert set(peft.LoraConfig.__dataclass_fields__) <= {*FIELDS}
+    edit_config(tmp_path, **{name: 1 for name, rule in FIELDS.items() if rule is None and name != "peft_type"})
     with pytest.warns(AdapterWarning) as said:
         load_adapter(build(), tmp_path)
     assert not [warning for warning in said if "unknown" in str(warning.message)]

@@ -6,7 +6,7 @@ tensors (`detached.py`), so that two adapters may differ in everything: rank, ta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +17,11 @@ from torch import nn
 from lora_lightning.lora.bank.combine import (
     Combination,
     check_request,
-    combine_layers,
+    combine_adapters,
     config_of,
     fill,
+    read_adapter,
     report,
-    saved_tensors,
 )
 from lora_lightning.lora.bank.detached import (
     Share,
@@ -36,8 +36,8 @@ from lora_lightning.lora.bank.mixed_batch import Batch, mixed_batch
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.load import load_adapter
 from lora_lightning.lora.formats.peft.save import save_adapter
+from lora_lightning.lora.frozen.fingerprint import base_versions, refuse_moved
 from lora_lightning.lora.frozen.quantization import hold_packing
-from lora_lightning.lora.frozen.version_check import base_versions, refuse_moved
 from lora_lightning.lora.inject import disabled, inject
 from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.report import InjectionReport
@@ -122,18 +122,11 @@ class AdapterBank:
         """Write an adapter as `save_adapter` does, with the same options. The active adapter stays active."""
         self._find(name)
         with self._plain_model("save"):
-            refuse_replaced(self.model, self._held[name])
-            put_in(self.model, self._held[name])
-            try:
-                return save_adapter(
-                    self.model,
-                    directory,
-                    base_model_name_or_path=base_model_name_or_path,
-                    task_type=task_type,
-                    serving=serving,
-                )
-            finally:
-                self._held[name] = take_out(self.model, self.device)
+            self._switch(name)
+            named = base_model_name_or_path
+            return save_adapter(
+                self.model, directory, base_model_name_or_path=named, task_type=task_type, serving=serving
+            )
 
     def add(self, name: str) -> None:
         """Add the adapter that the model has now, which becomes the active one.
@@ -171,12 +164,8 @@ class AdapterBank:
         """Within the block the model computes as the plain base."""
         self._refuse_within("disabled")
         self._check_model()
-        self._within = "disabled"
-        try:
-            with disabled(self.model):
-                yield
-        finally:
-            self._within = None
+        with self._block("disabled"), disabled(self.model):
+            yield
 
     @contextmanager
     def rows(self, names: Sequence[str | None], *, repeats: int = 1) -> Iterator[None]:
@@ -197,20 +186,19 @@ class AdapterBank:
             raise LoRAError(f"rows must name an adapter or None for every row of the batch, got {names!r}")
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise LoRAError(f"repeats must be a whole number of at least 1, got {repeats!r}")
-        self._refuse_within("rows")
-        for name in names:
-            if name is not None:
-                self._find(name)
-        batch = Batch(list(names), repeats, self._batch_first)
         several = len(set(names)) > 1  # else the one adapter is activated for all rows
-        with self._sources("rows", [name for name in names if several and name is not None]) as sources:
+        sources = {name: self._find(name) for name in names if name is not None}
+        sources = sources if several else {}
+        with self._plain_model("rows"):
             self._switch(None if several else names[0])
-            self._within = "rows"
             try:
-                with mixed_batch(self.model, sources, batch):
+                for held in sources.values():
+                    to_modules(held)
+                with self._block("rows"), mixed_batch(self.model, sources, Batch(names, repeats, self._batch_first)):
                     yield
             finally:
-                self._within = None
+                for held in sources.values():
+                    to_device(held, self.device)
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the bank; if it was active, the model is the plain base."""
@@ -243,12 +231,16 @@ class AdapterBank:
         """
         self._refuse_taken(name)
         check_request(weights, self.names, method, rank, removed)
-        with self._sources("combine", weights) as sources:
-            combined = combine_layers(sources, weights, rank)
-            saved = saved_tensors(sources, combined)
-            inject(self.model, config_of(combined, list(saved)), run_init=False, any_rank=True)
+        with self._plain_model("combine"):
+            sources = {}
+            for source in weights:
+                self._switch(source)
+                sources[source] = read_adapter(source, self.model)
+            self._switch(None)
+            combined = combine_adapters(sources, weights, rank)
+            inject(self.model, config_of(combined), run_init=False, any_rank=True)
             try:
-                fill(self.model, combined, saved)
+                fill(self.model, combined)
             finally:
                 held = take_out(self.model, self.device)
             self._held[name] = held
@@ -279,17 +271,13 @@ class AdapterBank:
             self._switch(before)
 
     @contextmanager
-    def _sources(self, what: str, names: Iterable[str]) -> Iterator[dict[str, list[Share]]]:
-        """Within the block the model is plain, and these adapters are on its device."""
-        with self._plain_model(what):
-            sources = {name: self._held[name] for name in names}
-            for held in sources.values():
-                to_modules(held)
-            try:
-                yield sources
-            finally:
-                for held in sources.values():
-                    to_device(held, self.device)
+    def _block(self, what: str) -> Iterator[None]:
+        """Within the block the bank refuses what changes the model."""
+        self._within = what
+        try:
+            yield
+        finally:
+            self._within = None
 
     def _switch(self, name: str | None) -> None:
         self._check_model()

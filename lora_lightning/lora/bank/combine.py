@@ -7,24 +7,20 @@ part of a fused projection, a group of a convolution's channels, an expert of a 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lora_lightning.lora.bank.detached import Share, adapted_twins
-from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.config import LayerSettings, LoRAConfig
 from lora_lightning.lora.errors import ConfigError, LoRAError, did_you_mean
-from lora_lightning.lora.formats.peft.load import load_tensors
-from lora_lightning.lora.formats.peft.resolve import exact_pattern
-from lora_lightning.lora.frozen.spectrum import Pair, spectrum, subtract_init
+from lora_lightning.lora.formats.peft.load import exact_config, load_tensors
+from lora_lightning.lora.frozen.spectrum import Pair, pad_pair, spectrum, subtract_init
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.layers import AdaptedLayer, LoRAParameter, SavedCopy
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import AdaptedLayer, SavedCopy
 from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.lora.layers.trained.module_copy import COPY
@@ -54,22 +50,35 @@ class Combination:
     """The same over all modules together."""
 
 
-@dataclass
-class CombinedLayer:
-    """One layer of the combination."""
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer of an adapter, or of a combination.
+
+    Its update is the products `B A` of `blocks`, with s in B, or of the one in `whole`, for adapters that disagree
+    about the parts of a fused projection.
+    """
 
     name: str
-    like: AdaptedLayer
-    """The first adapter's layer, for its kind and shapes."""
-    whole: bool
-    """Whether parts of a fused projection are one block, since the adapters disagree about them."""
-    pairs: list[Pair]
-    loss: Loss
+    settings: LayerSettings
+    groups: int
+    """Of a convolution's channels; 1 for other kinds."""
+    weights: int
+    """The number of weights that it adapts."""
+    blocks: list[Pair]
+    whole: list[Pair]
+    loss: Loss = (0.0, 0.0)
 
     @property
     def rank(self) -> int:
         """The layer's r; with groups, the sum over the groups."""
-        return int(self.pairs[0][0].shape[0]) * _groups(self.like)
+        return int(self.blocks[0][0].shape[0]) * self.groups
+
+
+class Source(NamedTuple):
+    """An adapter that is combined, or the combination: layers, and copies of `modules_to_save`, by their paths."""
+
+    layers: dict[str, Layer]
+    heads: dict[str, dict[str, Tensor]]
 
 
 def check_request(
@@ -104,40 +113,64 @@ def check_request(
             raise ConfigError(f"the weight of '{name}' must be a finite number, got {weight!r}")
 
 
-def combine_layers(
-    sources: Mapping[str, list[Share]], weights: Mapping[str, float], rank: int | None
-) -> dict[str, CombinedLayer]:
-    """Every layer of the weighted sum by its path, at `rank` or the sum of the ranks; a LoRAError where it has none."""
-    for name, held in sources.items():
-        _refuse(name, held)
-    layers = {name: adapted_twins(held) for name, held in sources.items()}
-    paths = list(dict.fromkeys(path for adapted in layers.values() for path in adapted))
+def read_adapter(name: str, model: nn.Module) -> Source:
+    """The adapter in `model`; a LoRAError where it trains what is no term of a sum."""
+    reasons = {
+        "lora_magnitude_vector": "has DoRA's magnitudes, which rescale W0 and are no term of a sum",
+        "lora_B_bias": "has a bias of B, which is no part of the weight's update",
+        "lora_trained_bias": "has a trained bias, which is no part of the weight's update",
+        "lora_tokens": "has trained token rows, which replace rows of W0",
+    }
+    for path, module in grafted_modules(model):
+        if refused := next((tensor for tensor in module.lora_tensors() if tensor in reasons), None):
+            raise LoRAError(f"cannot combine '{name}': its '{path}' {reasons[refused]}: leave it out")
+    heads = {path: module.lora_copy.state_dict() for path, module in grafted_modules(model, SavedCopy)}
+    return Source(layers={path: _read_layer(path, layer) for path, layer in adapted_layers(model)}, heads=heads)
+
+
+def _read_layer(path: str, layer: AdaptedLayer) -> Layer:
+    def scale(first: Pair, *more: Pair) -> list[Pair]:
+        # A subtracted init is a part of A and B; only layers of one block have one.
+        pairs = [subtract_init(first, layer.lora_A0, layer.lora_B0), *more]
+        return [(A.detach().to(dtype), B.detach().to(dtype) * settings.scale) for A, B in pairs]
+
+    settings, dtype, tensors = layer.lora_settings, wide_dtype(layer.lora_A), layer.to_peft()
+    blocks, groups = scale(*layer.factor_pairs()), layer.groups if isinstance(layer, CONVS) else 1
+    whole = scale((tensors["lora_A"], tensors["lora_B"])) if settings.slices else blocks
+    weights, name = len(layer.adapted_parameters(layer.lora_owner, settings)), layer.lora_name(path)
+    return Layer(name=name, settings=settings, groups=groups, weights=weights, blocks=blocks, whole=whole)
+
+
+def combine_adapters(sources: Mapping[str, Source], weights: Mapping[str, float], rank: int | None) -> Source:
+    """The weighted sum, at `rank` or the sum of the ranks; a LoRAError where there is none."""
+    paths = list(dict.fromkeys(path for source in sources.values() for path in source.layers))
     if not paths:
         raise LoRAError(f"nothing to combine: none of {', '.join(sources)} adapts a layer by A and B")
-    combined = {}
+    layers = {}
     for path in paths:
-        adapted = {name: by_path[path] for name, by_path in layers.items() if path in by_path}
-        combined[path] = _combine_layer(path, list(adapted.values()), [weights[name] for name in adapted], rank)
-    return combined
+        terms = {name: source.layers[path] for name, source in sources.items() if path in source.layers}
+        layers[path] = _combine_layer(list(terms.values()), [weights[name] for name in terms], rank)
+    return Source(layers=layers, heads=_common_heads(sources, layers))
 
 
-def _combine_layer(path: str, layers: list[AdaptedLayer], weights: Sequence[float], rank: int | None) -> CombinedLayer:
-    like, name = layers[0], layers[0].lora_name(path)
-    whole = len({layer.lora_settings.slices for layer in layers}) > 1
-    if whole and len(like.adapted_parameters(like.lora_owner, like.lora_settings)) > 1:
-        raise LoRAError(f"'{name}' holds its parts apart, and the adapters take different ones: no common form")
-    groups = _groups(like)
-    if rank is not None and rank % groups:
-        raise LoRAError(f"rank={rank} is no multiple of the {groups} groups of the convolution '{name}'")
+def _combine_layer(terms: list[Layer], weights: Sequence[float], rank: int | None) -> Layer:
+    first = terms[0]
+    is_whole = len({term.settings.slices for term in terms}) > 1
+    if is_whole and first.weights > 1:
+        raise LoRAError(f"'{first.name}' holds its parts apart, and the adapters take different ones: no common form")
+    if rank is not None and rank % first.groups:
+        raise LoRAError(f"rank={rank} is no multiple of the {first.groups} groups of the convolution '{first.name}'")
     pairs, lost, wanted = [], 0.0, 0.0
-    for block in zip(*(_scaled_blocks(layer, whole=whole) for layer in layers), strict=True):
+    for block in zip(*(term.whole if is_whole else term.blocks for term in terms), strict=True):
         A, B = torch.cat([A for A, _ in block]), torch.cat([B * w for (_, B), w in zip(block, weights, strict=True)], 1)
         if rank is not None:
-            (A, B), loss = truncate_pair(A, B, rank // groups)
+            (A, B), loss = truncate_pair(A, B, rank // first.groups)
             lost, wanted = lost + loss[0], wanted + loss[1]
         pairs.append((A, B))
-    most = max(A.shape[0] for A, _ in pairs)
-    return CombinedLayer(name, like, whole, [pad_pair(pair, most) for pair in pairs], (lost, wanted))
+    most = max(len(A) for A, _ in pairs)
+    settings = replace(first.settings, slices=None) if is_whole else first.settings
+    blocks = [pad_pair((A, B), most - len(A)) for A, B in pairs]
+    return replace(first, settings=settings, blocks=blocks, loss=(lost, wanted))
 
 
 def truncate_pair(A: Tensor, B: Tensor, rank: int) -> tuple[Pair, Loss]:
@@ -145,106 +178,64 @@ def truncate_pair(A: Tensor, B: Tensor, rank: int) -> tuple[Pair, Loss]:
     svd = spectrum(A, B)
     root, squares = svd.S[:rank].sqrt(), svd.S.square()
     pair = ((svd.V[:, :rank] * root).mT.to(A), (svd.U[:, :rank] * root).to(B))
-    return pad_pair(pair, min(rank, len(A))), (float(squares[rank:].sum()), float(squares.sum()))
+    return pad_pair(pair, min(rank, len(A)) - len(pair[0])), (float(squares[rank:].sum()), float(squares.sum()))
 
 
-def pad_pair(pair: Pair, rank: int) -> Pair:
-    """The same update, with zeros in A and B up to `rank`."""
-    more = rank - pair[0].shape[0]
-    return (F.pad(pair[0], (0, 0, 0, more)), F.pad(pair[1], (0, more))) if more else pair
-
-
-def _scaled_blocks(layer: AdaptedLayer, *, whole: bool) -> list[Pair]:
-    """The layer's update as the products `B A` of its blocks, with s in B; a subtracted init is a part of A and B."""
-    scale, dtype = layer.lora_settings.scale, wide_dtype(layer.lora_A)
-    tensors = layer.to_peft() if whole else {}
-    first, *more = [(tensors["lora_A"], tensors["lora_B"])] if whole else layer.factor_pairs()
-    pairs = [subtract_init(first, layer.lora_A0, layer.lora_B0), *more]  # only layers of one block subtract an init
-    return [(A.detach().to(dtype), B.detach().to(dtype) * scale) for A, B in pairs]
-
-
-def _groups(layer: AdaptedLayer) -> int:
-    return layer.groups if isinstance(layer, CONVS) else 1
-
-
-def _refuse(name: str, held: list[Share]) -> None:
-    reasons = {
-        "lora_magnitude_vector": "has DoRA's magnitudes, which rescale W0 and are no term of a sum",
-        "lora_B_bias": "has a bias of B, which is no part of the weight's update",
-        "lora_trained_bias": "has a trained bias, which is no part of the weight's update",
-        "lora_tokens": "has trained token rows, which replace rows of W0",
-    }
-    for share in held:
-        for tensor, reason in reasons.items():
-            if share.stores["_parameters"].get(tensor) is not None:
-                raise LoRAError(f"cannot combine '{name}': its '{share.path}' {reason}: leave it out")
-
-
-def saved_tensors(
-    sources: Mapping[str, list[Share]], combined: Mapping[str, CombinedLayer]
-) -> dict[str, dict[str, Tensor]]:
-    """The copies of `modules_to_save`, by the module's name.
-
-    Raises:
-        LoRAError: two adapters have different values for one module, or one adapts inside what another saved.
-    """
-    saved: dict[str, tuple[str, dict[str, Tensor]]] = {}
-    for name, held in sources.items():
-        for share in held:
-            if not issubclass(share.grafted, SavedCopy):
-                continue
-            copy: nn.Module = share.stores["_modules"][COPY]
-            state = {key: tensor.detach() for key, tensor in copy.state_dict().items()}
-            other, there = saved.setdefault(share.path, (name, state))
+def _common_heads(sources: Mapping[str, Source], layers: Mapping[str, Layer]) -> dict[str, dict[str, Tensor]]:
+    """The copies of `modules_to_save`; a LoRAError where adapters have different ones, or adapt inside one."""
+    heads: dict[str, tuple[str, dict[str, Tensor]]] = {}
+    for name, source in sources.items():
+        for path, state in source.heads.items():
+            other, there = heads.setdefault(path, (name, state))
             if any(not torch.equal(tensor, there[key]) for key, tensor in state.items()):
                 raise LoRAError(
-                    f"'{other}' and '{name}' both saved '{share.path}' in full, with different values, and a head has"
-                    f" no update to add: combine adapters that share it, or save them without it"
+                    f"'{other}' and '{name}' both saved '{path}' in full, with different values, and a head has no"
+                    f" update to add: combine adapters that share it, or save them without it"
                 )
-    for path, (name, _) in saved.items():
-        adapted = [layer.name for layer in combined.values() if f"{layer.name}.".startswith(f"{path}.")]
-        if adapted:
+    for path, (name, _) in heads.items():
+        if adapted := [layer.name for layer in layers.values() if f"{layer.name}.".startswith(f"{path}.")]:
             raise LoRAError(
                 f"'{name}' saved '{path}' in full, and another adapts '{adapted[0]}' by A and B: combine adapters that"
                 f" train it in one way"
             )
-    return {path: state for path, (_, state) in saved.items()}
+    return {path: state for path, (_, state) in heads.items()}
 
 
-def config_of(combined: Mapping[str, CombinedLayer], saved: list[str]) -> LoRAConfig:
+def config_of(combined: Source) -> LoRAConfig:
     """The config that injects these layers with their ranks and a scale of 1."""
-    ranks = {exact_pattern(layer.name): layer.rank for layer in combined.values()}
-    bare = [layer.name for layer in combined.values() if isinstance(layer.like, LoRAParameter)]
-    modules = [layer.name for layer in combined.values() if layer.name not in bare]
-    specs = {layer.name: layer.like.lora_settings.slices for layer in combined.values() if not layer.whole}
-    return LoRAConfig(
-        target_modules=f"(?:{'|'.join(map(re.escape, modules))})" if modules else [],
-        target_parameters=bare or None,
-        modules_to_save=saved or None,
-        slices={exact_pattern(name): spec.to_spec() for name, spec in specs.items() if spec},
-        rank_pattern=ranks,
-        alpha_pattern={pattern: float(rank) for pattern, rank in ranks.items()},
+    layers = combined.layers.values()
+    ranks = {layer.name: layer.rank for layer in layers}
+    return exact_config(
+        ranks,
+        {name: float(rank) for name, rank in ranks.items()},
+        {layer.name: layer.settings.slices.to_spec() for layer in layers if layer.settings.slices},
+        target_parameters=[layer.name for layer in layers if layer.settings.parameter] or None,
+        modules_to_save=[*combined.heads] or None,
     )
 
 
 @torch.no_grad()
-def fill(model: nn.Module, combined: Mapping[str, CombinedLayer], saved: Mapping[str, dict[str, Tensor]]) -> None:
+def fill(model: nn.Module, combined: Source) -> None:
     """Write the combination into the model that was injected for it."""
     for path, layer in adapted_layers(model):
-        for (A, B), (layer_a, layer_b) in zip(combined[path].pairs, layer.factor_pairs(), strict=True):
+        for (A, B), (layer_a, layer_b) in zip(combined.layers[path].blocks, layer.factor_pairs(), strict=True):
             layer_a.copy_(A)
             layer_b.copy_(B)
-    copies = {f"{path}.{COPY}.{key}": tensor for path, state in saved.items() for key, tensor in state.items()}
-    load_tensors(model, {**adapter_tensors(model), **copies})
+    heads = {f"{path}.{COPY}.{key}": tensor for path, state in combined.heads.items() for key, tensor in state.items()}
+    load_tensors(model, {**adapter_tensors(model), **heads})
 
 
-def report(combined: Mapping[str, CombinedLayer], method: str) -> Combination:
+def report(combined: Source, method: str) -> Combination:
     """The error of each layer, and of all together."""
 
-    def error(*layers: CombinedLayer) -> float:
+    def error(*layers: Layer) -> float:
         lost, wanted = (sum(layer.loss[i] for layer in layers) for i in (0, 1))
         return math.sqrt(lost / wanted) if wanted else 0.0
 
-    errors = {layer.name: error(layer) for layer in combined.values()}
-    ranks = {layer.name: layer.rank for layer in combined.values()}
-    return Combination(method=method, errors=errors, ranks=ranks, error=error(*combined.values()))
+    layers = {layer.name: layer for layer in combined.layers.values()}
+    return Combination(
+        method=method,
+        errors={name: error(layer) for name, layer in layers.items()},
+        ranks={name: layer.rank for name, layer in layers.items()},
+        error=error(*layers.values()),
+    )

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.quantization import hold_packing
-from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.inject import grafted_modules, guard_saving
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter, class_swap
+from lora_lightning.lora.layers import class_swap
 from lora_lightning.lora.layers.parameter import CHILD
 from lora_lightning.lora.layers.trained.module_copy import COPY
 
@@ -84,21 +83,18 @@ def twin_of(module: nn.Module, share: Share | None) -> Any:
     return twin
 
 
-def adapted_twins(held: list[Share]) -> dict[str, AdaptedLayer]:
-    """The adapted layers by their paths in the adapted model, as twins of the modules of a plain model."""
-    layers: dict[str, AdaptedLayer] = {}
-    for share in held:
-        children = share.stores["_modules"].items()  # the adapters of bare parameters among them
-        layers |= {full_name(share.path, name): child for name, child in children if isinstance(child, LoRAParameter)}
-        if issubclass(share.grafted, AdaptedLayer):
-            layers[share.path] = twin_of(share.module, share)
-    return layers
-
-
 def find_adapter(model: nn.Module) -> list[Share]:
     """The adapter that `model` has, which stays in place, as one share for each module that it changes."""
-    modules = grafted_modules(model)
-    return [_share(path, module) for path, module in modules if not _is_adapter_part(path)]
+    shares = []
+    for path, module in grafted_modules(model):
+        if any(part == COPY or part.startswith(CHILD) for part in path.split(".")):
+            continue  # it is inside the adapter, and belongs to the share of the module that holds it
+        stores = {
+            store: {name: entry for name, entry in getattr(module, store).items() if name.startswith("lora_")}
+            for store in (*STORES, "__dict__")
+        }
+        shares.append(Share(path, module, class_swap.own_class(type(module)), type(module), stores))
+    return shares
 
 
 def take_out(model: nn.Module, device: torch.device | None = None) -> list[Share]:
@@ -154,16 +150,3 @@ def refuse_replaced(model: nn.Module, held: list[Share]) -> None:
             raise AdapterError(
                 f"'{share.path}' is not the module that the adapter belongs to: it was replaced since; make a new bank"
             )
-
-
-def _share(path: str, module: Grafted) -> Share:
-    stores = {
-        store: {name: entry for name, entry in getattr(module, store).items() if name.startswith("lora_")}
-        for store in (*STORES, "__dict__")
-    }
-    return Share(path, module, class_swap.own_class(type(module)), type(module), stores)
-
-
-def _is_adapter_part(path: str) -> bool:
-    """Whether this module is inside the adapter, and so belongs to the share of the module that holds it."""
-    return any(part == COPY or part.startswith(CHILD) for part in path.split("."))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import glob
 import os
 import platform
@@ -28,7 +27,7 @@ RUST = re.compile(r"os error (\d+)")
 def write_bytes(path: Path, content: Content) -> None:
     """Write a file: a reader sees the old one or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with write_aside(path, functools.partial(_write_pieces, content)) as part:
+    with write_aside(path, _writer(content)) as part:
         part.replace(path)
 
 
@@ -51,8 +50,7 @@ def write_together(directory: Path, files: Mapping[str, Content]) -> None:
         for path in paths:
             clear_leftovers(path)
         with contextlib.ExitStack() as stack:
-            writers = {path: functools.partial(_write_pieces, content) for path, content in paths.items()}
-            _exchange({path: stack.enter_context(write_aside(path, write)) for path, write in writers.items()})
+            _exchange({path: stack.enter_context(write_aside(path, _writer(each))) for path, each in paths.items()})
     except OSError as error:
         if is_new:
             with contextlib.suppress(OSError):
@@ -77,8 +75,8 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Pat
         part.unlink(missing_ok=True)
 
 
-def _write_pieces(content: Content, file: BinaryIO) -> None:
-    file.writelines([content] if isinstance(content, bytes) else content)
+def _writer(content: Content) -> Callable[[BinaryIO], None]:
+    return lambda file: file.writelines([content] if isinstance(content, bytes) else content)
 
 
 def _exchange(new: Mapping[Path, Path]) -> None:
@@ -121,16 +119,14 @@ def stage_folder(target: Path, needed: int) -> Iterator[Path]:
     Raises:
         LoRAError: too little space, before the first byte or in the middle.
     """
-    target = target.absolute()
-    if target.is_symlink():
-        target = target.resolve()
+    target = target.resolve() if target.is_symlink() else target.absolute()
     if os.path.ismount(target):
         raise LoRAError(
             f"'{target}' is a mount point, which cannot be replaced: name a folder in it ('{target}/export')"
         )
     clear_leftovers(target)
-    free, disk = _free_space(target)
-    if free < needed:
+    disk = next(path for path in (target, *target.parents) if path.exists())
+    if (free := shutil.disk_usage(disk).free) < needed:
         raise LoRAError(
             f"'{target}' needs about {human_size(needed)} and '{disk}' has {human_size(free)} free: free some, or name"
             " another --output_dir; nothing was written"
@@ -143,8 +139,8 @@ def stage_folder(target: Path, needed: int) -> Iterator[Path]:
         _sync(aside)
         _exchange({target: aside})
     except Exception as error:
-        if (cure := _disk_advice(error, target, needed)) is not None:
-            raise LoRAError(cure) from error
+        if advice := _disk_advice(error, target, f"{human_size(needed)} are needed, {human_size(free)} were free"):
+            raise LoRAError(advice) from error
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -198,32 +194,25 @@ def _host() -> str:
 
 def _runs(pid: int) -> bool:
     """Whether another process with this number runs."""
-    if pid == os.getpid():
-        return False
     if sys.platform == "win32":  # where `os.kill` would end it
-        return True
+        return pid != os.getpid()
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
         return True
-    return True
+    return pid != os.getpid()
 
 
-def _free_space(target: Path) -> tuple[int, Path]:
-    disk = next(path for path in (target, *target.parents) if path.exists())
-    return shutil.disk_usage(disk).free, disk
-
-
-def _disk_advice(error: Exception, target: Path, needed: int) -> str | None:
+def _disk_advice(error: Exception, target: Path, sizes: str) -> str | None:
     """The message for a disk's error while writing `target`; None for any other error."""
     match = RUST.search(str(error))
     number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
     if number in (errno.ENOSPC, errno.EDQUOT):
-        sizes = f"{human_size(needed)} are needed, {human_size(_free_space(target)[0])} are free now"
-        cure = "nothing was written; free some, or name another --output_dir"
-        return f"no space was left for '{target}' ({sizes}): {cure}"
+        return (
+            f"no space was left for '{target}' ({sizes}): nothing was written; free some, or name another --output_dir"
+        )
     if number == errno.EFBIG:
         cure = "nothing was written; raise it (ulimit -f), or split the weights by --max_shard_size"
         return f"a file in '{target}' would be beyond this process's limit on file sizes: {cure}"

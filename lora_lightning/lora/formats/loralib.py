@@ -7,18 +7,18 @@ numbers in another arrangement. Shapes: r the rank, V rows of an embedding of wi
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.config import Bias, LoRAConfig
+from lora_lightning.lora.config import Bias
 from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few
-from lora_lightning.lora.formats.peft.load import inject_and_fill, refuse_meta, refuse_not_finite
-from lora_lightning.lora.formats.peft.resolve import exact_pattern
+from lora_lightning.lora.formats.peft.load import exact_config, inject_and_fill, refuse_meta, refuse_not_finite
 from lora_lightning.lora.formats.provenance import warn_of_no_fingerprint, warn_of_other_base
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
 from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module, named_modules, plain_state
@@ -64,24 +64,19 @@ def load_loralib(
         raise AdapterError("enable_lora is one list for every MergedLinear, such as [True, False, True], got names")
     tensors = _read(Path(path), model)
     factors = _find_factors(tensors, model, r, enable_lora)
+    rest = {key: tensor for key, tensor in tensors.items() if not key.endswith((".lora_A", ".lora_B"))}
+    for name in (name for name, pair in factors.items() if pair.is_conv):  # which hold the plain one as `conv`
+        rest = {re.sub(rf"^{re.escape(name)}\.conv\.", f"{name}.", key): tensor for key, tensor in rest.items()}
     saved = modules_to_save or []
-    # loralib's convolutions hold the plain one as `conv`.
-    inner = {f"{name}.conv.": f"{name}." for name, pair in factors.items() if pair.A.dim() == 4}
-    renamed = {next((inner[p] + k.removeprefix(p) for p in inner if k.startswith(p)), k): t for k, t in tensors.items()}
-    rest = {key: tensor for key, tensor in renamed.items() if not key.endswith((".lora_A", ".lora_B"))}
     bias = _check_rest(rest, factors, saved, model, allow_other_base=allow_other_base)
-    larger = {name: pair.r for name, pair in factors.items() if pair.r != r}
     return inject_and_fill(
         model,
         f"the checkpoint {path}",
-        lambda: LoRAConfig(
-            r=r,
-            alpha=float(alpha),
+        lambda: exact_config(
+            {name: pair.r for name, pair in factors.items()},
+            {name: float(alpha) * pair.r / r for name, pair in factors.items()},
+            {name: pair.slices for name, pair in factors.items() if pair.slices is not None},
             dropout=dropout,
-            target_modules="|".join(exact_pattern(name) for name in factors),
-            slices={exact_pattern(name): pair.slices for name, pair in factors.items() if pair.slices is not None},
-            rank_pattern={exact_pattern(name): rank for name, rank in larger.items()},
-            alpha_pattern={exact_pattern(name): float(alpha) * rank / r for name, rank in larger.items()},
             modules_to_save=saved or None,
             bias=bias,
         ),
@@ -104,8 +99,7 @@ def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-@dataclass(frozen=True, kw_only=True)
-class Factors:
+class Factors(NamedTuple):
     """A and B of one module in our layer's layout."""
 
     A: Tensor
@@ -113,6 +107,10 @@ class Factors:
     r: int
     slices: dict[str, Any] | None = None
     """The adapted parts of a `MergedLinear`."""
+
+    @property
+    def is_conv(self) -> bool:
+        return self.A.dim() == 4
 
 
 def _find_factors(
@@ -141,7 +139,7 @@ def _factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int, enabled
             raise AdapterError(
                 f"'{name}' has max_norm, under which loralib rewrites A as it looks rows up: no form here"
             )
-        return Factors(A=A, B=B, r=r)
+        return Factors(A, B, r)
     kind = kind_of(module)
     if kind is None or not kind.linear_like:
         raise AdapterError(f"'{name}', a {type(module).__name__}, is of no kind that loralib adapts")
@@ -159,10 +157,9 @@ def _linear_factors(
     (out, width), rows, count = shape, B.shape[0], max(A.shape[0] // r, 1)
     _expect(name, A, B, (count * r, width), (rows, r), r)
     if count == 1 and rows == out:
-        return Factors(A=A, B=B, r=r)
-    each = rows // count
-    total = out // each if each else 0
-    if each * count != rows or each * total != out or count > total:
+        return Factors(A, B, r)
+    total = out * count // rows if rows else 0
+    if rows * total != out * count or rows % count or count > total:
         raise AdapterError(f"'{name}': lora_B of {rows} rows fits no {count} equal parts of {out} outputs")
     if enabled is None and count != total:
         example = [True] * (count - 1) + [False] * (total - count) + [True]
@@ -171,11 +168,10 @@ def _linear_factors(
             f" enable_lora as the layer had it, such as {example} for the first and the last"
         )
     flags = list(enabled) if enabled is not None else [True] * total
-    names = ["q", "k", "v"] if total == 3 else [f"part{i}" for i in range(total)]
     if len(flags) != total or sum(map(bool, flags)) != count:
         raise AdapterError(f"enable_lora: '{name}' has {count} of {total} parts adapted by its shapes, got {flags}")
-    taken = [part for part, flag in zip(names, flags, strict=True) if flag]
-    return Factors(A=A, B=B, r=r, slices={"of": names, "take": taken})
+    parts = ["q", "k", "v"] if total == 3 else [f"part{i}" for i in range(total)]
+    return Factors(A, B, r, {"of": parts, "take": list(itertools.compress(parts, flags))})
 
 
 def _conv_factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int) -> Factors:
@@ -196,7 +192,7 @@ def _conv_factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int) ->
     placed = A.new_zeros(k, r * k, k, width * k)
     segments = torch.arange(k)
     placed[segments, :, segments] = A
-    return Factors(A=placed.reshape(-1, width, k, k), B=B.reshape(out, r * k * k, 1, 1), r=r * k * k)
+    return Factors(placed.reshape(-1, width, k, k), B.reshape(out, r * k * k, 1, 1), r * k * k)
 
 
 def _expect(
@@ -247,21 +243,15 @@ def _check_rest(
 
 
 def _our_tensors(model: nn.Module, factors: Mapping[str, Factors], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ours, missing = dict[str, Tensor](), list[str]()
-    convs = {name for name, pair in factors.items() if pair.A.dim() == 4}  # loralib's `lora_only` leaves theirs frozen
-    for name, pair in factors.items():
-        ours |= {f"{name}.lora_A": pair.A, f"{name}.lora_B": pair.B}
-    for key, tensor in adapter_tensors(model).items():
-        theirs = key.replace(".lora_copy.", ".").replace(".lora_trained_bias", ".bias")
-        if key not in ours and theirs in rest:
-            ours[key] = rest[theirs]
-        elif theirs.removesuffix(".bias") in convs:
-            ours[key] = tensor
-        elif key not in ours:
-            missing.append(theirs)
-    if missing:
+    ours = {f"{name}.lora_A": pair.A for name, pair in factors.items()}
+    ours |= {f"{name}.lora_B": pair.B for name, pair in factors.items()}
+    others = {key: tensor for key, tensor in adapter_tensors(model).items() if key not in ours}
+    theirs = {key: key.replace(".lora_copy.", ".").replace(".lora_trained_bias", ".bias") for key in others}
+    # loralib's `lora_only` leaves the biases of convolutions frozen.
+    frozen = {f"{name}.bias" for name, pair in factors.items() if pair.is_conv}
+    if missing := [key for key in theirs.values() if key not in rest and key not in frozen]:
         raise AdapterError(f"the checkpoint lacks {len(missing)} tensors: {first_few(missing, 10)}")
-    return ours
+    return ours | {key: rest.get(theirs[key], tensor) for key, tensor in others.items()}
 
 
 def _is_within(key: str, name: str) -> bool:

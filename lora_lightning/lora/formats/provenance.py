@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, ConfigError, first_few, warn
-from lora_lightning.lora.formats.peft.config import CONFIG, HARMLESS, WEIGHTS, shorten
+from lora_lightning.lora.formats.peft.config import CONFIG, FIELDS, WEIGHTS, shorten
 from lora_lightning.lora.formats.peft.layout import LayerLayout
 from lora_lightning.lora.frozen.fingerprint import FORMAT, Fingerprint, fingerprint, fingerprint_of_tensors
 from lora_lightning.lora.frozen.tensors import base_tensors
@@ -25,7 +25,7 @@ PROVENANCE, CHECKSUM = "lora_lightning", "lora_lightning_sha256"
 WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")
 """The parts that `torch.compile` and `DataParallel` add to names."""
 
-FREE = HARMLESS - {"ensure_weight_tying"}
+FREE = {name for name, rule in FIELDS.items() if rule is None} - {"ensure_weight_tying"}
 """Fields of PEFT's config that may be edited, since they do not change what is loaded."""
 
 
@@ -94,15 +94,14 @@ def write_record(
     Without `digests`, for tensors without values where only the length is needed, every digest is zeros.
     """
     blank = Fingerprint("0" * 64, {} if digests else dict.fromkeys(base_tensors(model), "0" * 16))
+    slices = {one.name: one.layer.lora_settings.slices for one in layouts if one.one_alpha is None}
     return Record(
         base=fingerprint(model) if digests else blank,
         adapter=fingerprint_of_tensors(tensors).digest if digests else blank.digest,
         settings={one.name: one.loaded_settings for one in layouts},
         dropouts=dropouts,
+        slices={name: parts.to_spec() for name, parts in slices.items() if parts},
         config=config_digests(config),
-        slices={
-            one.name: s.to_spec() for one in layouts if (s := one.layer.lora_settings.slices) and one.one_alpha is None
-        },
     ).to_metadata()
 
 
@@ -122,14 +121,9 @@ def read_record(metadata: Mapping[str, str]) -> Record | None:
             raise ValueError("it was changed since it was saved")
         for name, spec in record["slices"].items():
             refuse_spec(name, spec)
-        return Record(
-            base=base,
-            adapter=str(record["adapter"]),
-            settings={name: (int(r), float(a), float(s)) for name, (r, a, s) in record["settings"].items()},
-            dropouts={name: float(p) for name, p in record["dropouts"].items()},
-            slices=record["slices"],
-            config={name: str(digest) for name, digest in record["config"].items()},
-        )
+        settings = {name: (int(r), float(a), float(s)) for name, (r, a, s) in record["settings"].items()}
+        others = {name: record[name] for name in ("adapter", "dropouts", "slices", "config")}
+        return Record(base=base, settings=settings, **others)
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"the adapter's record of its base cannot be read ({str(error)[:200]})") from error
 

@@ -9,9 +9,8 @@ and not mapped, so that no more than the tensors in use takes memory.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_lightning.lora.errors import AdapterError, first_line
+from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean, first_few, first_line
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 
 # safetensors' names of torch's dtypes; tensors of other dtypes are copied as bytes.
@@ -40,18 +39,22 @@ DTYPES: dict[str, torch.dtype] = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+BLOCK = 2**24
+"""Bytes that are read at once where a tensor is read in blocks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One tensor's entry in a file's header."""
+    """One tensor in a file, by its entry in the header."""
 
+    key: str
     dtype: str
     """safetensors' name of the dtype."""
     shape: tuple[int, ...]
     size: int
     """Bytes."""
-    file: str = ""
-    """The name of the file that holds it."""
+    path: Path = Path()
+    """The file that holds it."""
     start: int = 0
     """The place of its first byte in the file."""
 
@@ -59,6 +62,35 @@ class Stored:
     def width(self) -> int:
         """Bytes of one element; 1 where torch does not have the dtype."""
         return DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1
+
+    def read_bytes(self, start: int = 0, size: int | None = None) -> Tensor:
+        """`size` bytes from the offset `start` on, else all the rest; an AdapterError if the file is too short."""
+        size = self.size - start if size is None else size
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+        view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start + start)
+            while done < size and (count := file.readinto(view[done:])):  # type: ignore[arg-type]
+                done += count
+        if done < size:
+            raise AdapterError(f"{self.path} ends in the middle of '{self.key}': export or download it again")
+        return buffer
+
+    def read(self) -> Tensor:
+        """The whole tensor; a LoRAError where torch cannot compute with its dtype."""
+        return self._shape(self.read_bytes(), *self.shape)
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Rows of a tensor that has at least one dimension, in blocks of about `BLOCK` bytes, (rows, ...)."""
+        row, stop = self.size // max(1, self.shape[0]), self.shape[0] if stop is None else stop
+        for first in range(start, stop, step := max(1, BLOCK // max(1, row))):
+            rows = min(step, stop - first)
+            yield self._shape(self.read_bytes(first * row, rows * row), rows, *self.shape[1:])
+
+    def _shape(self, data: Tensor, *shape: int) -> Tensor:
+        if self.dtype not in DTYPES:
+            raise LoRAError(f"'{self.key}' is stored as {self.dtype}, which is quantized: name the unquantized base")
+        return data.view(DTYPES[self.dtype]).reshape(shape)
 
 
 def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -76,23 +108,10 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     metadata = header.pop("__metadata__", None) or {}
     content = {}
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        (first, last), shape = entry["data_offsets"], tuple(entry["shape"])
-        start = 8 + length + first
-        content[key] = Stored(dtype=entry["dtype"], shape=shape, size=last - first, file=path.name, start=start)
+        (first, last), start = entry["data_offsets"], 8 + length
+        place = {"path": path, "start": start + first, "size": last - first}
+        content[key] = Stored(key=key, dtype=entry["dtype"], shape=tuple(entry["shape"]), **place)
     return content, metadata
-
-
-def read_bytes(path: Path, key: str, start: int, size: int) -> Tensor:
-    """`size` bytes of the tensor `key` from the file's byte `start` on, (size,); an AdapterError if it is too short."""
-    buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-    view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        while done < size and (count := file.readinto(view[done:])):  # type: ignore[arg-type]
-            done += count
-    if done < size:
-        raise AdapterError(f"{path} ends in the middle of '{key}': export or download it again")
-    return buffer
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -100,15 +119,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     header, metadata = read_header(path)
     if strange := next((key for key, at in header.items() if at.dtype not in DTYPES), None):
         raise AdapterError(f"{path} holds '{strange}' as {header[strange].dtype}, a dtype that torch cannot read")
-    first = min((at.start for at in header.values()), default=0)
+    if not header:
+        return {}, metadata
+    first = next(iter(header.values()))
     # In one piece of memory, which is returned to the system: many small pieces would stay with the process.
-    data = read_bytes(path, next(iter(header), ""), first, sum(at.size for at in header.values()))
+    data = first.read_bytes(size=sum(at.size for at in header.values()))
     tensors = {}
     for key, at in header.items():
-        piece = data[at.start - first : at.start - first + at.size]
+        piece = data[at.start - first.start : at.start - first.start + at.size]
         piece = piece if piece.storage_offset() % at.width == 0 else piece.clone()
         tensors[key] = piece.view(DTYPES[at.dtype]).reshape(at.shape)
     return tensors, metadata
+
+
+def sort_entries(entries: Iterable[Stored]) -> dict[str, Stored]:
+    """Entries by key with wide dtypes first, so that every tensor is aligned to its width; else in the same order."""
+    return {entry.key: entry for entry in sorted(entries, key=lambda entry: -entry.width)}
 
 
 def file_header(entries: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
@@ -123,59 +149,34 @@ def file_header(entries: Mapping[str, Stored], metadata: Mapping[str, str]) -> b
     return len(text).to_bytes(8, "little") + text
 
 
-def sort_entries(entries: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Entries with wide dtypes first, so that every tensor is aligned to its width; else in the same order."""
-    return dict(sorted(entries.items(), key=lambda item: -item[1].width))
+def file_pieces(
+    entries: Mapping[str, Stored], metadata: Mapping[str, str], bytes_of: Callable[[str], Tensor]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, piece by piece; `bytes_of` returns a tensor's, (bytes,), one at a time."""
+    yield file_header(entries, metadata)
+    for key in entries:
+        yield memoryview(bytes_of(key).numpy())  # type: ignore[arg-type]
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
     """The entries of a file with these tensors, which may be on the meta device; sorted by width, then by name."""
-    return sort_entries(
-        {key: Stored(dtype=NAMES[t.dtype], shape=tuple(t.shape), size=t.nbytes) for key, t in sorted(tensors.items())}
-    )
+    named = sorted(tensors.items())
+    return sort_entries(Stored(key=k, dtype=NAMES[t.dtype], shape=tuple(t.shape), size=t.nbytes) for k, t in named)
 
 
 def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
     """The size in bytes of the file that `write_tensors` writes."""
-    entries = entries_of(tensors)
-    return len(file_header(entries, metadata)) + sum(entry.size for entry in entries.values())
+    return len(file_header(entries_of(tensors), metadata)) + sum(tensor.nbytes for tensor in tensors.values())
 
 
 def file_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, piece by piece: no second copy of a tensor on the CPU is made."""
-    entries = entries_of(tensors)
-    yield file_header(entries, metadata)
-    for key in entries:
-        yield memoryview(as_bytes(tensors[key]).numpy())  # type: ignore[arg-type]
+    """The bytes of a file with these tensors: no second copy of a tensor on the CPU is made."""
+    return file_pieces(entries_of(tensors), metadata, lambda key: as_bytes(tensors[key]))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file; a reader sees the old file or the whole new one."""
     write_bytes(path, file_content(tensors, metadata))
-
-
-def write_file(
-    path: Path,
-    entries: Mapping[str, Stored],
-    metadata: Mapping[str, str],
-    tensors: Iterable[tuple[str, Tensor]],
-    progress: Callable[[int], None],
-) -> None:
-    """Write a safetensors file and sync it to disk; `tensors` are bytes by key in the order of `entries`, one at a
-    time.
-    """
-    with path.open("wb") as file:
-        file.write(file_header(entries, metadata))
-        wanted = list(entries)
-        for key, data in tensors:
-            assert key == wanted.pop(0), key
-            assert data.numel() == entries[key].size, key
-            file.write(data.numpy().data)
-            progress(entries[key].size)
-            del data  # before the next one is computed
-        assert not wanted, wanted
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
@@ -224,3 +225,64 @@ def _check_sums(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"'{damaged}' fails its checksum")
+
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The tensors of a directory: `model.safetensors`, or `model.safetensors.index.json` and its shards, or `names`.
+
+    A LoRAError where a file is missing or torn, the index names tensors that no shard has, or two shards have one name.
+    """
+
+    def __init__(self, directory: Path, names: Sequence[str] = ()) -> None:
+        self.directory = directory
+        self.index = None if names else _read_index(directory)
+        self.files: dict[str, list[str]] = {}
+        """The keys of each file, in the file's order."""
+        self.stored: dict[str, Stored] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        if self.index is not None:
+            names = sorted(set(self.index["weight_map"].values()))
+        for name in names or [SINGLE]:
+            pieces, self.metadata[name] = read_header(directory / name)
+            if twice := next((key for key in pieces if key in self.stored), None):
+                # transformers takes the last one, but the index names one file
+                named = f"; {INDEX} names {self.index['weight_map'].get(twice, 'neither')}" if self.index else ""
+                first = self.stored[twice].path.name
+                raise LoRAError(
+                    f"'{twice}' is in two files of {directory}, {first} and {name}{named}: download it again, or load"
+                    " the model and save it anew"
+                )
+            self.files[name] = list(pieces)
+            self.stored |= pieces
+        lost = sorted(set(self.index["weight_map"]) - self.stored.keys()) if self.index else []
+        if lost:
+            raise LoRAError(
+                f"{directory / INDEX} names tensors that no file holds ({first_few(lost)}): download it again"
+            )
+
+
+def _read_index(directory: Path) -> dict[str, dict[str, str]] | None:
+    path = directory / INDEX
+    if (directory / SINGLE).is_file():  # what transformers looks for first
+        return None
+    if not directory.is_dir():
+        beside = [path.name for path in Path(directory).parent.glob("*") if path.is_dir()]
+        near = did_you_mean(Path(directory).name, beside)
+        hub = ": a model of the hub has to be downloaded first (hf download NAME)"
+        raise LoRAError(f"no folder '{directory}'{near or hub}")
+    if not path.is_file():
+        raise LoRAError(
+            f"'{directory}' holds neither {SINGLE} nor {INDEX}: name a model's directory in that layout; an older one"
+            f" takes it by from_pretrained and save_pretrained"
+        )
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        names = index["weight_map"].values()
+        if not all(name == Path(name).name and name.endswith(".safetensors") for name in names):
+            raise ValueError("weight_map must name safetensors files beside it")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoRAError(f"{path} cannot be read ({error}): download it again") from error
+    return index  # type: ignore[no-any-return]

@@ -31,7 +31,13 @@ def fold_for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLay
     Raises:
         AdapterError: vLLM cannot serve the adapter; the error lists the reasons.
     """
-    _refuse(model, layouts)
+    if without := [f"{what}: {first_few(names)}" for what, names in _without_form(model, layouts).items() if names]:
+        raise AdapterError(
+            f"vLLM takes A and B of linear layers alone and has no form for {'; '.join(without)}:"
+            " serve the merged model"
+        )
+    if not layouts:
+        raise AdapterError("nothing to serve: this model has no adapted layer")
     rank = max(layout.rank for layout in layouts)
     allowed = next((limit for limit in MAX_RANKS if limit >= rank), None)
     if allowed is None:
@@ -41,8 +47,10 @@ def fold_for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLay
         )
     if allowed > DEFAULT_MAX_RANK:
         warn(f"rank {rank}: start vLLM with --max-lora-rank {allowed} (its default is {DEFAULT_MAX_RANK})")
-    scale = _common_scale(layouts, rank)
-    return [replace(layout, rank=rank, scale=scale, one_alpha=round(scale * rank)) for layout in layouts]
+    counts = Counter(layout.scale for layout in layouts)
+    whole = [s for s in counts if round(s * rank) and round(s * rank) / rank == s]  # lora_alpha is a whole number there
+    scale = min(whole, key=lambda s: (-counts[s], s), default=1.0)
+    return [replace(layout, rank=rank, scale=scale, rslora=False, one_alpha=round(scale * rank)) for layout in layouts]
 
 
 def vllm_targets(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
@@ -60,35 +68,18 @@ def vllm_targets(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
     return sorted(names)
 
 
-def _common_scale(layouts: list[LayerLayout], rank: int) -> float:
-    counts = Counter(layout.scale for layout in layouts)
-    for scale in sorted(counts, key=lambda scale: (-counts[scale], scale)):
-        if round(scale * rank) and round(scale * rank) / rank == scale:  # lora_alpha is a whole number there
-            return scale
-    return 1.0
-
-
-def _refuse(model: nn.Module, layouts: list[LayerLayout]) -> None:
-    settings = {layout.name: layout.layer.lora_settings for layout in layouts}
-    kinds = {
-        layout.name: layout.layer.kind
-        for layout in layouts
-        if not isinstance(layout.layer, LoRALinear) or layout.name != layout.peft_name
-    }
+def _without_form(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, list[str]]:
+    """What vLLM cannot serve, with the names of the modules that have it."""
     reasons: dict[str, list[str]] = {
-        "DoRA": [name for name, s in settings.items() if s.use_dora],
-        "a bias on B (lora_bias)": [name for name, s in settings.items() if s.lora_bias],
+        "DoRA": [one.name for one in layouts if one.layer.lora_settings.use_dora],
+        "a bias on B (lora_bias)": [one.name for one in layouts if one.layer.lora_settings.lora_bias],
         "modules trained in full (modules_to_save)": [name for name, _ in grafted_modules(model, SavedCopy)],
         "trained token rows": [name for name, _ in grafted_modules(model, TokenRows)],
         "trained biases": [name for name, _ in grafted_modules(model, TrainedBias)],
     }
-    for kind in sorted(set(kinds.values())):
-        what = f"an adapter on {kind}" if kind != LoRALinear.kind else "an adapter in nn.MultiheadAttention"
-        reasons[what] = [name for name, k in kinds.items() if k == kind]
-    if without := [f"{what}: {first_few(names)}" for what, names in reasons.items() if names]:
-        raise AdapterError(
-            f"vLLM takes A and B of linear layers alone and has no form for {'; '.join(without)}:"
-            " serve the merged model"
-        )
-    if not layouts:
-        raise AdapterError("nothing to serve: this model has no adapted layer")
+    for one in sorted(layouts, key=lambda one: one.layer.kind):
+        if not isinstance(one.layer, LoRALinear):
+            reasons.setdefault(f"an adapter on {one.layer.kind}", []).append(one.name)
+        elif one.name != one.peft_name:
+            reasons.setdefault("an adapter in nn.MultiheadAttention", []).append(one.name)
+    return reasons

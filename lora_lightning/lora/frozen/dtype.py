@@ -84,16 +84,13 @@ def base_floats(model: nn.Module) -> Iterator[BaseTensor]:
             yield place
 
 
-def widen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast W0, in place, to the dtype that holds both its values and those of `dtype`: nothing is rounded."""
-    for place in _plain_floats(model):
-        _set_tensor(place, place.tensor.to(torch.promote_types(place.tensor.dtype, dtype)))
+def cast(model: nn.Module, dtype: torch.dtype, *, widen: bool = False) -> None:
+    """Round W0 to `dtype`, in place. Ties stay; buffers that are not persistent do not change.
 
-
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round W0 to `dtype`, in place. Ties stay; buffers that are not persistent do not change."""
+    With `widen` nothing is rounded: W0 gets the dtype that holds both its values and those of `dtype`.
+    """
     for place in _plain_floats(model):
-        _set_tensor(place, place.tensor.to(dtype))
+        _set_tensor(place, place.tensor.to(torch.promote_types(place.tensor.dtype, dtype) if widen else dtype))
 
 
 def _plain_floats(model: nn.Module) -> Iterator[BaseTensor]:

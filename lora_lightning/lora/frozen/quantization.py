@@ -13,10 +13,6 @@ import torch
 from torch import Tensor, nn
 
 
-def _class_path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def _bnb_4bit(module: nn.Module) -> Tensor:
     weight, state = module.weight, _quant_state(module)
     assert isinstance(weight, Tensor)
@@ -43,8 +39,9 @@ def _torchao(module: nn.Module) -> Tensor:
     return dense
 
 
+_BNB_4BIT = "bitsandbytes.nn.modules.Linear4bit"
 _BNB: dict[str, tuple[str, Callable[[nn.Module], Tensor]]] = {
-    "bitsandbytes.nn.modules.Linear4bit": ("bitsandbytes 4-bit", _bnb_4bit),
+    _BNB_4BIT: ("bitsandbytes 4-bit", _bnb_4bit),
     "bitsandbytes.nn.modules.Linear8bitLt": ("bitsandbytes 8-bit", _bnb_8bit),
 }
 
@@ -59,10 +56,14 @@ def _find(module: nn.Module) -> tuple[str, Callable[[nn.Module], Tensor]] | None
     weight = module._parameters.get("weight")
     if type(weight) is nn.Parameter and weight.is_floating_point():
         return None  # the usual case, first: DoRA calls this in each forward, and torch.compile cannot trace the rest
-    for cls in type(module).__mro__:
-        if _class_path(cls) in _BNB:
-            return _BNB[_class_path(cls)]
+    if (path := _bnb_class(module)) is not None:
+        return _BNB[path]
     return ("torchao", _torchao) if _torchao_weight(module) else None
+
+
+def _bnb_class(module: nn.Module) -> str | None:
+    paths = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__)
+    return next((path for path in paths if path in _BNB), None)
 
 
 def _torchao_weight(module: nn.Module) -> bool:
@@ -85,9 +86,8 @@ def hold_packing(model: nn.Module) -> None:
     that training after a validation would silently compute no gradient.
     """
     for module in model.modules():
-        if _HELD in module.__dict__:
-            continue
-        if _PACKING in module.__dict__ and _is_4bit(module):  # older versions do not repack
+        # Older versions do not repack.
+        if _HELD not in module.__dict__ and _PACKING in module.__dict__ and _bnb_class(module) == _BNB_4BIT:
             state = _quant_state(module)
             if state is not None and vars(state).get("packing_format_for_cpu"):
                 module.state_dict()  # which unpacks the weight
@@ -100,12 +100,8 @@ def allow_packing(model: nn.Module) -> None:
     for module in model.modules():
         if _HELD in module.__dict__:
             held = module.__dict__.pop(_HELD)
-            if _is_4bit(module):
+            if _bnb_class(module) == _BNB_4BIT:
                 module.__dict__[_PACKING] = held
-
-
-def _is_4bit(module: nn.Module) -> bool:
-    return any(_class_path(cls) == "bitsandbytes.nn.modules.Linear4bit" for cls in type(module).__mro__)
 
 
 @torch.no_grad()
@@ -120,7 +116,7 @@ def plain_weight(module: nn.Module) -> Tensor:
 
 def make_plain(module: nn.Module, weight: Tensor) -> None:
     """Turn a quantized linear into an `nn.Linear` with this weight, in place."""
-    if any(_class_path(cls) in _BNB for cls in type(module).__mro__):
+    if _bnb_class(module) is not None:
         module.__class__ = nn.Linear
         for name in _BNB_ATTRIBUTES:
             module.__dict__.pop(name, None)
@@ -134,5 +130,4 @@ def make_plain(module: nn.Module, weight: Tensor) -> None:
     # The weight comes first in a linear's state dict.
     rest = dict(module._parameters)
     module._parameters.clear()
-    module.weight = nn.Parameter(weight, requires_grad=False)
-    module._parameters.update(rest)
+    module._parameters.update(weight=nn.Parameter(weight, requires_grad=False), **rest)

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_lightning.lora.frozen.quantization import plain_weight
 from lora_lightning.lora.layers import AdaptedLayer, LoRAConv1D, LoRAMultiheadAttention, LoRAParameter, kind_of
@@ -47,6 +48,11 @@ def subtract_init(pair: Pair, A0: Tensor | None, B0: Tensor | None) -> Pair:
     """The factors of `B A - B0 A0`; those of `B A` where no init is subtracted."""
     A, B = pair
     return pair if A0 is None or B0 is None else (torch.cat([A, A0]), torch.cat([B, -B0], dim=1))
+
+
+def pad_pair(pair: Pair, more: int) -> Pair:
+    """The same update, with `more` rows of zeros in A and columns in B."""
+    return (F.pad(pair[0], (0, 0, 0, more)), F.pad(pair[1], (0, more))) if more else pair
 
 
 def update_pairs(layer: AdaptedLayer) -> list[Pair]:
@@ -82,16 +88,16 @@ def weight_matrices(module: nn.Module, weight: Tensor, *, stacked: bool = False)
 # The spectrum of an update.
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spectrum:
-    """The thin singular value decomposition of an update, without directions that are zero up to rounding."""
+class Spectrum(NamedTuple):
+    """The thin singular value decomposition of an update, without directions that are zero up to rounding.
+
+    U (m, q) are directions of outputs, S (q,) the singular values of `s B A` in falling order, V (k, q) directions of
+    inputs.
+    """
 
     U: Tensor
-    """(m, q): the left singular vectors, directions of outputs."""
     S: Tensor
-    """(q,): singular values of `s B A`, in falling order."""
     V: Tensor
-    """(k, q): the right singular vectors, directions of inputs."""
 
 
 @torch.no_grad()
@@ -101,7 +107,7 @@ def spectrum(A: Tensor, B: Tensor, scale: float = 1.0) -> Spectrum:
     left, upper = torch.linalg.qr(B)
     right, lower = torch.linalg.qr(A.mT)
     u, S, vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
-    q = _numerical_rank(S, max(A.shape[1], B.shape[0]))
+    q = _rank_of(S, max(A.shape[1], B.shape[0]))
     return Spectrum(U=left @ u[:, :q] * math.copysign(1.0, scale), S=S[:q] * abs(scale), V=right @ vh[:q].mT)
 
 
@@ -113,7 +119,7 @@ def directions(factor: Tensor) -> tuple[Tensor, Tensor]:
     """
     Q, R = torch.linalg.qr(_to_float64(factor))
     u, S, _ = torch.linalg.svd(R)
-    q = _numerical_rank(S, factor.shape[0])
+    q = _rank_of(S, factor.shape[0])
     return Q @ u[:, :q], S[:q]
 
 
@@ -121,7 +127,7 @@ def _to_float64(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
 
 
-def _numerical_rank(S: Tensor, side: int) -> int:
+def _rank_of(S: Tensor, side: int) -> int:
     """The number of singular values that are not zero up to rounding in float64."""
     return int((S[0] * EPS * side < S).sum()) if len(S) else 0
 

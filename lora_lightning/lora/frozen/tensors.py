@@ -6,6 +6,7 @@ below it: `layers.0._orig_mod.weight`. Files, patterns and fingerprints use the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,15 +24,12 @@ _WRAPPED_CHILD = {
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": "_checkpoint_wrapped_module",
 }
 
-_CHILD_NAMES: dict[type[nn.Module], str | None] = {}
 
-
-def _wrapped_child(cls: type[nn.Module]) -> str | None:
+@functools.cache
+def _wrapped_child(cls: Any) -> str | None:
     """The name of a wrapper's wrapped child; None for any other class."""
-    if cls not in _CHILD_NAMES:
-        children = (_WRAPPED_CHILD.get(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
-        _CHILD_NAMES[cls] = next((child for child in children if child), None)
-    return _CHILD_NAMES[cls]
+    names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+    return next((_WRAPPED_CHILD[name] for name in names if name in _WRAPPED_CHILD), None)
 
 
 def plain_name(model: nn.Module, name: str) -> str:
@@ -95,26 +93,25 @@ def adapter_bytes(model: nn.Module) -> int:
 
 
 def frozen_keys(model: nn.Module) -> set[str]:
-    """The plain names in the model's state dict of all tensors but the adapter's."""
-    return set(plain_state(model)) - _adapter_keys(model)
+    """The plain names in the model's state dict of all tensors but the adapter's, with every name of a module."""
+    ours = {id(tensor) for tensor in adapter_tensors(model).values()}
+    return {key for key, tensor in plain_state(model).items() if id(tensor) not in ours}
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """W0: the backbone's tensors by plain names, without the originals of `modules_to_save`."""
     modules = named_modules(model, remove_duplicate=False)  # with every name of a module in two places
     replaced = tuple(f"{name}." for name, module in modules if isinstance(module, SavedCopy))
-    ours, state = _adapter_keys(model), plain_state(model)
-    return {k: v for k, v in state.items() if isinstance(v, Tensor) and k not in ours and not k.startswith(replaced)}
+    frozen, state = frozen_keys(model), plain_state(model)
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and k in frozen and not k.startswith(replaced)}
 
 
 class BaseTensor(NamedTuple):
-    """One of W0's tensors in one of its modules."""
+    """One of W0's tensors in one of its modules: its name in the plain model, and its key in the module."""
 
     name: str
-    """In the plain model."""
     module: nn.Module
     key: str
-    """Its name in the module."""
     tensor: Tensor
 
     @property
@@ -133,20 +130,12 @@ def iter_base(model: nn.Module) -> Iterator[BaseTensor]:
     for path, module in named_modules(model):
         if path.startswith(copies):
             continue
-        ours: tuple[str, ...] = ()
-        if isinstance(module, Grafted):
-            ours = module.lora_all_names
-            copies += (full_name(path, "lora_copy"),) if isinstance(module, SavedCopy) else ()
+        ours = module.lora_all_names if isinstance(module, Grafted) else ()
+        copies += (full_name(path, "lora_copy"),) if isinstance(module, SavedCopy) else ()
         saved = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
         for key, tensor in (*module._parameters.items(), *saved.items()):
             if tensor is not None and key not in ours:
                 yield BaseTensor(full_name(path, key), module, key, tensor)
-
-
-def _adapter_keys(model: nn.Module) -> set[str]:
-    """The keys of `adapter_tensors`, with every name of a module in two places."""
-    ours = {id(tensor) for tensor in adapter_tensors(model).values()}
-    return {key for key, tensor in plain_state(model).items() if id(tensor) in ours}
 
 
 def full_name(*parts: str) -> str:
@@ -164,15 +153,10 @@ def refuse_misfits(
     problems = [f"missing '{key}'" for key in expected if key not in tensors]
     problems += [f"left over '{key}'{did_you_mean(key, expected)}" for key in tensors if key not in expected]
     pairs = {k: (t, tensors[k]) for k, t in expected.items() if k in tensors and isinstance(t, Tensor)}
-    problems += [
-        f"'{key}' has shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        for key, (want, got) in pairs.items()
-        if got.shape != want.shape
-    ]
-    problems += [
-        f"'{key}' holds {got.dtype}, expected {want.dtype}"
-        for key, (want, got) in pairs.items()
-        if got.dtype.is_floating_point != want.is_floating_point()
-    ]
+    for key, (want, got) in pairs.items():
+        if got.shape != want.shape:
+            problems.append(f"'{key}' has shape {tuple(got.shape)}, expected {tuple(want.shape)}")
+        if got.is_floating_point() != want.is_floating_point():
+            problems.append(f"'{key}' holds {got.dtype}, expected {want.dtype}")
     if problems:
         raise AdapterError(f"{what} ({len(problems)} keys): {first_few(problems, 10)}")

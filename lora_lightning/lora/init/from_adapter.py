@@ -18,8 +18,7 @@ from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats.peft.config import subtracted_init, token_ids
 from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key
 from lora_lightning.lora.formats.peft.layout import from_peft
-from lora_lightning.lora.formats.peft.load import AdapterFiles, load_tensors
-from lora_lightning.lora.formats.peft.resolve import config_for, resolve
+from lora_lightning.lora.formats.peft.load import AdapterFiles, config_for, load_tensors, resolve
 from lora_lightning.lora.formats.provenance import check_base, refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name, refuse_misfits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -32,8 +32,13 @@ def init_from_data(model: nn.Module, layers: Layers, init: str, data: Any, loss:
     if init == "loftq":
         _init_loftq(layers, data)
         return
-    with _eval_mode(model):
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
         measured = _main_directions(model, layers, data) if init == "eva" else _gradients(model, layers, data, loss)
+    finally:
+        for module, training in modes:
+            module.training = training
     for name, layer in layers:
         if name not in measured:
             raise LoRAError(f"init '{init}': the data never reached '{name}': give batches that use it, or exclude it")
@@ -142,12 +147,10 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 def _batches(model: nn.Module, data: Iterable[Any]) -> Iterator[Any]:
     """Each batch on the model's device."""
-    device = next(model.parameters()).device
-    empty = True
+    batch = none = object()
     for batch in data:
-        empty = False
-        yield _to_device(batch, device)
-    if empty:
+        yield _to_device(batch, next(model.parameters()).device)
+    if batch is none:
         raise LoRAError("data holds no batch: give at least one")
 
 
@@ -157,15 +160,3 @@ def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: _to_device(value, device) for key, value in batch.items()}
     return [_to_device(value, device) for value in batch] if isinstance(batch, tuple | list) else batch
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in eval mode; afterwards each module has its former mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

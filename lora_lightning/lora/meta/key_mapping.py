@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, LoRAError, first_few
 from lora_lightning.lora.formats.provenance import warn_of_other_base
+from lora_lightning.lora.formats.tensor_files import Checkpoint
 from lora_lightning.lora.frozen.fingerprint import fingerprint_of_tensors
 from lora_lightning.lora.frozen.tied_weights import shared_parameters
-from lora_lightning.lora.meta.checkpoint import Checkpoint
 
 Tensors = dict[str, Tensor]
 
@@ -85,7 +85,7 @@ class Base:
         """A group's tensors by their names in the model."""
         if id(group) not in self._kept:
             self.forget()
-            self._kept[id(group)] = group.load({key: self.checkpoint.read(key) for key in group.stored})
+            self._kept[id(group)] = group.load({key: self.checkpoint.stored[key].read() for key in group.stored})
         return self._kept[id(group)]
 
     def has(self, group: Group) -> bool:
@@ -150,17 +150,6 @@ class WeightFiles:
     def base(self, model: nn.Module) -> Base:
         """The model's W0, read on demand."""
         return Base(self.checkpoint, self.groups_of(model, self.checkpoint), model)
-
-    def reader(self, model: nn.Module) -> Callable[[str], Tensor | None]:
-        """A function of a name that reads W0's tensor in its dtype in the model; None where the files have none."""
-        base, state = self.base(model), model.state_dict()
-
-        def read(name: str) -> Tensor | None:
-            tensor = base(name)
-            base.forget()
-            return None if tensor is None else tensor.to(state[name].dtype)
-
-        return read
 
 
 def keep_files(model: nn.Module, files: WeightFiles) -> None:

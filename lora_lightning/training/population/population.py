@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.tensors import iter_base
-from lora_lightning.lora.meta.fill import fill_from_files
+from lora_lightning.lora.meta.empty_model import fill_from_files
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints.loop_state import is_between_steps
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints, PreemptedError

@@ -14,83 +14,14 @@ from lora_lightning.lora.targets.patterns import matches, regex_refusal
 
 WEIGHTS, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
-# Fields of PEFT's config that change the arithmetic and have no counterpart here, with what they do. A value other than
-# null or false is refused.
-WITHOUT_COUNTERPART = {
-    "layer_replication": "builds a deeper model of repeated blocks: build it so and load the adapter in PEFT",
-    "megatron_config": "is for Megatron's parallel layers",
-    "alora_invocation_tokens": "switches the adapter on after certain tokens only",
-    "use_qalora": "pools the input of A",
-    "use_bdlora": "cuts A or B into diagonal blocks",
-    "arrow_config": "routes tokens among several adapters",
-    "kasa_config": "adds singular values of its own to the update",
-    "monteclora_config": "draws the update at random",
-    "velora_config": "compresses what the backward pass keeps",
-}
-
-# Fields that do not change the arithmetic of a trained adapter, or are read elsewhere.
-HARMLESS = {
-    *{"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"},
-    *{"inference_mode", "megatron_core", "loftq_config", "eva_config", "corda_config"},
-    *{"lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"},
-}
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A PEFT config of type LORA; an AdapterError where there is none, or a field has an invalid value."""
-    folder = path.parent
-    if not folder.exists():
-        near = did_you_mean(folder.name, [sibling.name for sibling in folder.parent.glob("*") if sibling.is_dir()])
-        raise AdapterError(f"no folder '{folder}'{near}")
-    if not path.is_file():
-        raise AdapterError(f"no file {path}: an adapter directory holds {CONFIG} and {WEIGHTS}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeated_keys)
-    except (ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{path} is not JSON ({str(error)[:200]})") from error
-    if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
-        got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {shorten(got)}")
-    for name, what in WITHOUT_COUNTERPART.items():
-        if config.get(name) not in (None, False):
-            raise AdapterError(
-                f"the adapter's setting {name}={shorten(config[name])} {what}, which has no counterpart here"
-            )
-    unknown = {name: value for name, value in config.items() if value and name not in {*HARMLESS, *CHECKS}}
-    if unknown:
-        listed = first_few([f"{name[:40]}={shorten(value)}" for name, value in unknown.items()], 10)
-        warn(f"{path} has settings that are unknown here and not used: {listed}")
-    for name, (check, expected) in CHECKS.items():
-        is_left_out = config.get(name) is None and (name not in config or name not in NUMBERS)
-        if not is_left_out and not check(config[name]):
-            why = _regex_refusal(config[name]) if "regular expression" in expected else ""
-            raise AdapterError(f"{path}: {name} must be {expected}, got {shorten(config[name])}{why}")
-    return config
-
-
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{next(n for n in names if names.count(n) > 1)[:40]}' stands there twice")
-    return fields
-
-
-def _regex_refusal(value: Any) -> str:
-    """Why one of a field's regular expressions is refused, as the end of an error message."""
-    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
-    refused = ((pattern, regex_refusal(pattern)) for pattern in patterns if isinstance(pattern, str))
-    return next((f": {shorten(pattern)} {reason}" for pattern, reason in refused if reason), "")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlist = _SHORT.maxdict = 10
 
 
 def shorten(value: Any) -> str:
     """A value of a file for an error message, shortened where it is long or deep."""
     return _SHORT.repr(value)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
-_SHORT.maxlist = _SHORT.maxdict = 10
 
 
 def _is_int(value: Any) -> bool:
@@ -113,11 +44,9 @@ def _is_names(value: Any) -> bool:
     return _is_list(value, lambda entry: isinstance(entry, str) and entry != "")
 
 
-NUMBERS = ("r", "lora_alpha")
-"""Fields that PEFT never leaves at null."""
-
 Check = tuple[Callable[[Any], bool], str]
-
+NUMBER: Check = (_is_number, "a number")
+FLAG: Check = (lambda v: isinstance(v, bool), "true or false")
 NAMES: Check = (_is_names, "a list of names")
 SELECTION: Check = (lambda v: _is_names(v) or _is_regex(v), "a list of names or a regular expression")
 PATTERNS: Check = (
@@ -125,13 +54,10 @@ PATTERNS: Check = (
     "a map of regular expressions to numbers",
 )
 
-# The fields that are read, each with its check and the expected value in words.
-CHECKS: dict[str, Check] = {
+FIELDS: dict[str, Check | str | None] = {
     "r": (_is_int, "a whole number"),
-    **dict.fromkeys(("lora_alpha", "lora_dropout"), (_is_number, "a number")),
-    **dict.fromkeys(
-        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (lambda v: isinstance(v, bool), "true or false")
-    ),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), NUMBER),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), FLAG),
     **dict.fromkeys(("target_parameters", "modules_to_save"), NAMES),
     **dict.fromkeys(("target_modules", "exclude_modules"), SELECTION),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), PATTERNS),
@@ -146,7 +72,70 @@ CHECKS: dict[str, Check] = {
         "regular expressions without groups",
     ),
     "init_lora_weights": (lambda v: isinstance(v, bool | str), "true, false or a name"),
+    "layer_replication": "builds a deeper model of repeated blocks: build it so and load the adapter in PEFT",
+    "megatron_config": "is for Megatron's parallel layers",
+    "alora_invocation_tokens": "switches the adapter on after certain tokens only",
+    "use_qalora": "pools the input of A",
+    "use_bdlora": "cuts A or B into diagonal blocks",
+    "arrow_config": "routes tokens among several adapters",
+    "kasa_config": "adds singular values of its own to the update",
+    "monteclora_config": "draws the update at random",
+    "velora_config": "compresses what the backward pass keeps",
+    **dict.fromkeys(("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision")),
+    **dict.fromkeys(("inference_mode", "megatron_core", "loftq_config", "eva_config", "corda_config")),
+    **dict.fromkeys(("lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying")),
 }
+"""PEFT's fields: of one that is read, its check and the expected value in words; of one that changes the arithmetic and
+has no counterpart here, what it does; None for one that does not change the arithmetic of a trained adapter."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A PEFT config of type LORA; an AdapterError where there is none, or a field has an invalid value."""
+    folder = path.parent
+    if not folder.exists():
+        near = did_you_mean(folder.name, [sibling.name for sibling in folder.parent.glob("*") if sibling.is_dir()])
+        raise AdapterError(f"no folder '{folder}'{near}")
+    if not path.is_file():
+        raise AdapterError(f"no file {path}: an adapter directory holds {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeated_keys)
+    except (ValueError, OSError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON ({str(error)[:200]})") from error
+    if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
+        got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {shorten(got)}")
+    unknown = []
+    for name, value in config.items():
+        match FIELDS.get(name):
+            case str(what) if value not in (None, False):
+                raise AdapterError(
+                    f"the adapter's setting {name}={shorten(value)} {what}, which has no counterpart here"
+                )
+            case (check, expected) if value is not None or name in ("r", "lora_alpha"):  # never null in PEFT
+                if not check(value):
+                    why = _regex_refusal(value) if "regular expression" in expected else ""
+                    raise AdapterError(f"{path}: {name} must be {expected}, got {shorten(value)}{why}")
+            case None if value and name not in FIELDS:
+                unknown.append(f"{name[:40]}={shorten(value)}")
+    if unknown:
+        warn(f"{path} has settings that are unknown here and not used: {first_few(unknown, 10)}")
+    return config
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(n for n in names if names.count(n) > 1)[:40]}' stands there twice")
+    return fields
+
+
+def _regex_refusal(value: Any) -> str:
+    """Why one of a field's regular expressions is refused, as the end of an error message."""
+    for pattern in [value] if isinstance(value, str) else value if isinstance(value, list | dict) else []:
+        if isinstance(pattern, str) and (reason := regex_refusal(pattern)):
+            return f": {shorten(pattern)} {reason}"
+    return ""
 
 
 def peft_adapts(peft: Mapping[str, Any], targets: str | list[str], name: str) -> bool:
@@ -157,11 +146,10 @@ def peft_adapts(peft: Mapping[str, Any], targets: str | list[str], name: str) ->
     if isinstance(targets, str) or name in targets or blocks is None or blocks == []:
         return True
     patterns = peft.get("layers_pattern") or r"[^.]*"
+    # Without `layers_pattern`, PEFT requires a name before the list of blocks.
+    head = r"(?:^|.*?\.)" if peft.get("layers_pattern") else r".*?\."
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # Without `layers_pattern`, PEFT requires a name before the list of blocks.
-        head = r"(?:^|.*?\.)" if peft.get("layers_pattern") else r".*?\."
-        match = re.match(rf"{head}{pattern}\.(\d+)\.", name)
-        if match and match[1]:
+        if match := re.match(rf"{head}{pattern}\.(\d+)\.", name):
             return int(match[1]) in ([blocks] if isinstance(blocks, int) else blocks)
     return False
 
@@ -188,6 +176,7 @@ def find_alphas(
     Args:
         names, ranks: PEFT's name of each module, and its tensors' rank.
     """
+    alphas, doubtful = dict[str, float](), dict[str, dict[str, Any]]()
     for name, rank in ranks.items():
         allowed = possible_ranks(peft, names[name])
         if rank and rank not in allowed:  # a rank of 0 is refused with the config
@@ -195,8 +184,10 @@ def find_alphas(
                 f"'{name}': lora_A has a shape of rank {rank}, and {CONFIG} says {' or '.join(map(str, allowed))}: its"
                 f" scale would be wrong; the two files are not of one adapter, or one was edited"
             )
-    hits = {name: matching_entries(peft.get("alpha_pattern"), peft_name) for name, peft_name in names.items()}
-    doubtful = {name: matching for name, matching in hits.items() if len({float(v) for v in matching.values()}) > 1}
+        entries = matching_entries(peft.get("alpha_pattern"), names[name])
+        alphas[name] = float(next(iter(entries.values()), peft.get("lora_alpha", 8)))
+        if len({*map(float, entries.values())}) > 1:
+            doubtful[name] = entries
     for name in chosen:
         if name not in names:
             raise AdapterError(f"alphas: the adapter has no module '{name}'{did_you_mean(name, names)}")
@@ -204,20 +195,16 @@ def find_alphas(
             raise AdapterError(f"alphas: {CONFIG} leaves no doubt about '{name}': leave it out")
     if unanswered := [name for name in doubtful if name not in chosen]:
         first = unanswered[0]
-        entries = " and ".join(f"'{key}' ({value:g})" for key, value in doubtful[first].items())
+        both = " and ".join(f"'{key}' ({value:g})" for key, value in doubtful[first].items())
         by_rank = [k for k, r in matching_entries(peft.get("rank_pattern"), names[first]).items() if r == ranks[first]]
         likely = [key for key in by_rank if key in doubtful[first]]
         evidence = f"; in rank_pattern '{likely[0]}' won, by the tensors' rank" if len(likely) == 1 else ""
         raise AdapterError(
-            f"alpha_pattern: {entries} match '{first}'{evidence}; PEFT trained with the one that was written first and"
+            f"alpha_pattern: {both} match '{first}'{evidence}; PEFT trained with the one that was written first and"
             f" saves them in another order, so the file does not say which alpha counts: pass"
             f" alphas={{'{first}': ...}}; in doubt: {first_few(unanswered, 10)}"
         )
-    default = float(peft.get("lora_alpha", 8))
-    return {
-        name: float(chosen[name]) if name in chosen else float(next(iter(matching.values()), default))
-        for name, matching in hits.items()
-    }
+    return alphas | {name: float(alpha) for name, alpha in chosen.items()}
 
 
 def subtracted_init(peft: Mapping[str, Any]) -> str:

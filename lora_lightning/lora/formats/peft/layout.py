@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key, token_key
+from lora_lightning.lora.frozen.spectrum import pad_pair, subtract_init
 from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name, named_modules, refuse_misfits
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter, TokenRows, TrainedBias
@@ -41,6 +41,8 @@ class LayerLayout:
     """The rank of the file's tensors."""
     scale: float
     """The scale that PEFT applies. Where it is not the layer's, B is written larger by the ratio."""
+    rslora: bool
+    """Whether the file's scales are alpha / sqrt(rank), and not alpha / rank."""
     one_alpha: float | None = None
     """The alpha of all layers in vLLM's form, in which the layer is also loaded; None in PEFT's form."""
 
@@ -50,6 +52,14 @@ class LayerLayout:
         present = self.layer.lora_tensors()
         keys = self.layer.peft_keys(self.prefix)
         return {name: key.removeprefix(".") for name, key in keys.items() if name in present}
+
+    @property
+    def alpha(self) -> float:
+        """The alpha for PEFT's config."""
+        s, root = self.layer.lora_settings, math.sqrt if self.rslora else float
+        if self.one_alpha is not None:
+            return self.one_alpha
+        return s.alpha * root(self.rank / s.r) if self.scale == s.scale else self.scale * root(self.rank)
 
     @property
     def loaded_settings(self) -> tuple[int, float, float]:
@@ -63,33 +73,15 @@ class LayerLayout:
             return self.rank, self.one_alpha, self.scale
         if not self.has_init:
             return s.r, float(s.alpha), self.scale
-        rslora = s.scale != s.alpha / s.r
-        alpha = float(self.alpha(rslora=rslora))
-        return self.rank, alpha, alpha / (math.sqrt(self.rank) if rslora else self.rank)
-
-    def alpha(self, *, rslora: bool) -> float:
-        """The alpha for PEFT's config: the scale is alpha / rank, or alpha / sqrt(rank) with rslora."""
-        if self.one_alpha is not None:
-            return self.one_alpha
-        s = self.layer.lora_settings
-        if self.scale != s.scale:
-            return self.scale * (math.sqrt(self.rank) if rslora else self.rank)
-        grown = self.rank / s.r
-        return s.alpha * (math.sqrt(grown) if rslora else grown)
+        return self.rank, float(self.alpha), self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def tensors(self) -> dict[str, Tensor]:
         """The layer's tensors in the file, by PEFT's keys."""
-        tensors = self.layer.to_peft()
-        if self.has_init:
-            factors = self.layer.lora_tensors()
-            tensors |= {"lora_A": torch.cat([factors["lora_A"], factors["lora_A0"]])}
-            tensors |= {"lora_B": torch.cat([factors["lora_B"], -factors["lora_B0"]], dim=1)}
-        more = self.rank - self.layer.peft_rank() * (1 + self.has_init)
-        if more:
-            tensors |= {"lora_A": F.pad(tensors["lora_A"], (0, 0, 0, more))}
-            tensors |= {"lora_B": F.pad(tensors["lora_B"], (0, more))}
-        if self.scale != self.layer.lora_settings.scale:
-            tensors |= {"lora_B": _multiply(tensors["lora_B"], self.layer.lora_settings.scale / self.scale)}
+        layer, tensors = self.layer, self.layer.to_peft()
+        pair = tensors["lora_A"], tensors["lora_B"]
+        pair = subtract_init(pair, layer.lora_A0, layer.lora_B0) if self.has_init else pair
+        A, B = pad_pair(pair, self.rank - layer.peft_rank() * (1 + self.has_init))
+        tensors |= {"lora_A": A, "lora_B": _rescale(B, layer.lora_settings.scale, self.scale)}
         return {self.keys[name]: tensor for name, tensor in tensors.items()}
 
     def to_ours(self, file: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -98,15 +90,13 @@ class LayerLayout:
         rank = self.layer.peft_rank()
         if self.rank != rank:
             tensors |= {"lora_A": tensors["lora_A"][:rank], "lora_B": tensors["lora_B"][:, :rank]}
-        if self.scale != self.layer.lora_settings.scale:
-            tensors |= {"lora_B": _multiply(tensors["lora_B"], self.scale / self.layer.lora_settings.scale)}
-        ours = self.layer.from_peft(tensors)
-        return {f"{self.path}.{name}" if self.path else name: tensor for name, tensor in ours.items()}
+        tensors["lora_B"] = _rescale(tensors["lora_B"], self.scale, self.layer.lora_settings.scale)
+        return {full_name(self.path, name): tensor for name, tensor in self.layer.from_peft(tensors).items()}
 
 
-def _multiply(tensor: Tensor, factor: float) -> Tensor:
-    """Multiply and round once: torch would round the factor to the tensor's dtype first."""
-    return (tensor.double() * factor).to(tensor.dtype)
+def _rescale(B: Tensor, scale: float, other: float) -> Tensor:
+    """B for another scale, rounded once: torch would round the factor to the tensor's dtype first."""
+    return B if scale == other else (B.double() * (scale / other)).to(B.dtype)
 
 
 def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
@@ -116,6 +106,8 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
     """
     layers = dict(adapted_layers(model))
     modules = dict(named_modules(model, remove_duplicate=False))
+    # At r = 1 the two scales are one.
+    rslora = any(s.scale != s.alpha / s.r for s in (layer.lora_settings for layer in layers.values()))
     layouts = []
     for path, layer in layers.items():
         parent, _, last = path.rpartition(".")
@@ -134,7 +126,7 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
             partner = layers.get(full_name(path, "out_proj"))
         has_init = inits and layer.lora_A0 is not None
         rank = max(one.peft_rank() * (1 + (inits and one.lora_A0 is not None)) for one in (layer, partner or layer))
-        layouts.append(LayerLayout(name, path, peft_name, prefix, layer, has_init, rank, scale))
+        layouts.append(LayerLayout(name, path, peft_name, prefix, layer, has_init, rank, scale, rslora))
     return layouts
 
 

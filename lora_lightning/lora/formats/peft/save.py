@@ -16,8 +16,7 @@ from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few, wa
 from lora_lightning.lora.formats.atomic_dir import write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.layout import LayerLayout, layer_layouts, to_peft
-from lora_lightning.lora.formats.peft.load import refuse_meta
-from lora_lightning.lora.formats.peft.resolve import exact_pattern
+from lora_lightning.lora.formats.peft.load import exact_patterns, refuse_meta
 from lora_lightning.lora.formats.provenance import write_record
 from lora_lightning.lora.formats.tensor_files import file_content, file_size
 from lora_lightning.lora.formats.vllm import fold_for_vllm, vllm_targets
@@ -92,7 +91,7 @@ def save_adapter(
     config = _config(model, layouts, base_model_name_or_path, task_type)
     if serving == "vllm":
         config["target_modules"] = vllm_targets(model, layouts)
-    record = write_record(model, layouts, tensors, other_dropouts(layouts), config)
+    record = write_record(model, layouts, tensors, _dropouts(layouts)[1], config)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_together(Path(directory), {WEIGHTS: file_content(tensors, record), CONFIG: text.encode()})
     return Path(directory)
@@ -105,32 +104,35 @@ def adapter_file_bytes(
     layouts = layer_layouts(model)
     tensors = to_peft(model, layouts)
     config = _config(model, layouts, base_model_name_or_path, task_type)
-    return file_size(tensors, write_record(model, layouts, tensors, other_dropouts(layouts), config, digests=False))
+    return file_size(tensors, write_record(model, layouts, tensors, _dropouts(layouts)[1], config, digests=False))
 
 
 def _config(
     model: nn.Module, layouts: list[LayerLayout], base_model_name_or_path: str | None, task_type: str | None
 ) -> dict[str, Any]:
     settings = [layout.layer.lora_settings for layout in layouts]
-    is_folded = any(layout.one_alpha is not None for layout in layouts)
-    rslora = not is_folded and any(s.scale != s.alpha / s.r for s in settings)  # at r = 1 the two scales are one
+    biased = {module for _, module in grafted_modules(model, TrainedBias)}
+    biases = "lora_only" if biased <= {layout.layer.lora_owner for layout in layouts} else "all"
     parameters = [layout.peft_name for layout in layouts if isinstance(layout.layer, LoRAParameter)]
     ranks = {layout.peft_name: layout.rank for layout in layouts}
-    alphas = {layout.peft_name: layout.alpha(rslora=rslora) for layout in layouts}
+    modules = [name for name in ranks if name not in parameters]
+    others = {name for name, _ in named_modules(model, remove_duplicate=False)} - {*modules}
+    is_ambiguous = any(matches(modules, other) for other in others)
     config_name = getattr(getattr(get_module(model, ""), "config", None), "_name_or_path", None)
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": base_model_name_or_path or config_name or None,
         "task_type": _task(model, task_type),
-        **ranks_and_alphas(ranks, alphas),
-        "lora_dropout": common_dropout(layouts),
-        "target_modules": _selection([name for name in ranks if name not in parameters], model),
+        **ranks_and_alphas(ranks, {layout.peft_name: layout.alpha for layout in layouts}),
+        "lora_dropout": _dropouts(layouts)[0],
+        # Where a name is also the dotted end of another module's, one regular expression.
+        "target_modules": "|".join(map(re.escape, modules)) if is_ambiguous else sorted(modules),
         "target_parameters": parameters or None,
         "trainable_token_indices": {n: m.lora_token_ids.tolist() for n, m in grafted_modules(model, TokenRows)} or None,
         "modules_to_save": [name for name, _ in grafted_modules(model, SavedCopy)] or None,
-        "use_rslora": rslora,
+        "use_rslora": any(layout.rslora for layout in layouts),
         "init_lora_weights": True,
-        "bias": _bias(model, layouts),
+        "bias": biases if biased else "none",
         # PEFT refuses it with bare parameters, and then sets it for Conv1D by itself.
         "fan_in_fan_out": any(isinstance(layout.layer, LoRAConv1D) for layout in layouts) and not parameters,
         "use_dora": any(s.use_dora for s in settings),
@@ -141,42 +143,18 @@ def _config(
 
 def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
     """Rank and alpha of the first module as the config's, and a pattern for each module with others."""
-    r, alpha = next(iter(ranks.values()), 8), next(iter(alphas.values()), 16)
-    return {
-        "r": r,
-        "lora_alpha": _number(alpha),
-        "rank_pattern": {exact_pattern(name): rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": {exact_pattern(name): _number(a) for name, a in alphas.items() if a != alpha},
-    }
+    r, rank_pattern = exact_patterns(ranks, 8)
+    numbers = {name: int(alpha) if float(alpha).is_integer() else alpha for name, alpha in alphas.items()}
+    alpha, alpha_pattern = exact_patterns(numbers, 16)
+    return {"r": r, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
 
 
-def _number(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value
-
-
-def _bias(model: nn.Module, layouts: list[LayerLayout]) -> str:
-    biased = {module for _, module in grafted_modules(model, TrainedBias)}
-    if not biased:
-        return "none"
-    return "lora_only" if biased <= {layout.layer.lora_owner for layout in layouts} else "all"
-
-
-def _selection(names: list[str], model: nn.Module) -> list[str] | str:
-    """The full names; where one is also the dotted end of another module's name, one regular expression instead."""
-    others = {name for name, _ in named_modules(model, remove_duplicate=False)} - {*names}
-    return "|".join(map(re.escape, names)) if any(matches(names, other) for other in others) else sorted(names)
-
-
-def common_dropout(layouts: list[LayerLayout]) -> float:
-    """The most common dropout, for PEFT's config, which holds one."""
-    counts = Counter(layout.layer.lora_settings.dropout for layout in layouts)
-    return max(counts, key=lambda dropout: (counts[dropout], dropout)) if counts else 0.0
-
-
-def other_dropouts(layouts: list[LayerLayout]) -> dict[str, float]:
-    """By module, the dropouts that differ from `common_dropout`, for the metadata."""
-    common, dropouts = common_dropout(layouts), {layout.name: layout.layer.lora_settings.dropout for layout in layouts}
-    return {name: dropout for name, dropout in dropouts.items() if dropout != common}
+def _dropouts(layouts: list[LayerLayout]) -> tuple[float, dict[str, float]]:
+    """The most common dropout, for PEFT's config, which holds one, and those that differ by module, for the record."""
+    dropouts = {layout.name: layout.layer.lora_settings.dropout for layout in layouts}
+    counts = Counter(dropouts.values())
+    common = max(counts, key=lambda dropout: (counts[dropout], dropout), default=0.0)
+    return common, {name: dropout for name, dropout in dropouts.items() if dropout != common}
 
 
 def _task(model: nn.Module, task_type: str | None) -> str | None:
@@ -206,14 +184,14 @@ def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str,
     They are those of PEFT 0.21.2 and transformers 5.24; tests fail when one of them is gone.
     """
     saved = [name for name, _ in grafted_modules(model, SavedCopy)]
-    others = [n for n, _ in named_modules(model) if not any(n == s or n.startswith(f"{s}.") for s in saved)]
-    caught = [other for other in others if any(other.endswith(name) for name in saved)]
+    rest = [n for n, _ in named_modules(model) if not any(n == s or n.startswith(f"{s}.") for s in saved)]
+    caught = [name for name in rest if name.endswith(tuple(saved))]
     yield "matches modules_to_save by the ends of names, within a word too, and misses tensors for", caught
     places = Counter(module for _, module in named_modules(model, remove_duplicate=False))
     twice = [one.name for one in layouts if places[one.layer.lora_owner] > 1]
     yield "adapts one place of a module that stands in several", twice
-    dropouts = list(other_dropouts(layouts))
-    yield f"knows one dropout, {common_dropout(layouts):g}, and would train on with it in", dropouts
+    dropout, others = _dropouts(layouts)
+    yield f"knows one dropout, {dropout:g}, and would train on with it in", [*others]
     in_attention = [one.name for one in layouts if isinstance(one.layer, LoRALinear) and one.name != one.peft_name]
     yield "counts the update of an attention's out_proj twice (its issue 3774)", in_attention
     owners = {one.name: one.layer.lora_owner for one in layouts}

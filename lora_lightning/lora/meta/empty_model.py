@@ -1,0 +1,281 @@
+"""A model on the meta device, with its adapter: built without memory for W0, adapted, and filled from its files.
+
+So for a model larger than memory each tensor of W0 is loaded only while it is needed. A tensor is read in blocks of
+rows and cast, into memory for what this process holds: the whole tensor, or its shard where `fully_shard` or tensor
+parallelism has made a DTensor of the parameter. Beside the filled model, memory is needed for two blocks, or for one
+tensor that the files hold in pieces, such as a layer's experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import LoRAError, first_few
+from lora_lightning.lora.formats.tensor_files import INDEX, Checkpoint, Stored
+from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name
+from lora_lightning.lora.init.from_data import refuse_data
+from lora_lightning.lora.init.from_weight import is_from_weight
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
+from lora_lightning.lora.meta.key_mapping import ATTRIBUTE, WeightFiles, files_of, keep_files, names_by_tensor
+from lora_lightning.lora.report import InjectionReport
+
+
+def builds_bare() -> bool:
+    """Whether torch's default device is `meta`, so that models are built without weights."""
+    return torch.get_default_device().type == "meta"
+
+
+def on_meta(make: Callable[[], nn.Module], weights: str | Path) -> nn.Module:
+    """The module that `make` builds, in eval mode, without memory for its parameters.
+
+    Each parameter goes to the meta device when it is registered, so that at most one is in memory at a time. Buffers
+    stay real, and those in the files are loaded at once.
+
+    Args:
+        make: a class or a function without arguments.
+        weights: a safetensors file, or a folder of them in the hub's layout, with the module's names.
+
+    Raises:
+        LoRAError: no such file; or the files lack a parameter, have one of another shape, or have an unknown key.
+    """
+    with _parameters_on_meta():
+        model = make()
+    path = Path(weights)
+    folder = path.parent if path.name == INDEX else path
+    files = WeightFiles([folder / name for name in Checkpoint(folder).files] if folder.is_dir() else [path])
+    _check(model, files.checkpoint, path)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in files.checkpoint.stored:
+                buffer.copy_(files.checkpoint.stored[name].read())
+    keep_files(model, files)
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    register = nn.Module.register_parameter
+    bare: Any = WeakIdKeyDictionary()  # so that a parameter registered twice stays one
+
+    def without_numbers(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            if parameter not in bare:
+                bare[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            parameter = bare[parameter]
+        register(module, name, parameter)
+
+    with patch.object(nn.Module, "register_parameter", without_numbers):
+        yield
+
+
+def _check(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
+    state, stored = model.state_dict(), checkpoint.stored
+    problems = [f"no '{names[0]}'" for names in names_by_tensor(model) if not any(name in stored for name in names)]
+    problems += [f"'{key}', which the module has not" for key in stored if key not in state]
+    problems += [
+        f"'{key}' of shape {stored[key].shape} instead of {tuple(state[key].shape)}"
+        for key in stored
+        if key in state and stored[key].shape != tuple(state[key].shape)
+    ]
+    if problems:
+        raise LoRAError(f"{path} does not fit {type(model).__name__}: it has {first_few(problems)}")
+
+
+OF_W0 = ("lora_A0", "lora_B0")
+"""The factors that are in no file, since they are computed from W0."""
+
+
+def swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give `model` these tensors under these names, parameters as parameters; returns those that it had."""
+    before: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        store: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+        before[name] = store[key]
+        is_bare = store is module._parameters and not isinstance(tensor, nn.Parameter)
+        store[key] = nn.Parameter(tensor, requires_grad=before[name].requires_grad) if is_bare else tensor
+    return before
+
+
+def adapted_names(path: str, layer: AdaptedLayer) -> dict[str, str]:
+    """The names in the model of the weights that the layer at `path` adapts, by their keys in the module."""
+    owner = path if layer.lora_owner is layer else layer.lora_name(path).rpartition(".")[0]
+    return {key: full_name(owner, key) for key in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)}
+
+
+@torch.no_grad()
+def start_from_present(layer: AdaptedLayer) -> None:
+    """Compute (A0, B0) of an init from W0, whose values are present; the loaded tensors do not change."""
+    if not is_from_weight(layer.lora_settings.init):
+        return
+    loaded = {name: tensor.clone() for name, tensor in layer.lora_tensors().items() if name not in OF_W0}
+    layer.reset_lora_parameters()
+    current = layer.lora_tensors()
+    for name, tensor in loaded.items():
+        current[name].copy_(tensor)
+
+
+@torch.no_grad()
+def make_adapter_real(model: nn.Module) -> None:
+    """Allocate memory for the adapter's tensors that are on the meta device; tied ones stay tied."""
+    empty = {key: tensor for key, tensor in adapter_tensors(model).items() if tensor.is_meta}
+    real = {tensor: like(tensor, torch.zeros_like(tensor, device="cpu")) for tensor in empty.values()}
+    swap_tensors(model, {key: real[tensor] for key, tensor in empty.items()})
+
+
+def like(tensor: Tensor, value: Tensor) -> Tensor:
+    """`value` as a parameter that trains as `tensor` does, where that is one."""
+    return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def inject_anywhere(model: nn.Module, config: LoRAConfig, *, run_init: bool = True) -> InjectionReport:
+    """`inject`, also into a model on the meta device that knows its weight files.
+
+    The adapter is complete at once: A is drawn from torch's generator in the same order, and what is computed from W0,
+    such as DoRA's magnitudes, PiSSA's factors and the copies of `modules_to_save`, is computed from tensors of W0 that
+    are read for the moment. W0 stays on the meta device until `fill_from_files`. Within `torch.device("meta")` there
+    are no values, and an init from W0 is not run.
+    """
+    files = files_of(model)
+    if files is None:
+        return inject(model, config, run_init=run_init and not builds_bare())
+    if run_init:
+        refuse_data(config.init, None)
+    base = files.base(model)
+    report = inject(model, config, run_init=False)
+    try:
+        make_adapter_real(model)
+        state = model.state_dict(keep_vars=True)
+        dtypes = {name: tensor.dtype for name, tensor in state.items() if isinstance(tensor, Tensor) and tensor.is_meta}
+        layers = {layer.lora_name(path): (path, layer) for path, layer in adapted_layers(model)}
+        others = [(path, module) for path, module in grafted_modules(model) if not isinstance(module, AdaptedLayer)]
+        for path, module in [*(layers[row.module] for row in report.modules), *others]:  # in the order of `inject`
+            names = [name for name in _names_to_start(path, module) if name in dtypes]
+            W0 = {name: tensor.to(dtypes[name]) for name in names if (tensor := base(name)) is not None}
+            base.forget()
+            if lost := [name for name in names if name not in W0]:
+                raise LoRAError(f"'{lost[0]}' is on the meta device, and the model's files have no values for it")
+            bare = swap_tensors(model, W0)
+            try:
+                module.reset_lora_parameters()
+            finally:
+                swap_tensors(model, bare)
+    except BaseException:
+        remove(model)
+        raise
+    return report
+
+
+def _names_to_start(path: str, module: Grafted) -> list[str]:
+    """Names of the tensors of W0 from which the adapter's tensors in a module are initialized."""
+    names: list[str] = []
+    if isinstance(module, AdaptedLayer):
+        follows = module.lora_magnitude_vector is not None or is_from_weight(module.lora_settings.init)
+        names += adapted_names(path, module).values() if follows else []
+    if isinstance(module, TrainedBias):
+        names.append(full_name(path, "bias"))
+    if isinstance(module, TokenRows):
+        names.append(full_name(path, "weight"))
+    if isinstance(module, SavedCopy):
+        names += [full_name(path, key) for key in module.lora_copy.state_dict()]
+    return names
+
+
+Place = tuple[slice, ...]
+"""A part of a tensor: a slice of each dimension."""
+
+
+@torch.no_grad()
+def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int:
+    """Fill the tensors of `model` that are on the meta device; ties stay, and other tensors do not change.
+
+    For a model that `huggingface(..., on_meta=True)` or `on_meta` built, before or after it was sharded. Returns the
+    number of filled tensors, 0 where none is on the meta device.
+
+    Args:
+        device: of whole tensors; a shard is on its mesh's device.
+
+    Raises:
+        LoRAError: the model does not know its weight files, or they lack a tensor; the model is then unchanged.
+    """
+    empty: dict[Tensor, list[str]] = {}  # with the names of each in the model: several where it is tied
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in (pair for pairs in named for pair in pairs):
+        if tensor.is_meta:
+            empty.setdefault(tensor, []).append(name)
+    if not empty:
+        return 0
+    files = files_of(model)
+    if files is None:
+        raise LoRAError(
+            f"'{next(iter(empty.values()))[0]}' is on the meta device, and it is not known where its weights lie: build"
+            " the model by lora_lightning.huggingface(..., on_meta=True) or lora_lightning.on_meta"
+        )
+    base, checkpoint = files.base(model), files.checkpoint
+    if without := [names[0] for names in empty.values() if base.of_name.keys().isdisjoint(names)]:
+        raise LoRAError(
+            f"{checkpoint.directory} has no values for {len(without)} tensors of {type(model).__name__} that are on the"
+            f" meta device: {first_few(without)}"
+        )
+    sources = {next(name for name in names if name in base.of_name): tensor for tensor, names in empty.items()}
+    groups = {id(base.of_name[name]): base.of_name[name] for name in sources}.values()
+    stored, filled = checkpoint.stored, dict[Tensor, Tensor]()
+    for group in sorted(groups, key=lambda g: (stored[g.stored[0]].path, stored[g.stored[0]].start)):
+        wanted = {name: sources[name] for name in group.names if name in sources}
+        whole: dict[str, Tensor] = {}
+        if not group.is_alone:
+            dtype = next(iter(wanted.values())).dtype
+            whole = group.load({key: stored[key].read().to(dtype) for key in group.stored})
+        for name, tensor in wanted.items():
+            got = tuple(whole[name].shape if whole else stored[group.stored[0]].shape)
+            if got != tuple(tensor.shape):
+                raise LoRAError(
+                    f"'{name}' has shape {got} in the files and {tuple(tensor.shape)} in the model: they belong to"
+                    " another architecture, or to another config"
+                )
+            filled[tensor], part, place = _allocate(tensor, device)
+            if whole:
+                part.copy_(whole.pop(name)[place])
+            else:
+                _read_part(stored[group.stored[0]], part, place)
+    for tensor, names in empty.items():
+        swap_tensors(model, dict.fromkeys(names, like(tensor, filled[tensor])))
+    model.__dict__.pop(ATTRIBUTE, None)
+    return len(filled)
+
+
+def _allocate(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor, Place]:
+    """A tensor like the one on the meta device, the part of it that this process holds, and the part's place."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        value = torch.empty_like(tensor, device=device)
+        return value, value, tuple(map(slice, value.shape))
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(tensor, DTensor):
+        raise LoRAError(f"a {type(tensor).__name__} on the meta device cannot be filled from files: load it whole")
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    sharded: DTensor = torch.empty_like(tensor, device=tensor.device_mesh.device_type)  # type: ignore[assignment]
+    return sharded, sharded.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+
+
+def _read_part(at: Stored, into: Tensor, place: Place) -> None:
+    """Read the part of a tensor at `place` into `into`, block by block."""
+    if not place:
+        into.copy_(at.read())
+        return
+    done = 0
+    for rows in at.blocks(place[0].start or 0, place[0].stop):
+        into[done : done + len(rows)].copy_(rows[:, *place[1:]])
+        done += len(rows)
