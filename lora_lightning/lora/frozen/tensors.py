@@ -6,7 +6,6 @@ below it: `layers.0._orig_mod.weight`. Files, patterns and fingerprints use the 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -25,11 +24,15 @@ _WRAPPED_CHILD = {
 }
 
 
-@functools.cache
-def _wrapped_child(cls: Any) -> str | None:
+_CHILD_NAMES: dict[type[nn.Module], str | None] = {}
+
+
+def _wrapped_child(cls: type[nn.Module]) -> str | None:
     """The name of a wrapper's wrapped child; None for any other class."""
-    names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
-    return next((_WRAPPED_CHILD[name] for name in names if name in _WRAPPED_CHILD), None)
+    if cls not in _CHILD_NAMES:
+        names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+        _CHILD_NAMES[cls] = next((_WRAPPED_CHILD[name] for name in names if name in _WRAPPED_CHILD), None)
+    return _CHILD_NAMES[cls]
 
 
 def plain_name(model: nn.Module, name: str) -> str:
