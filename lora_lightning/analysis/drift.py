@@ -27,9 +27,8 @@ from lora_lightning.lora.inject import disabled, grafted_modules
 from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.lora.targets.output_heads import output_head
-from lora_lightning.tasks.base import logits_of
-from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, Terms, refuse_labels, rows_at_once, with_terms
-from lora_lightning.tasks.losses.lm_head import BeforeHead, before_head
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, refuse_labels, rows_at_once
+from lora_lightning.tasks.losses.lm_head import before_head
 from lora_lightning.tasks.positions import in_evaluation
 
 MOST_NAMED = 5
@@ -194,41 +193,22 @@ def _next_tokens(model: nn.Module, batch: Batch, scales: Sequence[float]) -> Ite
     """Yields for each strength the sums over each row's predicted tokens."""
     assert batch.labels is not None
     with disabled(model):
-        base = _before_head(model, batch.inputs, batch.labels)
-    labels = batch.labels.to(base.hidden.device)
+        base = before_head(model, batch.inputs)
+    labels = base.aligned(batch.labels)
     predicted = labels != IGNORED
     size = rows_at_once(base.hidden[predicted], base.vocabulary)
     for scale in scales:
         with scaled(model, scale):
-            adapted, each = _before_head(model, batch.inputs, batch.labels), []
+            adapted, each = before_head(model, batch.inputs), []
             chunks = (torch.split(values[predicted], size) for values in (base.hidden, adapted.hidden, labels))
             for before, after, label in zip(*chunks, strict=True):
                 with disabled(model):
-                    logits = _logits(base, before)
-                each.append(token_figures(logits, _logits(adapted, after), label))
+                    logits = base.logits(before)
+                each.append(token_figures(logits, adapted.logits(after), label))
         tokens = torch.cat(each).double()
         sums = tokens.new_zeros(len(labels), tokens.shape[1] + 1)
         sums.index_add_(0, predicted.nonzero()[:, 0], torch.cat([tokens, torch.ones_like(tokens[:, :1])], 1))
         yield scale, dict(zip((KL, "perplexity_base", "perplexity", "changed", "tokens"), sums.T, strict=True))
-
-
-def _before_head(model: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> BeforeHead:
-    """The head and its inputs; the identity and the logits where the head cannot run by itself."""
-    found = before_head(model, inputs)
-    if found is None:
-        logits = logits_of(model(**inputs))
-        found = BeforeHead(nn.Identity(), logits, logits.shape[-1], Terms())
-    wanted, got = tuple(labels.shape), tuple(found.hidden.shape)
-    if len(got) != 3 or got[:2] != wanted:
-        raise LoRAError(
-            f"a language model gives one row of logits for each token, {wanted}, got {got}: its task is another one"
-        )
-    return found
-
-
-def _logits(found: BeforeHead, hidden: Tensor) -> Tensor:
-    out = found.head(hidden.unsqueeze(0)).squeeze(0)
-    return with_terms(out.to(wide_dtype(out)), found.terms)
 
 
 def token_figures(base: Tensor, adapted: Tensor, labels: Tensor) -> Tensor:

@@ -15,20 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric, MetricCollection
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.inject import disabled
-from lora_lightning.lora.layers.functional import wide_dtype
-from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, logits_of
-from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, Terms, in_chunks, refuse_labels, with_terms
-from lora_lightning.tasks.losses.lm_head import before_head
+from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels
+from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, refuse_labels, rows_at_once
+from lora_lightning.tasks.losses.lm_head import before_head, shift_labels
 from lora_lightning.tasks.positions import in_evaluation
 
 
@@ -180,30 +179,20 @@ def sequence_log_probs(backbone: nn.Module, inputs: Mapping[str, Any], labels: T
         inputs: its keyword arguments, without labels.
         labels: (b, t), -100 where a token does not count; those of position 0 never do, as nothing predicts them.
     """
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    before = before_head(backbone, inputs)
-    states = logits_of(backbone(**inputs)) if before is None else before.hidden
-    if states.dim() != 3 or states.shape[:2] != targets.shape:
-        raise LoRAError(
-            f"labels {tuple(labels.shape)} need one row of the model's states each, got {tuple(states.shape)}: inputs"
-            " and labels must be of one length"
-        )
-    targets = targets.to(states.device)
+    found = before_head(backbone, inputs)
+    targets = found.aligned(shift_labels(labels))
     trained = targets != IGNORED
-    if before is None:
-        each = _of_logits(states[trained], targets[trained], Terms())
-    else:
-        of_logits = partial(_of_logits, terms=before.terms)
-        each = torch.cat(in_chunks(before.head, states[trained], targets[trained], before.vocabulary, of_logits))
-    text = trained.nonzero()[:, 0]
-    total = torch.zeros(len(labels), dtype=each.dtype, device=each.device).index_add(0, text, each)
+    states, tokens = found.hidden[trained], targets[trained]
+    refuse_labels(tokens, found.vocabulary)
+
+    def log_probs(h: Tensor, y: Tensor) -> Tensor:
+        return -F.cross_entropy(found.logits(h), y, reduction="none")
+
+    size = rows_at_once(states, found.vocabulary)
+    chunks = zip(torch.split(states, size), torch.split(tokens, size), strict=True)
+    each = torch.cat([checkpoint(log_probs, h, y, use_reentrant=False) for h, y in chunks])
+    total = torch.zeros(len(labels), dtype=each.dtype, device=each.device).index_add(0, trained.nonzero()[:, 0], each)
     return LogProbs(total, trained.sum(1))
-
-
-def _of_logits(logits: Tensor, labels: Tensor, terms: Terms) -> Tensor:
-    refuse_labels(labels, logits.shape[-1])
-    z = with_terms(logits.to(wide_dtype(logits)), terms)
-    return -F.cross_entropy(z, labels, reduction="none")
 
 
 class PreferenceTerms(NamedTuple):

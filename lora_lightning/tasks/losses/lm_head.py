@@ -1,8 +1,7 @@
 """A language model's loss without all logits in memory, for transformers models whose head can be run separately.
 
 The model runs as usual, hooks included, except that its head gets only the last position. The hidden states of all
-positions, the head's input, then go through `linear_cross_entropy`; or, where the head is adapted, trains as a copy or
-is quantized, through the head itself in chunks, whose logits backward recomputes.
+positions, the head's input, then go through the head in chunks.
 
 Models may transform the head's logits (Gemma 2 bounds them, Cohere and Granite scale them). The first batch verifies
 the config's values: the head gets one position, enlarged so that bounds and scales show, and the model's logits are
@@ -12,12 +11,11 @@ a whole, and any `nn.Module` outside of transformers compute all logits; for a t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -31,20 +29,16 @@ from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import logits_of
 from lora_lightning.tasks.losses.linear_cross_entropy import (
     IGNORED,
+    UNCHANGED,
     LinearCrossEntropy,
     Terms,
-    cross_entropy_of_logits,
-    in_chunks,
     linear_cross_entropy,
-    with_terms,
 )
 
 _FOUND: WeakKeyDictionary[nn.Module, Terms | None] = WeakKeyDictionary()
 """The result of `terms_of` for each model."""
-_SAID: WeakSet[nn.Module] = WeakSet()
-"""Models for which the warning about all logits was shown."""
-_ROUTED: WeakSet[nn.Module] = WeakSet()
-"""Models for which the warning about the router's loss was shown."""
+_SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""The warnings that were shown for each model."""
 
 
 def shifted_loss(
@@ -61,10 +55,26 @@ def shifted_loss(
     return aligned_loss(backbone, inputs, shift_labels(labels), label_smoothing=label_smoothing)
 
 
+def aligned_loss(
+    backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor, *, label_smoothing: float = 0.0
+) -> LinearCrossEntropy:
+    """The same without the shift, for sequence to sequence: the output at position t predicts the label at t."""
+    config = getattr(backbone, "config", None)
+    share = getattr(config, "router_aux_loss_coef", 0)
+    if share and getattr(config, "output_router_logits", False) is True:
+        _warn_once(
+            backbone,
+            "the model's config has output_router_logits, and its router's auxiliary loss (router_aux_loss_coef"
+            f" {share}) is not added: the loss is the cross-entropy alone, as where output_router_logits is false",
+        )
+    return before_head(backbone, inputs).loss(labels, label_smoothing)
+
+
 def shifted_losses(backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> list[LinearCrossEntropy]:
     """Return `shifted_loss` of each row by itself, from one forward."""
-    labels = shift_labels(labels)
-    return _losses(backbone, inputs, [(slice(i, i + 1), labels[i : i + 1]) for i in range(len(labels))], 0.0)
+    found = before_head(backbone, inputs)
+    labels = found.aligned(shift_labels(labels))
+    return [found._replace(hidden=found.hidden[i : i + 1]).loss(labels[i : i + 1]) for i in range(len(labels))]
 
 
 def shift_labels(labels: Tensor) -> Tensor:
@@ -77,113 +87,60 @@ def shift_labels(labels: Tensor) -> Tensor:
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
 
 
-def aligned_loss(
-    backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor, *, label_smoothing: float = 0.0
-) -> LinearCrossEntropy:
-    """The same without the shift, for sequence to sequence: the output at position t predicts the label at t."""
-    return _losses(backbone, inputs, [(slice(None), labels)], label_smoothing)[0]
-
-
-def _losses(
-    backbone: nn.Module, inputs: Mapping[str, Any], parts: Sequence[tuple[slice, Tensor]], label_smoothing: float
-) -> list[LinearCrossEntropy]:
-    """The loss of each part of the rows with its labels, from one forward; the parts cover all rows."""
-    _warn_of_router_loss(backbone)
-    before = before_head(backbone, inputs)
-    if before is not None:
-        terms = Terms(label_smoothing, before.terms.softcap, before.terms.logit_scale)
-        return [_through_head(before.head, before.hidden[p], labels, before.vocabulary, terms) for p, labels in parts]
-    logits = logits_of(backbone(**inputs))
-    return [_of_logits(logits[part], labels, label_smoothing) for part, labels in parts]
-
-
-def _warn_of_router_loss(backbone: nn.Module) -> None:
-    """Warn that a mixture of experts' auxiliary router loss, which its config requests, is not added."""
-    config = getattr(backbone, "config", None)
-    share = getattr(config, "router_aux_loss_coef", 0)
-    if share and getattr(config, "output_router_logits", False) is True and backbone not in _ROUTED:
-        _ROUTED.add(backbone)
-        rank_zero_warn(
-            "the model's config has output_router_logits, and its router's auxiliary loss (router_aux_loss_coef"
-            f" {share}) is not added: the loss is the cross-entropy alone, as where output_router_logits is false"
-        )
-
-
-def _of_logits(logits: Tensor, labels: Tensor, label_smoothing: float) -> LinearCrossEntropy:
-    rows = _trained_rows("logits", logits, labels)
-    return cross_entropy_of_logits(logits[rows], labels.to(logits.device)[rows], Terms(label_smoothing))
-
-
 class BeforeHead(NamedTuple):
-    """A model's head and its input."""
+    """A model's head and its input; where the head cannot be run separately, the identity and the model's logits."""
 
     head: nn.Module
     hidden: Tensor
     """(b, t, d)."""
     vocabulary: int
-    terms: Terms
-    """How the model transforms the head's logits."""
+    terms: Terms = UNCHANGED
+    """How the model transforms the head's output."""
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits (n, V), in float32 or wider, of hidden states (n, d)."""
+        return self.terms.logits(self.head(hidden.unsqueeze(0)).squeeze(0))
 
-def before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> BeforeHead | None:
-    """Run the model up to its head; None where its logits cannot be computed from there."""
-    head, terms = _head_and_terms(backbone, inputs)
-    if head is None:
-        return None
-    with one_position(head) as calls:
-        backbone(**inputs)
-    return BeforeHead(head, calls[0].hidden, calls[0].logits.shape[-1], terms) if len(calls) == 1 else None
+    def aligned(self, labels: Tensor) -> Tensor:
+        """Labels (b, t) on the device of the hidden states; others than one for each state are refused."""
+        if self.hidden.dim() != 3 or self.hidden.shape[:2] != labels.shape:
+            raise LoRAError(
+                f"labels {tuple(labels.shape)} need one row of the model's states each, got"
+                f" {tuple(self.hidden.shape)}: inputs and labels must be of one length"
+            )
+        return labels.to(self.hidden.device)
 
-
-def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms) -> LinearCrossEntropy:
-    rows, labels = _trained_rows("hidden states", hidden, labels), labels.to(hidden.device)
-    if not _is_one_product(head, hidden):
-        parts = in_chunks(head, hidden[rows], labels[rows], vocabulary, partial(cross_entropy_of_logits, terms=terms))
-        loss, correct = torch.stack([part.loss for part in parts]), torch.stack([part.correct for part in parts])
-        return LinearCrossEntropy(loss.sum(), sum(part.count for part in parts), correct.sum())
-    assert isinstance(head, nn.Linear)
-    weight, bias = head.weight, head.bias
-    return linear_cross_entropy(
-        hidden.flatten(0, 1),
-        weight,
-        labels.flatten(),
-        bias=bias,
-        label_smoothing=terms.label_smoothing,
-        softcap=terms.softcap,
-        logit_scale=terms.logit_scale,
-    )
-
-
-def _trained_rows(what: str, states: Tensor, labels: Tensor) -> Tensor:
-    """Return a mask of the labels that count, on the device of the model's states."""
-    if states.dim() != 3 or states.shape[:2] != labels.shape:
-        raise LoRAError(
-            f"labels {tuple(labels.shape)} need one row of {what} each, got {tuple(states.shape)}: inputs and labels"
-            " must be of one length"
+    def loss(self, labels: Tensor, label_smoothing: float = 0.0) -> LinearCrossEntropy:
+        """The sum over the labels (b, t) that are not -100, in chunks."""
+        labels, hidden = self.aligned(labels).flatten(), self.hidden.flatten(0, 1)
+        out: LinearCrossEntropy = linear_cross_entropy(
+            self.head, hidden, labels, self.vocabulary, self.terms, label_smoothing
         )
-    return labels.to(states.device) != IGNORED
+        return out
 
 
-def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.Module | None, Terms]:
-    """The head, where the model's logits follow from the head's by known terms; else None."""
-    why = why_all_logits(backbone)
+def before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> BeforeHead:
+    """Run the model up to its head, or with it where its logits cannot be computed from there."""
+    why = _why_all_logits(backbone)
     if why is None:
         head: Any = backbone.get_output_embeddings()  # type: ignore[operator]
         if backbone not in _FOUND:
             _FOUND[backbone] = _candidates(backbone)[0] if is_traced() else terms_of(backbone, head, inputs)
         terms = _FOUND[backbone]
         if terms is not None:
-            return head, terms
+            with one_position(head) as calls:
+                backbone(**inputs)
+            if len(calls) == 1:
+                return BeforeHead(head, calls[0].hidden, calls[0].logits.shape[-1], terms)
         why = "it does more to its logits than bound or scale them as its config says"
-    if is_a(backbone, HF_MODEL) and backbone not in _SAID:
-        _SAID.add(backbone)
-        rank_zero_warn(
-            f"{type(backbone).__name__} computes the logits of all tokens at once, which takes memory: {why}"
-        )
-    return None, Terms()
+    if is_a(backbone, HF_MODEL):
+        what = f"{type(backbone).__name__} computes the logits of all tokens at once, which takes memory"
+        _warn_once(backbone, f"{what}: {why}")
+    logits = logits_of(backbone(**inputs))
+    return BeforeHead(nn.Identity(), logits, logits.shape[-1])
 
 
-def why_all_logits(backbone: Any) -> str | None:
+def _why_all_logits(backbone: Any) -> str | None:
     """Why this model's head cannot be run separately, as far as known before it runs; None where it may."""
     if not is_a(backbone, HF_MODEL):
         return "it is no transformers model"
@@ -199,14 +156,11 @@ def why_all_logits(backbone: Any) -> str | None:
     return None
 
 
-def _is_one_product(head: nn.Module, hidden: Tensor) -> bool:
-    """Whether the head is only torch's product with a whole weight."""
-    if type(head) is not nn.Linear or "forward" in vars(head):  # accelerate's hooks are there
-        return False
-    weight = head.weight
-    whole = weight.shape == (head.out_features, head.in_features) and not weight.is_meta
-    mixed = torch.is_autocast_enabled(hidden.device.type)
-    return whole and weight.device == hidden.device and (weight.dtype == hidden.dtype or mixed)
+def _warn_once(backbone: nn.Module, message: str) -> None:
+    said = _SAID.setdefault(backbone, set())
+    if message not in said:
+        said.add(message)
+        rank_zero_warn(message)
 
 
 LOUD = 100.0
@@ -274,7 +228,7 @@ def terms_of(backbone: Any, head: nn.Module, inputs: Mapping[str, Any]) -> Terms
     # Dividing, bounding and multiplying round three times; Mamba returns float32 for any weights.
     tolerance = 4 * max(torch.finfo(dtype).eps for dtype in (raw.dtype, logits.dtype))
     for terms in _candidates(backbone):
-        ours = with_terms(raw.double(), terms)
+        ours = terms.logits(raw.double())
         if float((ours - logits.double()).abs().max()) <= tolerance * float(ours.abs().max()):
             return terms
     return None
@@ -292,4 +246,4 @@ def _candidates(backbone: Any) -> list[Terms]:
     divisor = config.get("logits_scaling")  # Granite divides by it, others multiply
     scales = [config.get("logit_scale"), config.get("lm_head_multiplier"), divisor, 1 / divisor if divisor else None]
     caps = [config.get("final_logit_softcapping"), None]
-    return [Terms(0.0, cap, scale) for cap, scale in product(caps, (*(float(s) for s in scales if s), 1.0))]
+    return [Terms(cap, scale) for cap, scale in product(caps, (*(float(s) for s in scales if s), 1.0))]
