@@ -24,7 +24,6 @@ from lora_lightning.data.io.tables import (
     read_tables,
     source_of,
     values_of,
-    with_row_numbers,
 )
 from lora_lightning.data.loading.sampler import EpochSampler, Loader, ResumableLoader, seeded_generator
 from lora_lightning.lora.errors import LoRAError
@@ -149,10 +148,12 @@ class TableData(LightningDataModule, ABC):
     def tables(self) -> dict[str, datasets.Dataset]:
         """Checked and filtered rows by split, read on first use. The column `ROW` is each row's number in its file."""
         if self._tables is None:
-            tables = {split: with_row_numbers(table) for split, table in self.read().items()}
+            tables = self.read()
             self.given_splits = frozenset(tables)
             self.doubled_columns = doubled_columns(self.path)
             for split, table in tables.items():
+                if ROW not in table.column_names:
+                    table = table.add_column(ROW, np.arange(1, len(table) + 1))  # noqa: PLW2901
                 with self._kind_of_set(split) as kind:
                     check_names(table.column_names, self.columns(kind), self.place(kind), vars(self))
                     self._check_header(split, kind)

@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import fsspec
-import numpy as np
 import pyarrow.compute
 
 from lora_lightning.backbones.locate import refuse_not_there, resolve
 from lora_lightning.data.io.splits import split_name
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 
-READERS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-TextBy = Literal["line", "paragraph", "document"]
-"""The rows of a .txt: lines, paragraphs between blank lines, or the whole file."""
+READERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+READERS |= dict.fromkeys((".json", ".jsonl", ".ndjson"), "json")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 NO_ROWS = "corresponds to no data"
 """Part of datasets' error for a file without rows."""
-COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 
+TextBy = Literal["line", "paragraph", "document"]
+"""The rows of a .txt: lines, paragraphs between blank lines, or the whole file."""
 Readers = Mapping[str, Callable[[str], datasets.Dataset]]
 """A caller's readers of files by suffix, beside or in place of the usual ones."""
 
@@ -60,26 +55,22 @@ def read_tables(
     Raises:
         LoRAError: a file is missing, empty, or of an unknown kind.
     """
-    readers = readers or {}
+    read = partial(_read_file, text_by=text_by, readers=readers or {}, streaming=streaming)
+    files = files_read(path, readers)
     if isinstance(path, dict):
-        _refuse_two({split: known_split(split) for split in path})
-        return {known_split(split): _read_part(part, name, text_by, readers, streaming) for split, part in path.items()}
+        return {split: _read_part(str(file), name, read, streaming) for split, file in files.items()}
     location = Path(resolve(path))
     if is_saved(location):
         return _from_disk(location, streaming)
-    files = files_read(path, readers)
     if location.is_dir() and "train" not in files:
-        corpus = (
-            "; YAML dialogues: from a clone, take demos.dialogues.DialogueData" if any(location.glob("*.yml")) else ""
-        )
+        corpus = "; YAML dialogues: from a clone, take demos.dialogues.DialogueData"
         raise LoRAError(
-            f"{location} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet{corpus}"
+            f"{location} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet"
+            f"{corpus if any(location.glob('*.yml')) else ''}"
         )
-    if not files and location.suffix in (*READERS, *COMPRESSED, *readers):
-        files = {"train": location}  # which is not there
-    if files:
-        return {split: _read_file(str(file), text_by, readers, streaming) for split, file in files.items()}
-    return _by_split(_from_hub(path, name, None, streaming))
+    if not files and location.suffix not in (*READERS, *COMPRESSED, *(readers or ())):
+        return _by_split(_from_hub(path, name, None, streaming))
+    return {split: read(file) for split, file in (files or {"train": location}).items()}
 
 
 def is_saved(folder: Path) -> bool:
@@ -90,41 +81,39 @@ def is_saved(folder: Path) -> bool:
 def files_read(path: str | dict[str, str], readers: Readers | None = None) -> dict[str, Path]:
     """The files of rows by split, in a folder those that are named like one; empty for a set on the hub."""
     if isinstance(path, dict):
-        return {known_split(split): Path(resolve(file)) for split, file in path.items()}
+        return _by_split({split: Path(resolve(file)) for split, file in path.items()}, known_split)
     location = Path(resolve(path))
     if not location.is_dir():
         return {"train": location} if location.is_file() else {}
     known = (*READERS, *(readers or ()))
-    names = [file.name for file in sorted(location.iterdir()) if file.is_file() and _kind(file) in known]
-    splits = {name: split_name(name.split(".")[0]) for name in names}
-    _refuse_two(splits)
-    return dict(sorted((split, location / name) for name, split in splits.items() if split))
+    files = [file for file in sorted(location.iterdir()) if file.is_file() and _kind(file) in known]
+    return dict(sorted(_by_split({file.name: file for file in files}).items()))
 
 
 def source_of(path: str | dict[str, str], split: str, readers: Readers | None = None) -> str:
     """The source of a split's rows for errors: its file, or the set."""
     files = files_read(path, readers)
-    file = files.get(split, files.get("train"))
-    if file is not None:
+    if file := files.get(split, files.get("train")):
         return file.name
     if isinstance(path, dict):
         return "the set"
-    return Path(resolve(path)).name if Path(resolve(path)).is_dir() else path
+    location = Path(resolve(path))
+    return location.name if location.is_dir() else path
 
 
 def doubled_columns(path: str | dict[str, str]) -> dict[str, list[str]]:
     """By split the names that are in its CSV's header twice: pandas names the second of them `name.1`."""
     by_split = {}
     for split, file in files_read(path).items():
-        if _kind(file) in (".csv", ".tsv") and file.is_file():
-            names, _ = first_rows(str(file), "\t" if _kind(file) == ".tsv" else ",")
-            if doubled := sorted({name for name in names if names.count(name) > 1}):
-                by_split[split] = doubled
-    return by_split
+        if READERS.get(_kind(file)) == "csv":
+            with contextlib.suppress(UnicodeDecodeError):  # a caller's own reader knows another encoding
+                names = next(csv_rows(file), [])
+                by_split[split] = sorted({name for name in names if names.count(name) > 1})
+    return {split: names for split, names in by_split.items() if names}
 
 
 def check_names(
-    names: Sequence[str], columns: Sequence[str | None], where: str, settings: Mapping[str, Any] | None = None
+    names: Sequence[str], columns: Iterable[str | None], where: str, settings: Mapping[str, Any] | None = None
 ) -> None:
     """Raise for a column that is not among a table's names.
 
@@ -146,13 +135,12 @@ def check_names(
 
 def known_split(split: str) -> str:
     """`split_name` of a split that a config names; a name of no split is refused."""
-    name = split_name(split)
-    if name is None:
-        raise LoRAError(
-            f"unknown split '{split}': expected train, validation, test or predict, of the last three also several, as"
-            " validation_NAME"
-        )
-    return name
+    if name := split_name(split):
+        return name
+    raise LoRAError(
+        f"unknown split '{split}': expected train, validation, test or predict, of the last three also several, as"
+        " validation_NAME"
+    )
 
 
 def _kind(path: Path) -> str:
@@ -161,41 +149,42 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _refuse_two(names: Mapping[str, str | None]) -> None:
-    """Raise where two names are of one split, such as `dev` and `val`: one of them would not be read."""
+def _by_split(named: Mapping[Any, Any], split_of: Callable[[str], str | None] = split_name) -> dict[str, Any]:
+    """What is named by a split; two names of one split, such as `dev` and `val`, are refused: one would not be read."""
     seen: dict[str, str] = {}
-    for name, split in names.items():
+    for name in map(str, named):
+        split = split_of(name.split(".")[0])
         if split and seen.setdefault(split, name) != name:
             raise LoRAError(f"{seen[split]} and {name} are both the {split} set: name one file for each in data.path")
+    return {split: named[name] for split, name in seen.items()}
 
 
-def _read_file(file: str, text_by: TextBy, readers: Readers, streaming: bool) -> Any:
-    _check_file(Path(file))
-    kind = _kind(Path(file))
-    if Path(file).suffix.lower() in readers:
+def _read_file(path: Path, text_by: TextBy, readers: Readers, streaming: bool) -> Any:
+    file, kind = str(path), _kind(path)
+    _check_file(path)
+    if path.suffix.lower() in readers:
         return readers[kind](file)
     if kind not in READERS:
         known = dict.fromkeys((*READERS, *readers))
-        raise LoRAError(f"{file}: expected one of {', '.join(known)}, got '{kind or Path(file).name}'")
-    by_kind: dict[str, dict[str, Any]] = {".tsv": {"delimiter": "\t"}, ".txt": {"sample_by": text_by}}
-    reader, options = READERS[kind], by_kind.get(kind, {})
-    delimiter = options.get("delimiter", ",")
+        raise LoRAError(f"{file}: expected one of {', '.join(known)}, got '{kind or path.name}'")
     # pandas silently takes surplus fields on the left for an index in every row: of an unquoted `a, b` it keeps `b`.
-    if reader == "csv" and (fault := too_wide(1, *first_rows(file, delimiter), delimiter)):
+    if READERS[kind] == "csv" and (fault := csv_fault(path, most=1)):
         raise LoRAError(f"{file}, {fault}")
+    options: dict[str, Any] = {"csv": {"delimiter": delimiter_of(path)}, "text": {"sample_by": text_by}}
     files = {"train": glob.escape(file)}
+    load = partial(datasets.load_dataset, READERS[kind], data_files=files, **options.get(READERS[kind], {}))
     if streaming:
-        return datasets.load_dataset(reader, data_files=files, streaming=True, **options)["train"]
+        return load(streaming=True)["train"]
     try:
-        table = datasets.load_dataset(reader, data_files=files, **options)["train"]
-        if reader == "json":
+        table = load()["train"]
+        if READERS[kind] == "json":
             table.data.table.validate(full=True)  # its reader accepts bytes that are no text, which fail later
     except Exception as error:  # datasets wraps each reader's errors
         cause = error.__cause__ or error
         cause = cause.__cause__ or cause
         if NO_ROWS in str(cause):
             raise LoRAError(f"{file} holds no rows") from error
-        raise LoRAError(f"{file}, {fault_in(file, reader, cause, delimiter)}") from error
+        raise LoRAError(f"{file}, {fault_in(path, cause)}") from error
     if not len(table):
         raise LoRAError(f"{file} holds no rows")
     return table
@@ -212,15 +201,13 @@ def _check_file(path: Path) -> None:
         raise LoRAError(f"{path} is empty")
 
 
-def _read_part(file: str, name: str | None, text_by: TextBy, readers: Readers, streaming: bool) -> Any:
-    """One split: a file, or `SET@PART` of the hub."""
+def _read_part(file: str, name: str | None, read: Callable[[Path], Any], streaming: bool) -> Any:
+    """One split: a file, one table of `save_to_disk`, or `SET@PART` of the hub."""
     on_hub, _, part = file.partition("@")
     if part and not Path(file).exists():
         return _from_hub(on_hub, name, part, streaming)
-    location = Path(resolve(file))
-    if (location / "state.json").is_file():  # one table of save_to_disk
-        return _from_disk(location, streaming)["train"]
-    return _read_file(str(location), text_by, readers, streaming)
+    is_table = (Path(file) / "state.json").is_file()
+    return _from_disk(Path(file), streaming)["train"] if is_table else read(Path(file))
 
 
 def _from_hub(path: str, name: str | None, part: str | None, streaming: bool) -> Any:
@@ -238,12 +225,6 @@ def _from_disk(path: Path, streaming: bool) -> dict[str, Any]:
     loaded = datasets.load_from_disk(str(path))
     tables = _by_split({"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded)
     return {split: table.to_iterable_dataset() for split, table in tables.items()} if streaming else tables
-
-
-def _by_split(loaded: Mapping[Any, Any]) -> dict[str, Any]:
-    names = {str(split): split_name(str(split)) for split in loaded}
-    _refuse_two(names)
-    return {split: loaded[name] for name, split in names.items() if split}
 
 
 ROW = "__row__"
@@ -267,53 +248,48 @@ def lengths_of(table: datasets.Dataset, column: str = "input_ids") -> list[int]:
     return [n for batch in batches for n in pyarrow.compute.list_value_length(batch[column]).to_pylist()]
 
 
-def with_row_numbers(table: datasets.Dataset) -> datasets.Dataset:
-    """The table with each row's number in the column `ROW`."""
-    return table if ROW in table.column_names else table.add_column(ROW, np.arange(1, len(table) + 1))
-
-
 UNCLOSED = re.compile(r"EOF inside string starting at row (\d+)")
 WANTED = 'expected an object such as {"text": ...}'
 
 
-def fault_in(file: str, reader: str, error: BaseException, delimiter: str = ",") -> str:
-    """The error in one line, with the row, counted from 1, where it can be found.
+def fault_in(path: Path, error: BaseException) -> str:
+    """The reader's error in one line, with the row, counted from 1, where it can be found."""
+    reader, reason = READERS[_kind(path)], " ".join(str(error).split()) or type(error).__name__
+    if unclosed := UNCLOSED.search(reason):
+        return f"row {unclosed[1]}: a quotation mark opens a text and none closes it"
+    find = {"csv": csv_fault, "json": json_fault}.get(reader)
+    return (find and find(path)) or f"cannot be read as {reader}: {reason}"
 
-    Args:
-        file: may be compressed.
-        reader: `csv`, `json` or `parquet`.
-        error: the reader's.
-        delimiter: between a CSV's fields.
-    """
-    reason = " ".join(str(error).split()) or type(error).__name__
-    place = None
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, which may be compressed, as far as it can be decompressed."""
+    with contextlib.suppress(OSError, EOFError), fsspec.open(str(path), "rb", compression="infer") as opened:
+        yield from opened
+
+
+def csv_rows(path: Path) -> Iterator[list[str]]:
+    """The fields of a CSV's header and rows, as far as Python's reader understands them."""
+    with contextlib.suppress(csv.Error):
+        yield from csv.reader((line.decode("utf-8-sig") for line in _lines(path)), delimiter=delimiter_of(path))
+
+
+def delimiter_of(path: Path) -> str:
+    """What stands between the fields of a .csv or a .tsv."""
+    return "\t" if _kind(path) == ".tsv" else ","
+
+
+def csv_fault(path: Path, most: int | None = None) -> str | None:
+    """The error of a CSV's first row (of at most `most`) that is not UTF-8 or has more fields than the header."""
+    header, row, rows = list[str](), 0, csv_rows(path)
     try:
-        with fsspec.open(file, "rb", compression="infer") as opened:
-            if reader == "json":
-                place = _in_json(opened)
-            elif reader == "csv":
-                place = _in_csv(opened, reason, delimiter)
-    except (OSError, EOFError, csv.Error):  # from decompression, or Python's reader of CSV
-        pass
-    return place or f"cannot be read as {reader}: {reason}"
-
-
-def first_rows(file: str, delimiter: str = ",") -> tuple[list[str], list[str]]:
-    """A CSV's header and its first row; empty where they cannot be read, of which the table's reader tells."""
-    try:
-        with fsspec.open(file, "rb", compression="infer") as opened:
-            rows = csv.reader((line.decode("utf-8-sig") for line in opened), delimiter=delimiter)
-            return next(rows, []), next(rows, [])
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error):
-        return [], []
-
-
-def too_wide(row: int, header: list[str], fields: list[str], delimiter: str) -> str | None:
-    """The error where a CSV's row has more fields than its header; else None."""
-    if len(fields) <= len(header):
-        return None
-    advice = separator_advice(header) or f"a text with {delimiter!r} in it stands in quotes"
-    return f"row {row}: expected {len(header)} fields ({', '.join(header)}), got {len(fields)}; {advice}"
+        header = next(rows, [])
+        for row, fields in enumerate(islice(rows, most), 1):
+            if len(fields) > len(header):
+                advice = separator_advice(header) or f"a text with {delimiter_of(path)!r} in it stands in quotes"
+                return f"row {row}: expected {len(header)} fields ({', '.join(header)}), got {len(fields)}; {advice}"
+    except UnicodeDecodeError as error:
+        return f"row {row + 1}: {_not_utf8(error)}" if header else f"its header is {_not_utf8(error)}"
+    return None
 
 
 def separator_advice(header: Sequence[str]) -> str:
@@ -323,50 +299,23 @@ def separator_advice(header: Sequence[str]) -> str:
     return advice if sign else ""
 
 
-def _in_json(opened: Any) -> str | None:
-    """The error in a line of JSON Lines, or in one array of all rows."""
-    row = 0
-    for line in opened:
-        if not line.strip():
-            continue
-        row += 1
-        if row == 1 and line.lstrip().startswith(b"["):
-            return _in_array(line + opened.read())
+def json_fault(path: Path) -> str | None:
+    """The error of the first row that is no object, in JSON Lines or in one array of all rows."""
+    lines = (line for line in _lines(path) if line.strip())
+    first = next(lines, b"")
+    is_array = first.lstrip().startswith(b"[")
+    for number, text in enumerate([first + b"".join(lines)] if is_array else chain([first], lines), 1):
+        where = "" if is_array else f"row {number}: "
         try:
-            value = json.loads(line)
+            value = json.loads(text)
         except UnicodeDecodeError as error:
-            return f"row {row}: {_not_utf8(error)}"
+            return f"{where}{_not_utf8(error)}"
         except json.JSONDecodeError as error:
-            return f"row {row}: {WANTED}, got what is not JSON ({error.msg}: character {error.pos + 1})"
-        if not isinstance(value, dict):
-            return f"row {row}: {WANTED}, got {json.dumps(value)[:40]}"
-    return None
-
-
-def _in_array(whole: bytes) -> str | None:
-    try:
-        rows = json.loads(whole)
-    except UnicodeDecodeError as error:
-        return _not_utf8(error)
-    except json.JSONDecodeError as error:
-        return f"is not JSON ({error})"
-    wrong = (f"row {i}: {WANTED}, got {json.dumps(row)[:40]}" for i, row in enumerate(rows, 1) if type(row) is not dict)
-    return next(wrong, None)
-
-
-def _in_csv(opened: Any, reason: str, delimiter: str) -> str | None:
-    if unclosed := UNCLOSED.search(reason):
-        return f"row {unclosed[1]}: a quotation mark opens a text and none closes it"
-    rows = csv.reader((line.decode() for line in opened), delimiter=delimiter)
-    header: list[str] = []
-    row = 0
-    try:
-        header = next(rows, [])
-        for row, fields in enumerate(rows, start=1):
-            if wide := too_wide(row, header, fields, delimiter):
-                return wide
-    except UnicodeDecodeError as error:
-        return f"row {row + 1}: {_not_utf8(error)}" if header else f"its header is {_not_utf8(error)}"
+            fault = error if is_array else f"{error.msg}: character {error.pos + 1}"
+            return f"{where}{WANTED}, got what is not JSON ({fault})"
+        for row, item in enumerate(value, 1) if is_array else [(number, value)]:
+            if not isinstance(item, dict):
+                return f"row {row}: {WANTED}, got {json.dumps(item)[:40]}"
     return None
 
 
