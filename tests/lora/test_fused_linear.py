@@ -97,7 +97,7 @@ def compare(model, x, tolerance, *view):
 @pytest.mark.parametrize("rows", [(), (3,), (2, 3), (0,), (MANY,), (2, MANY)])
 def test_output_and_gradients_are_the_formulas(transposed, bias, rows):
     x, W, b, A, B = operands(rows, bias=bias)
-    ours = fused_linear(x, W.t().contiguous() if transposed else W, b, A, B, 0.7, transposed=transposed)
+    ours = fused_linear(x, W.t().contiguous().t() if transposed else W, b, A, B, 0.7)
     wanted = formula(x, W, b, A, B, 0.7)
     torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
     g, trained = torch.randn_like(wanted), [t for t in (x, b, A, B) if t is not None]
@@ -111,11 +111,11 @@ def test_output_and_gradients_are_the_formulas(transposed, bias, rows):
 def test_gradcheck_once_and_twice(rows, dropout, transposed, monkeypatch):
     monkeypatch.setattr(fused, "BLOCK", 2**6)  # so that many rows draw their mask in several blocks
     x, W, b, A, B = operands((rows,), m=3, k=4)
-    weight = W.t().contiguous() if transposed else W
+    weight = W.t().contiguous().t() if transposed else W
 
     def call(x, b, A, B):
         torch.manual_seed(5)
-        return fused_linear(x, weight, b, A, B, 0.7, transposed=transposed, dropout=dropout)
+        return fused_linear(x, weight, b, A, B, 0.7, dropout=dropout)
 
     assert torch.autograd.gradcheck(call, (x, b, A, B), fast_mode=rows == MANY)
     assert torch.autograd.gradgradcheck(call, (x, b, A, B), fast_mode=rows == MANY)
@@ -126,7 +126,7 @@ def test_many_rows_fold_and_others_do_not():
     _, W, _, A, B = operands()
 
     def folds(rows, dtype, own):
-        return fused._pays_to_fold(rows, W.to(dtype), torch.randn(rows, 6, dtype=own), A.to(dtype), B.to(dtype))
+        return fused._pays_to_fold(torch.randn(rows, 6, dtype=own), *(t.to(dtype) for t in (W, A, B)))
 
     f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
     cases = [(MANY, f64, f64), (3, f64, f64), (MANY, bf16, bf16), (MANY, f64, f32)]

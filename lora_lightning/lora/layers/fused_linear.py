@@ -12,10 +12,10 @@
 - On a CPU, backward takes the four rank-sized products of some rows together, so that x and the gradient of the output
   are read from memory once.
 
-With B = 0 the output equals the backbone's, bit for bit. Second derivatives are computed in eager form, as is
-everything for which `can_fuse` is false.
+With B = 0 the output equals the backbone's, bit for bit. Everything for which `can_fuse` is false is computed in eager
+form.
 
-Shapes: n rows, k inputs, m outputs, rank r; x (..., k), W0 (m, k) or its transpose, A (r, k), B (m, r), z (n, r).
+Shapes: n rows, k inputs, m outputs, rank r; x (n, k), W0 (m, k), A (r, k), B (m, r), z (n, r).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lightning.lora.layers.functional import lora_update
 from lora_lightning.lora.layers.tracing import is_ordinary, is_traced
 
 BLOCK = 2**18
@@ -78,24 +77,16 @@ def drops_by_bytes(p: float) -> bool:
 
 
 def fused_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    *,
-    transposed: bool = False,
-    dropout: float = 0.0,
+    x: Tensor, W0: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, *, dropout: float = 0.0
 ) -> Tensor:
-    """`x W0^T + b + s (x A^T) B^T`, (..., m), with dropout on the adapter's input. W0 gets no gradient.
+    """`x W0^T + b + s (x A^T) B^T` of x (..., k), with dropout on the adapter's input. W0 gets no gradient.
 
     Args:
-        transposed: `weight` is (k, m), as in transformers' Conv1D.
         dropout: a probability for which `drops_by_bytes` is true; the seed comes from torch's default generator.
     """
-    out: Tensor = FusedLinear.apply(x, weight, bias, A, B, scale, transposed, round(256 * dropout))  # type: ignore[no-untyped-call]
-    return out
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor = FusedLinear.apply(rows, W0, bias, A, B, scale, round(256 * dropout))  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], len(W0))
 
 
 class FusedLinear(torch.autograd.Function):
@@ -103,64 +94,54 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-        transposed: bool,
-        dropped: int,
+        ctx: Any, x: Tensor, W0: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropped: int
     ) -> Tensor:
-        dtype = _product_dtype(x)
-        ctx.dtype, ctx.transposed, ctx.dropped = dtype, transposed, dropped
+        ctx.dtype, ctx.dropped, ctx.scale = _product_dtype(x), dropped, scale * 256 / (256 - dropped)
         ctx.seed = int(torch.randint(2**62, (), dtype=torch.int64)) if dropped else 0
-        ctx.scale = scale * 256 / (256 - dropped)
-        cast, W0, b = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        rows, z = cast.reshape(-1, x.shape[-1]), None
-        ctx.folds = not dropped and _pays_to_fold(len(rows), weight, x, A, B)
+        ctx.folds = not dropped and _pays_to_fold(x, W0, A, B)
+        cast, b, z = x.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype), None
         if ctx.folds:
-            out = _base_output(cast, _folded(W0, A, B, scale, transposed), b, transposed)
+            out = F.linear(cast, _folded(W0, A, B, scale), b)
         else:
-            out, a = _base_output(cast, W0, b, transposed), A.to(dtype) * ctx.scale
-            z = _dropped_product(rows, a, dropped, ctx.seed) if dropped else _thin_product(rows, a)
-            out.view(-1, out.shape[-1]).addmm_(z, B.to(dtype).t())
-        ctx.save_for_backward(x, weight, A, B, z)
+            out, a = F.linear(cast, W0.to(ctx.dtype), b), A.to(ctx.dtype) * ctx.scale
+            z = _dropped_product(cast, a, dropped, ctx.seed) if dropped else _thin_product(cast, a)
+            out.addmm_(z, B.to(ctx.dtype).t())
+        ctx.save_for_backward(x, W0, A, B, z)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, z = ctx.saved_tensors
+        """By operations that can themselves be differentiated, for `create_graph=True`."""
+        (x, W0, A, B, z), (g,) = ctx.saved_tensors, grads
         needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-        g = grads[0].reshape(-1, grads[0].shape[-1])
         dX: Tensor | None = None
-        dA: Tensor | None = None
-        dB: Tensor | None = None
         with torch.autocast(x.device.type, enabled=False):
-            dbias = g.sum(0) if needs_bias else None
-            if torch.is_grad_enabled():
-                dX, dA, dB = _differentiable_gradients(ctx, x, weight, A, B, grads[0])
-                return dX, None, dbias, dA, dB, None, None, None
-            rows, a, b = x.to(ctx.dtype).reshape(-1, x.shape[-1]), A.to(ctx.dtype) * ctx.scale, B.to(ctx.dtype)
+            cast, a, b = x.to(ctx.dtype), A.to(ctx.dtype) * ctx.scale, B.to(ctx.dtype)
             if needs_x:
-                W = _folded(weight, A, B, ctx.scale, ctx.transposed) if ctx.folds else weight.to(ctx.dtype)
-                dX = torch.mm(g, W.t() if ctx.transposed else W)
+                dX = torch.mm(g, _folded(W0, A, B, ctx.scale) if ctx.folds else W0.to(ctx.dtype))
+            if torch.is_grad_enabled():
+                z = None  # which has no graph of its own
             wide = torch.promote_types(ctx.dtype, torch.float32)
             dA = a.new_zeros(a.shape, dtype=wide) if needs_A else None
             dB = b.new_zeros(b.shape[::-1], dtype=wide) if needs_B else None  # transposed
-            for part, mask in _blocks(rows, ctx.dropped, ctx.seed):
+            for part, mask in _blocks(cast, ctx.dropped, ctx.seed):
                 dz = _thin_product(g[part], b.t())
                 if dX is not None and not ctx.folds:
                     _add_product_(dX[part], dz, a, mask)
-                seen = _masked_(mask, rows[part])
+                seen = cast[part] if mask is None else mask * cast[part]
                 if dA is not None:
                     _add_product_(dA, dz.t(), seen)
                 if dB is not None:
                     _add_product_(dB, (_thin_product(seen, a) if z is None else z[part]).t(), g[part])
-            dA = None if dA is None else (dA * ctx.scale).to(A.dtype)
-            dB = None if dB is None else dB.t().to(B.dtype)
-        return None if dX is None else dX.view(x.shape).to(x.dtype), None, dbias, dA, dB, None, None, None
+            return (
+                None if dX is None else dX.to(x.dtype),
+                None,
+                g.sum(0) if needs_bias else None,
+                None if dA is None else (dA * ctx.scale).to(A.dtype),
+                None if dB is None else dB.t().to(B.dtype),
+                None,
+                None,
+            )
 
 
 def _is_autocast(x: Tensor) -> bool:
@@ -173,69 +154,49 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(x.device.type) if _is_autocast(x) else x.dtype
 
 
-def _pays_to_fold(n: int, weight: Tensor, *others: Tensor) -> bool:
+def _pays_to_fold(x: Tensor, W0: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether two thin products with n rows cost more than folding, which is exact enough in wide dtypes only."""
-    m, k = weight.shape
-    wide = weight.dtype in (torch.float32, torch.float64) and all(t.dtype == weight.dtype for t in others)
-    return wide and n * (m + k) >= 3 * m * k and weight.is_contiguous() and _product_dtype(others[0]) == weight.dtype
+    m, k = W0.shape
+    is_wide = W0.dtype.itemsize >= 4 and {_product_dtype(x), x.dtype, A.dtype, B.dtype} == {W0.dtype}
+    return is_wide and len(x) * (m + k) >= 3 * m * k
 
 
-def _folded(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tensor:
-    """`W0 + s B A`, in W0's orientation."""
-    left, right = (A.t(), B.t()) if transposed else (B, A)
-    return torch.addmm(weight, left, right, alpha=scale)
+def _folded(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`W0 + s B A`, in W0's memory order, in which a product with it gives the same bits where B is zero."""
+    return W0.clone().addmm_(B, A, alpha=scale)
 
 
-def _base_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """The base layer's output, by the base layer's operations."""
-    if transposed:
-        rows = x.reshape(-1, x.shape[-1])
-        out = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
-        out = out.view(*x.shape[:-1], weight.shape[1])
-    else:
-        out = F.linear(x, weight, bias).contiguous()
-    # The same memory, but not marked as a view: a view that an autograd function returns may not be written into.
-    plain: Tensor = torch.empty(0, dtype=out.dtype, device=out.device).set_(out)  # type: ignore[call-overload]
-    return plain
+def _blocks(x: Tensor, dropped: int, seed: int) -> Iterator[tuple[slice, Tensor | None]]:
+    """Some rows of x at a time, with dropout's mask for them: 1 where an element stays, else 0, in x's dtype.
 
-
-def _blocks(rows: Tensor, dropped: int, seed: int) -> Iterator[tuple[slice, Tensor | None]]:
-    """Some rows of x (n, k) at a time, with dropout's mask for them: 1 where an element stays, else 0, in x's dtype.
-
-    All masks share one buffer. Without dropout there are none. On a GPU, and without dropout in half precision, whose
-    products on a CPU are quicker whole, one block covers all rows.
+    Without dropout there are no masks. On a GPU, and without dropout in half precision, whose products on a CPU are
+    quicker whole, one block covers all rows.
     """
-    n, k = rows.shape
-    is_whole = rows.device.type != "cpu" or (not dropped and rows.dtype.itemsize == 2)
+    n, k = x.shape
+    is_whole = x.device.type != "cpu" or (not dropped and x.dtype.itemsize == 2)
     count = max(1, n if is_whole else min(n, BLOCK // max(1, k)))
-    if dropped:
-        generator = torch.Generator(rows.device).manual_seed(seed)
-        words = torch.empty(-(-count * k // 8), dtype=torch.int64, device=rows.device)
-        buffer = torch.empty(count, k, dtype=rows.dtype, device=rows.device)
+    generator = torch.Generator(x.device).manual_seed(seed) if dropped else None
     for start in range(0, n, count):
-        size, mask = min(count, n - start), None
+        part, mask = x[start : start + count], None
         if dropped:
-            random = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: size * k]
-            mask = torch.ge(random.view(size, k), dropped, out=buffer[:size])
-        yield slice(start, start + size), mask
+            words = torch.empty(-(-part.numel() // 8), dtype=torch.int64, device=x.device)
+            random = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: part.numel()]
+            mask = torch.ge(random.view(part.shape), dropped, out=torch.empty_like(part))
+        yield slice(start, start + len(part)), mask
 
 
-def _thin_product(rows: Tensor, a: Tensor) -> Tensor:
-    """`rows a^T` (n, r), in the memory order of z."""
-    return torch.mm(rows, a.t()) if a.dtype.itemsize == 2 else torch.mm(a, rows.t()).t()
+def _thin_product(x: Tensor, a: Tensor) -> Tensor:
+    """`x a^T` (n, r), in the memory order of z."""
+    return torch.mm(x, a.t()) if a.dtype.itemsize == 2 else torch.mm(a, x.t()).t()
 
 
-def _dropped_product(rows: Tensor, a: Tensor, dropped: int, seed: int) -> Tensor:
+def _dropped_product(x: Tensor, a: Tensor, dropped: int, seed: int) -> Tensor:
     """`(mask x) a^T` (n, r)."""
-    z = a.new_empty(len(a), len(rows)).t()
-    for part, mask in _blocks(rows, dropped, seed):
-        z[part] = _thin_product(_masked_(mask, rows[part]), a)
+    z = a.new_empty(len(a), len(x)).t()
+    for part, mask in _blocks(x, dropped, seed):
+        assert mask is not None
+        z[part] = _thin_product(mask.mul_(x[part]), a)
     return z
-
-
-def _masked_(mask: Tensor | None, x: Tensor) -> Tensor:
-    """`mask x`, in the mask's memory."""
-    return x if mask is None else mask.mul_(x)
 
 
 def _add_product_(out: Tensor, left: Tensor, right: Tensor, mask: Tensor | None = None) -> None:
@@ -246,22 +207,3 @@ def _add_product_(out: Tensor, left: Tensor, right: Tensor, mask: Tensor | None 
         out.addmm_(left, right)
     else:
         out += torch.mm(left, right)
-
-
-def _differentiable_gradients(
-    ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, g: Tensor
-) -> list[Tensor | None]:
-    """The gradients of x, A and B by operations that can be differentiated again, for `create_graph=True`."""
-    with torch.enable_grad():
-        # Views, so that gradients do not flow from one input into another that it was computed from.
-        x_, A_, B_ = inputs = [t.view_as(t) for t in (x, A, B)]
-        seen = cast = x_.to(ctx.dtype)
-        if ctx.dropped:
-            rows = cast.detach().reshape(-1, x.shape[-1])
-            masks = [mask.clone() for _, mask in _blocks(rows, ctx.dropped, ctx.seed) if mask is not None]
-            seen = cast * torch.cat([rows[:0], *masks]).view(x.shape)
-        W0 = weight.to(ctx.dtype)
-        out = F.linear(cast, W0.t() if ctx.transposed else W0) + lora_update(seen, A_, B_, ctx.scale)
-        wanted = [t for t in inputs if t.requires_grad]
-        gradients = iter(torch.autograd.grad(out, wanted, g, create_graph=True) if wanted else ())
-    return [next(gradients) if t.requires_grad else None for t in inputs]

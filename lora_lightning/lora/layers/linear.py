@@ -76,10 +76,9 @@ class _Projection(AdaptedLayer):
             return self.lora_finish(super().forward(*args, **kwargs) + self.lora_update(x))
         p = self.lora_dropout.p if self.lora_dropout is not None and self.lora_dropout.training else 0.0
         weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
-        A, B = self.lora_factors()
         bias: Tensor | None = self.bias  # type: ignore[assignment]  # the trained copy where there is one
-        scale, transposed = self.lora_settings.scale, self.weight_is_transposed
-        return self.lora_finish(fused_linear(x, weight, bias, A, B, scale, transposed=transposed, dropout=p))
+        W0, scale = weight.t() if self.weight_is_transposed else weight, self.lora_settings.scale
+        return self.lora_finish(fused_linear(x, W0, bias, *self.lora_factors(), scale, dropout=p))
 
     def _fuses(self, x: Any) -> bool:
         """Whether the fused form is used: the base layer's product must be torch's, with a frozen W0."""
