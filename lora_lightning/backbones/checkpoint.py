@@ -13,7 +13,6 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lora_lightning.backbones.tokenizers import quiet
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.keys import PREFIX, canonical_keys
 from lora_lightning.lora.formats.peft.load import AdapterFiles
@@ -40,7 +39,6 @@ class BaseFiles:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
         self.checkpoint = Checkpoint(directory)
         self.config = _config(directory)
 
@@ -65,15 +63,6 @@ class BaseFiles:
             config.num_labels = labels
             heads = {name: getattr(config, name) for name in ("id2label", "label2id")}
         return make, heads
-
-    def load(self, files: AdapterFiles) -> PreTrainedModel:
-        """The plain model for this adapter with its weights, all of them in memory."""
-        make, _ = self.maker(files)
-        plain, dtype = make(), main_dtype(self.checkpoint)
-        with quiet():
-            return type(plain).from_pretrained(  # type: ignore[no-any-return]
-                self.directory, config=plain.config, dtype=dtype, ignore_mismatched_sizes=True
-            )
 
 
 def main_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -60,19 +60,12 @@ class _Headers:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
 
-    def __enter__(self) -> _Headers:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.file.__exit__(*error)
-
 
 class _Bare:
     """A tensor of a file without its values, with the operations that transformers applies to it."""
 
     def __init__(self, part: Any) -> None:
         self.get_shape, self.get_dtype = part.get_shape, part.get_dtype
-        self.shape, self.dtype = tuple(part.get_shape()), part.get_dtype()
 
     def __getitem__(self, index: Any) -> _Bare:
         assert index is Ellipsis, index
@@ -80,7 +73,7 @@ class _Bare:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         """Return an empty tensor on the meta device, whatever `device` says."""
-        return torch.empty(self.shape, dtype=dtype or DTYPES.get(self.dtype, torch.uint8), device="meta")
+        return torch.empty(self.get_shape(), dtype=dtype or DTYPES.get(self.get_dtype(), torch.uint8), device="meta")
 
 
 def finish_on_meta(model: PreTrainedModel, files: list[Path]) -> None:

@@ -47,11 +47,10 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
         return
     lines = ["rows: " + ", ".join(f"{split} {count:,}" for split, count in summary["rows"].items())]
     for split, counts in summary.get("labels", {}).items():
+        counted = ", ".join(f"{quote_label(name)} {count:,}" for name, count in counts.items())
         if len(counts) > MOST_LABELS:
-            text_of_counts = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
-        else:
-            text_of_counts = ", ".join(f"{quote_label(name)} {count:,}" for name, count in counts.items())
-        lines.append(f"labels in {split}: {text_of_counts}")
+            counted = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
+        lines.append(f"labels in {split}: {counted}")
     for what, shares in cut_shares_by_kind(summary).items():
         lines.append(f"{what}: " + ", ".join(f"{share:.1%} of {split}" for split, share in shares.items()))
     text = Text("\n".join(lines))
@@ -196,16 +195,14 @@ def data_table(summary: Mapping[str, Any]) -> Table:
     Args:
         summary: the result of `summarize`; unknown facts are left out.
     """
-    splits = list(summary.get("rows", {}))
-    labels = summary.get("labels", {})
-    rows = [["rows", *(f"{summary['rows'][split]:,}" for split in splits)]]
-    for label in dict.fromkeys(name for counts in labels.values() for name in counts):
-        rows.append(
-            [f"labeled {quote_label(label)}", *(f"{labels.get(split, {}).get(label, 0):,}" for split in splits)]
-        )
+    counts, labels = summary.get("rows", {}), summary.get("labels", {})
+    rows = [["rows", *(f"{count:,}" for count in counts.values())]]
+    for label in dict.fromkeys(name for names in labels.values() for name in names):
+        cells = (f"{labels.get(split, {}).get(label, 0):,}" for split in counts)
+        rows.append([f"labeled {quote_label(label)}", *cells])
     for what, shares in cut_shares_by_kind(summary).items():
-        rows.append([what, *(f"{shares[split]:.1%}" if split in shares else "" for split in splits)])
-    return Table(header=["data", *splits], rows=rows, note="\n".join(summary.get("warnings", [])))
+        rows.append([what, *(f"{shares[split]:.1%}" if split in shares else "" for split in counts)])
+    return Table(header=["data", *counts], rows=rows, note="\n".join(summary.get("warnings", [])))
 
 
 # ---- the closing table
@@ -216,13 +213,24 @@ def show_report(values: Mapping[str, Any], console: Console) -> None:
     console.print(Table(title=f"Run {values.get('run_dir', '')}", rows=report_rows(values)))
 
 
+BASELINES = {"probe": "linear probe", "pixels": "raw pixels", "majority": "majority class"}
+"""Names in the closing table, by the beginning of a report's keys."""
+PLACES = {
+    "adapter_dir": "adapter (PEFT)",
+    "merged_dir": "merged model",
+    "checkpoint": "checkpoint",
+    "page": "page of the run",
+}
+"""Names in the closing table, by a report's keys."""
+
+
 def report_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The rows of the closing table, for the known facts, the most important first."""
-    rows = [_accuracies(v, "LoRA", "val_accuracy", "test_accuracy")]
-    rows.append(_accuracies(v, "linear probe", "probe_accuracy", "probe_test_accuracy"))
-    rows.append(_accuracies(v, "raw pixels", "pixels_accuracy", "pixels_test_accuracy"))
-    rows.append(_accuracies(v, "majority class", "majority_accuracy", "majority_test_accuracy"))
-    rows += _figures(v)
+    rows = [
+        _accuracies(v, "LoRA", "val_accuracy", "test_accuracy"),
+        *(_accuracies(v, name, f"{key}_accuracy", f"{key}_test_accuracy") for key, name in BASELINES.items()),
+        *_figures(v),
+    ]
     if "test_rows" in v:
         rows.append(("rows tested", f"{v['test_rows']:,} of {v['test_data']}"))
     if "trainable" in v:
@@ -238,14 +246,7 @@ def report_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += _export_rows(v)
     if "train_seconds" in v:
         rows.append(("time of fit", f"{v['train_seconds']:.0f} s in {v.get('precision', '')}"))
-    for key, name in (
-        ("adapter_dir", "adapter (PEFT)"),
-        ("merged_dir", "merged model"),
-        ("checkpoint", "checkpoint"),
-        ("page", "page of the run"),
-    ):
-        if v.get(key):
-            rows.append((name, str(v[key])))
+    rows += [(name, str(v.get(key) or "")) for key, name in PLACES.items()]
     return [row for row in rows if row[1]]
 
 

@@ -88,14 +88,9 @@ def template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_replace_forbidden,
+        finalize=lambda value: FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value,
     )
     return environment.get_template("template.html.j2")
-
-
-def _replace_forbidden(value: Any) -> Any:
-    """Text without forbidden characters."""
-    return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
 
 
 def figure_sections(drawings: Mapping[str, Drawing], svgs: Mapping[str, bytes]) -> list[Section]:
@@ -175,14 +170,21 @@ def _badges(v: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _cards(v: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """The key numbers: name, value, and a note."""
-    for stage in ("val", "test"):
-        yield from _monitored_card(v, stage)
+    """The key numbers: name, value, and a note. First the metric that chose the best checkpoint, else the loss."""
+    monitored = str(v.get("monitor") or "val/loss").partition("/")[2]
+    for stage, probe in (("val", v.get("probe_accuracy")), ("test", v.get("probe_test_accuracy"))):
+        metric = monitored if f"{stage}_{monitored}" in v else "loss"
+        value, before = (v.get(f"{stage}_{metric}{end}") for end in ("", BEFORE))
+        if isinstance(value, int | float):
+            beside = f"{probe:.1%} by a probe" if metric == "accuracy" and probe is not None else ""
+            name = (v.get("metric_titles") or {}).get(metric, metric.replace("_", " "))
+            shown = f"{value:.1%}" if metric == "accuracy" else short(value)
+            yield f"{stage} {name}", shown, beside if before is None else f"{short(before)} before"
     if "trainable" in v:
         yield "trainable", short_count(v["trainable"]), f"{v['trainable'] / max(v['total'], 1):.2%} of all"
     if size := v.get("adapter_bytes") or v.get("adapter_tensor_bytes"):
-        beside = v.get("full_checkpoint_bytes")
-        yield "adapter", human_size(size), f"beside {human_size(beside)}" if beside else ""
+        full = v.get("full_checkpoint_bytes")
+        yield "adapter", human_size(size), f"beside {human_size(full)}" if full else ""
     if "train_seconds" in v:
         yield "time of fit", _duration(v["train_seconds"]), f"{v.get('steps', 0):,} steps, {v.get('precision')}"
     if v.get("tokens_per_second"):
@@ -191,22 +193,6 @@ def _cards(v: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         yield "samples per second", short(v["samples_per_second"]), ""
     if v.get("peak_mib"):
         yield "memory, at most", human_size(int(v["peak_mib"] * 2**20)), str(v.get("device", ""))
-
-
-def _monitored_card(v: Mapping[str, Any], stage: str) -> Iterator[tuple[str, str, str]]:
-    """The metric that chose the best checkpoint, else the loss."""
-    monitored = str(v.get("monitor") or "val/loss").partition("/")[2]
-    metric = next((name for name in (monitored, "loss") if f"{stage}_{name}" in v), None)
-    value = v.get(f"{stage}_{metric}")
-    if metric is None or not isinstance(value, int | float):
-        return
-    beside, probe = "", v.get({"val": "probe_accuracy", "test": "probe_test_accuracy"}[stage])
-    if (before := v.get(f"{stage}_{metric}{BEFORE}")) is not None:
-        beside = f"{short(before)} before"
-    elif metric == "accuracy" and probe is not None:
-        beside = f"{probe:.1%} by a probe"
-    name = (v.get("metric_titles") or {}).get(metric, metric.replace("_", " "))
-    yield f"{stage} {name}", f"{value:.1%}" if metric == "accuracy" else short(value), beside
 
 
 def _duration(seconds: float) -> str:
