@@ -107,7 +107,6 @@ def measure_drift(
     scales: Sequence[float] = (1.0,),
     *,
     forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    advance: Callable[[], None] = lambda: None,
 ) -> dict[float, Drift]:
     """The drift at each strength of the update; afterwards the model and its modes are unchanged.
 
@@ -120,7 +119,6 @@ def measure_drift(
         texts: the texts, or other names of the inputs, by number.
         scales: strengths as in `lora.bank.strength.scaled`: 1 is what was trained.
         forward: a context for each forward, such as autocast.
-        advance: called after each batch.
 
     Raises:
         LoRAError: the model has no adapter or no pooled output, or there is nothing to compare.
@@ -136,7 +134,6 @@ def measure_drift(
             with forward():
                 for scale, sums in compare(model, batch, scales):
                     by_scale[scale].append(sums)
-            advance()
     if not numbers:
         raise LoRAError("there are no texts to compare on")
     return {scale: _drift(numbers, parts, texts) for scale, parts in by_scale.items()}

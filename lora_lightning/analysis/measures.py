@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, field, fields
 from statistics import median
 
@@ -158,16 +158,15 @@ def _compare_with_base(layer: Factors, spectra: list[Spectrum], matrices: list[T
 
 
 def measure_adapter(
-    adapter: Adapter, weights: Weights | None, advance: Callable[[int], None] = lambda _: None
+    adapter: Adapter, weights: Weights | None, watch: Callable[[list[Factors]], Iterable[Factors]] = iter
 ) -> AdapterMeasures:
-    """Measure all layers of an adapter; `advance` is called after each."""
+    """Measure all layers of an adapter; `watch` iterates over them, such as with a progress bar."""
     layers, place_of = [], places(layer.name for layer in adapter.factors)
     squares: dict[str, float] = {}
-    for factors in adapter.factors:
+    for factors in watch(adapter.factors):
         layer = measure_layer(factors, weights, place_of[factors.name])
         layers.append(layer)
         squares[layer.group] = squares.get(layer.group, 0.0) + layer.norm**2
-        advance(1)
     norm = math.hypot(*(layer.norm for layer in layers))
     return AdapterMeasures(
         label=adapter.label,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,14 +46,13 @@ class PairSimilarity:
 
 
 def compare_adapters(
-    first: Adapter, second: Adapter, advance: Callable[[int], None] = lambda _: None
+    first: Adapter, second: Adapter, watch: Callable[[list[Factors]], Iterable[Factors]] = iter
 ) -> PairSimilarity:
     """phi for every layer that both adapters have, on all sides."""
     others, place_of = {layer.name: layer for layer in second.factors}, places(layer.name for layer in first.factors)
     compared, left_out = [], [name for name in others if name not in place_of]
-    for layer in first.factors:
+    for layer in watch(first.factors):
         other = others.get(layer.name)
-        advance(1)
         if other is None or other.shape != layer.shape or len(other.pairs) != len(layer.pairs):
             left_out.append(layer.name)
             continue

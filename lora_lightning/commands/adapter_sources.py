@@ -5,10 +5,10 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_lightning.analysis.adapters import Adapter, read_factors
 from lora_lightning.analysis.base_weights import Weights, add_starts
@@ -22,7 +22,6 @@ from lora_lightning.lora.errors import AdapterError, AdapterWarning, LoRAError
 from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS, subtracted_init
 from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.formats.peft.save import save_adapter
-from lora_lightning.lora.formats.provenance import Record
 from lora_lightning.lora.meta.key_mapping import Base, BaseCheck
 from lora_lightning.training.checkpoints import run_folder as run
 
@@ -41,16 +40,6 @@ class Source:
     """What is missing, and why."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceOptions:
-    """Options for all adapters."""
-
-    base_model: str = AUTO
-    """A directory; `auto`: what the adapter or the run names, where it exists; `none`."""
-    allow_other_base: bool = False
-    alphas: Mapping[str, float] | None = None
-
-
 def labels_of(paths: list[str]) -> list[str]:
     """A short name for each path: as many of its last parts as tell the paths apart."""
     parts = [Path(path).absolute().parts for path in paths]
@@ -63,8 +52,20 @@ def labels_of(paths: list[str]) -> list[str]:
     return paths
 
 
-def open_source(path: str, label: str, wanted: SourceOptions) -> Source:
+def open_source(
+    path: str,
+    label: str,
+    base_model: str = AUTO,
+    allow_other_base: bool = False,
+    alphas: Mapping[str, float] | None = None,
+) -> Source:
     """Open the adapter at `path`.
+
+    Args:
+        label: its name in tables and figures.
+        base_model: a directory; `auto`: what the adapter or the run names, where it exists; `none`.
+        allow_other_base: whether the adapter may have been made on another base.
+        alphas: as in `load_adapter`.
 
     Raises:
         LoRAError: there is no adapter, it is damaged, or it does not belong to its base.
@@ -72,20 +73,22 @@ def open_source(path: str, label: str, wanted: SourceOptions) -> Source:
     folder = Path(resolve(path))
     for directory in (folder, folder / "adapter"):
         if any((directory / name).is_file() for name in (CONFIG, WEIGHTS, PICKLED)):
-            return _directory(directory, label, wanted)
+            return _open_directory(directory, label, base_model, allow_other_base, alphas)
     try:
         checkpoint = run.find_checkpoint(folder)
     except LoRAError as error:
         raise AdapterError(f"'{path}' is no adapter's directory (with {CONFIG}) and no run: {error}") from error
-    return _checkpoint(checkpoint, label, wanted)
+    return _open_checkpoint(checkpoint, label, base_model)
 
 
-def _directory(directory: Path, label: str, wanted: SourceOptions) -> Source:
+def _open_directory(
+    directory: Path, label: str, base_model: str, allow_other_base: bool, alphas: Mapping[str, float] | None
+) -> Source:
     files = AdapterFiles.read(directory)
-    base, note = _base_of(files, wanted)
-    weights = None if base is None else weights_in(base, files, allow_other_base=wanted.allow_other_base)
-    factors, tensors = read_factors(files, wanted.alphas, None if weights is None else weights.modules)
-    if weights is not None and wanted.base_model == AUTO:
+    base, note = _base_of(files, base_model)
+    weights = None if base is None else _weights_in(base, files, allow_other_base)
+    factors, tensors = read_factors(files, alphas, None if weights is None else weights.modules)
+    if weights is not None and base_model == AUTO:
         try:
             for layer in factors:
                 weights.place(layer)
@@ -96,12 +99,12 @@ def _directory(directory: Path, label: str, wanted: SourceOptions) -> Source:
     return Source(adapter, weights, notes=[note] if note else [])
 
 
-def _base_of(files: AdapterFiles, wanted: SourceOptions) -> tuple[BaseFiles | None, str]:
+def _base_of(files: AdapterFiles, base_model: str) -> tuple[BaseFiles | None, str]:
     """The files of W0, or why there are none."""
-    if wanted.base_model == NONE:
+    if base_model == NONE:
         return None, ""
-    if wanted.base_model != AUTO:
-        return BaseFiles(Path(resolve(wanted.base_model))), ""
+    if base_model != AUTO:
+        return BaseFiles(Path(resolve(base_model))), ""
     named = files.peft.get("base_model_name_or_path")
     try:
         directory = Path(resolve(str(named))) if named else None
@@ -113,13 +116,19 @@ def _base_of(files: AdapterFiles, wanted: SourceOptions) -> tuple[BaseFiles | No
     return None, f"without W0, so without amplification: {reason}; --base_model gives one"
 
 
-def weights_in(base: BaseFiles, files: AdapterFiles, *, allow_other_base: bool = False) -> Weights:
-    """W0 read tensor by tensor from a base's files, each compared with the adapter's record of it."""
+def _weights_in(base: BaseFiles, files: AdapterFiles, allow_other_base: bool) -> Weights:
+    """W0 read tensor by tensor from a base's files, each compared with the adapter's record of it, if it has one."""
     make, _ = base.maker(files)
     plain = make()
     tensors = Base(base.checkpoint, groups_of(make(), base.checkpoint), plain)
     tensors.untie_unequal(plain)
-    check = _check(files.record, tensors, plain, allow_other_base=allow_other_base)
+    check: BaseCheck | None = None
+    if files.record is not None and not allow_other_base:
+        keys, prefix = plain.state_dict().keys(), f"{getattr(plain, 'base_model_prefix', '')}."
+        # The adapted model may have a head that it did not train, and the base's class none.
+        recorded = files.record.base.tensors
+        expected = {name if name in keys else name.removeprefix(prefix): digest for name, digest in recorded.items()}
+        check = BaseCheck(expected, tensors, {name for name, _ in plain.named_buffers()})
 
     def read(name: str) -> Tensor | None:
         source = tensors.source(name)
@@ -131,19 +140,9 @@ def weights_in(base: BaseFiles, files: AdapterFiles, *, allow_other_base: bool =
     return Weights(plain, read)
 
 
-def _check(record: Record | None, base: Base, plain: nn.Module, *, allow_other_base: bool) -> BaseCheck | None:
-    """None where another base is allowed, or the adapter has no record."""
-    if record is None or allow_other_base:
-        return None
-    keys, prefix = plain.state_dict().keys(), f"{getattr(plain, 'base_model_prefix', '')}."
-    # The adapted model may have a head that it did not train, and the base's class none.
-    expected = {n if n in keys else n.removeprefix(prefix): digest for n, digest in record.base.tensors.items()}
-    return BaseCheck(expected, base, {name for name, _ in plain.named_buffers()})
-
-
-def _checkpoint(checkpoint: Path, label: str, wanted: SourceOptions) -> Source:
-    """Open a run's checkpoint with the model that its config describes."""
-    if wanted.base_model not in (AUTO, NONE):
+def _open_checkpoint(checkpoint: Path, label: str, base_model: str) -> Source:
+    """A run's adapter on the model that its config describes; in PEFT's format, which is analysed and truncated."""
+    if base_model not in (AUTO, NONE):
         raise LoRAError(f"'{checkpoint}' is of a run, whose config names its base: leave --base_model out, or say none")
     try:
         opened = open_run(checkpoint)
@@ -152,14 +151,8 @@ def _checkpoint(checkpoint: Path, label: str, wanted: SourceOptions) -> Source:
             f"'{checkpoint}' is analysed with the model that its run's config describes, and that cannot be opened"
             f" ({error}): analyse an adapter's directory, which `lora-lightning export` writes, with --base_model none"
         ) from error
-    source = _source_of_run(opened, checkpoint, label)
-    return source if wanted.base_model == AUTO else replace(source, weights=None)
-
-
-def _source_of_run(opened: Run, checkpoint: Path, label: str) -> Source:
-    """A run's adapter in PEFT's format, which is analysed and truncated."""
-    backbone, task = opened.module.backbone, opened.module.task
-    task_type = task.peft_task_type if is_transformers(backbone) else None
+    backbone = opened.module.backbone
+    task_type = opened.module.task.peft_task_type if is_transformers(backbone) else None
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", AdapterWarning)  # about PEFT's reading, which does not happen here
         save_adapter(backbone, folder, task_type=task_type)
@@ -167,4 +160,4 @@ def _source_of_run(opened: Run, checkpoint: Path, label: str) -> Source:
     weights = Weights(backbone)
     factors, tensors = read_factors(files, modules=weights.modules)
     adapter = Adapter(label=label, source=str(checkpoint), factors=factors, files=files, tensors=tensors)
-    return Source(adapter, weights, run=opened)
+    return Source(adapter, weights if base_model == AUTO else None, run=opened)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
+from rich.progress import track
 
 from lora_lightning.analysis import tables
+from lora_lightning.analysis.drift_inputs import MOST
 from lora_lightning.analysis.measures import measure_adapter
 from lora_lightning.analysis.plots import Analysis, figures
 from lora_lightning.analysis.similarity import compare_adapters
-from lora_lightning.analysis.truncation import MARK, WHAT, Truncation, check_share, truncate
+from lora_lightning.analysis.strength import parse_scales
+from lora_lightning.analysis.truncation import MARK, WHAT, check_share
+from lora_lightning.analysis.truncation import truncate as _truncate
 from lora_lightning.cli.build import Run
-from lora_lightning.commands.adapter_sources import AUTO, Source, SourceOptions, labels_of, open_source
-from lora_lightning.commands.drift import DriftRequest, drift_of_run, write_record
+from lora_lightning.commands.adapter_sources import AUTO, labels_of, open_source
+from lora_lightning.commands.drift import drift_of_run, write_record
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
 from lora_lightning.lora.formats.atomic_dir import refuse_occupied, write_bytes
 from lora_lightning.lora.formats.peft.load import load_adapter
@@ -39,72 +42,83 @@ INTRO = """An adapted layer computes h = W0 x + s B A x. This page describes the
 larger it is than W0 in those directions (amplification); and which directions two adapters share (phi, from 0 to 1)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to analyze, checked before anything is opened."""
-
-    adapters: Sequence[str]
-    output_dir: Path
-    wanted: SourceOptions = field(default_factory=SourceOptions)
-    truncate: float | None = None
-    layers: str | None = None
-    plots: bool = True
-    drift: DriftRequest | None = None
-
-    def __post_init__(self) -> None:
-        if not self.adapters:
-            raise LoRAError("analyze needs an adapter's directory, a run or a checkpoint")
-        if self.layers is not None and (reason := regex_refusal(self.layers)):
-            raise LoRAError(f"layers: {self.layers!r} {reason}")
-        if self.layers is not None and (len(self.adapters) == 1 or not self.plots):
-            got = "got one adapter" if self.plots else "and plots is false"
-            raise LoRAError(f"layers chooses the layers in the figures of two adapters, {got}: leave it out")
-        if self.truncate is not None:
-            check_share(self.truncate)
-            if len(self.adapters) > 1:
-                raise LoRAError(f"truncate takes one adapter, got {len(self.adapters)}: name the one to be cut")
-            refuse_occupied(self.output_dir / TRUNCATED, WHAT, MARK)
-        if self.drift is not None and len(self.adapters) > 1:
-            raise LoRAError(f"drift takes one run, got {len(self.adapters)}: name the one to be measured")
-        refuse_occupied(self.output_dir, "an analysis", RESULTS, f"{TRUNCATED}/{MARK}")
-        if self.plots:
-            refuse_missing()
-
-
-def analyze(request: Request) -> Analysis:
+def analyze(
+    adapters: Sequence[str],
+    output_dir: Path,
+    *,
+    base_model: str = AUTO,
+    truncate: float | None = None,
+    layers: str | None = None,
+    plots: bool = True,
+    allow_other_base: bool = False,
+    alphas: Mapping[str, float] | None = None,
+    drift: str | None = None,
+    drift_column: str = "text",
+    drift_texts: int = MOST,
+    scales: str | None = None,
+) -> Analysis:
     """Open, measure, compare and truncate adapters, and write the results into the output folder.
 
+    The arguments are the command's; they are checked before anything is opened.
+
     Raises:
-        LoRAError: an adapter cannot be opened, does not belong to its base, or cannot be compared.
+        LoRAError: an argument is invalid; an adapter cannot be opened, does not belong to its base, or cannot be
+            compared.
     """
-    labels = labels_of(list(request.adapters))
-    sources = [open_source(p, label, request.wanted) for p, label in zip(request.adapters, labels, strict=True)]
-    result = Analysis(adapters=[])
-    with _progress(sources) as advance:
-        for source in sources:
-            measures = measure_adapter(source.adapter, source.weights, advance)
-            measures.notes.extend(source.notes)
-            result.adapters.append(measures)
-        for first, second in combinations(sources, 2):
-            result.pairs.append(compare_adapters(first.adapter, second.adapter, advance))
+    if not adapters:
+        raise LoRAError("analyze needs an adapter's directory, a run or a checkpoint")
+    if layers is not None and (reason := regex_refusal(layers)):
+        raise LoRAError(f"layers: {layers!r} {reason}")
+    if layers is not None and (len(adapters) == 1 or not plots):
+        got = "got one adapter" if plots else "and plots is false"
+        raise LoRAError(f"layers chooses the layers in the figures of two adapters, {got}: leave it out")
+    if truncate is not None:
+        check_share(truncate)
+        if len(adapters) > 1:
+            raise LoRAError(f"truncate takes one adapter, got {len(adapters)}: name the one to be cut")
+        refuse_occupied(output_dir / TRUNCATED, WHAT, MARK)
+    strengths = [] if scales is None else parse_scales(scales)
+    moves = drift is not None or scales is not None
+    if moves and len(adapters) > 1:
+        raise LoRAError(f"drift takes one run, got {len(adapters)}: name the one to be measured")
+    refuse_occupied(output_dir, "an analysis", RESULTS, f"{TRUNCATED}/{MARK}")
+    if plots:
+        refuse_missing()
+
+    labels = labels_of(list(adapters))
+    opened = zip(adapters, labels, strict=True)
+    sources = [open_source(path, label, base_model, allow_other_base, alphas) for path, label in opened]
+    result = Analysis(adapters=[measure_adapter(source.adapter, source.weights, _watch) for source in sources])
+    for source, measures in zip(sources, result.adapters, strict=True):
+        measures.notes.extend(source.notes)
+    result.pairs = [compare_adapters(a.adapter, b.adapter, _watch) for a, b in combinations(sources, 2)]
     if result.pairs and not any(pair.layers for pair in result.pairs):
         raise LoRAError(f"{' and '.join(labels)} have no layer of one name and shape: they cannot be compared")
-    if request.drift is not None:
-        result.drift = drift_of_run(sources[0].run, request.drift, sources[0].notes)
-    if request.truncate is not None:
-        result.truncation = _truncate_adapter(sources[0], request)
-    svgs = write(result, request)
-    if result.drift is not None and sources[0].run is not None:
-        write_record(run_of_checkpoint(Path(sources[0].adapter.source)), result.drift, svgs.get("drift"))
+    source = sources[0]
+    if moves:
+        texts: dict[str, Any] = {"column": drift_column, "most": drift_texts, "notes": source.notes}
+        result.drift = drift_of_run(source.run, drift, strengths, **texts)
+    if truncate is not None:
+        result.truncation = _truncate(source.adapter, truncate, output_dir / TRUNCATED)
+        result.truncation.cost.update(_cost(source.run, output_dir / TRUNCATED))
+
+    drawings = figures(result, layers) if plots else {}
+    svgs = write_figures(output_dir, drawings, earlier=_earlier(output_dir))
+    pictures = [f"{name}.{ending}" for name in drawings for ending in ENDINGS]
+    values = {**asdict(result), "base_model": base_model, "pictures": pictures}
+    write_bytes(output_dir / RESULTS, (json.dumps(finite(values)) + "\n").encode())
+    sections = [table_section(table) for table in screens(result)] + figure_sections(drawings, svgs)
+    long = tables.drift_tables(result.drift)[1] if result.drift is not None else []
+    long += [*map(tables.pair_table, result.pairs), *map(tables.layer_table, result.adapters)]
+    sections.append(Section("In full", [Block("table", table, fold=table.title) for table in long]))
+    write_bytes(output_dir / PAGE, page(TITLE, INTRO, sections).encode())
+    if result.drift is not None and source.run is not None:
+        write_record(run_of_checkpoint(Path(source.adapter.source)), result.drift, svgs.get("drift"))
     return result
 
 
-def _truncate_adapter(source: Source, request: Request) -> Truncation:
-    assert request.truncate is not None
-    directory = request.output_dir / TRUNCATED
-    truncation = truncate(source.adapter, request.truncate, directory)
-    truncation.cost.update(_cost(source.run, directory))
-    return truncation
+_watch = partial(track, description="analysing", transient=True)
+"""Shows a progress bar over layers, which disappears at the end."""
 
 
 def _cost(run: Run | None, truncated: Path) -> dict[str, Any]:
@@ -120,22 +134,6 @@ def _cost(run: Run | None, truncated: Path) -> dict[str, Any]:
         warnings.simplefilter("ignore", AdapterWarning)  # shown when the adapter was opened
         load_adapter(backbone, truncated, allow_other_base=True)
     return {"validation": {"before": before, "after": run.validate()}}
-
-
-def write(result: Analysis, request: Request) -> dict[str, bytes]:
-    """Write the numbers, the page and the figures; returns the figures as SVG by name."""
-    folder = request.output_dir
-    drawings = figures(result, request.layers) if request.plots else {}
-    svgs = write_figures(folder, drawings, earlier=_earlier(folder))
-    pictures = [f"{name}.{ending}" for name in drawings for ending in ENDINGS]
-    values = {**asdict(result), "base_model": request.wanted.base_model, "pictures": pictures}
-    write_bytes(folder / RESULTS, (json.dumps(finite(values)) + "\n").encode())
-    sections = [table_section(table) for table in screens(result)] + figure_sections(drawings, svgs)
-    long = tables.drift_tables(result.drift)[1] if result.drift is not None else []
-    long += [*map(tables.pair_table, result.pairs), *map(tables.layer_table, result.adapters)]
-    sections.append(Section("In full", [Block("table", table, fold=table.title) for table in long]))
-    write_bytes(folder / PAGE, page(TITLE, INTRO, sections).encode())
-    return svgs
 
 
 def _earlier(folder: Path) -> Any:
@@ -163,16 +161,3 @@ def finite(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.9g}") if math.isfinite(value) else None
-
-
-@contextmanager
-def _progress(sources: list[Source]) -> Iterator[Any]:
-    """A progress bar over layers, which disappears at the end."""
-    layers = [len(source.adapter.factors) for source in sources]
-    total = sum(layers) + sum(layers[i] for i, _ in combinations(range(len(layers)), 2))
-    with Progress(transient=True) as bar:
-        task = bar.add_task("analysing", total=total)
-        yield lambda count: bar.advance(task, count)
-
-
-__all__ = ["AUTO", "Analysis", "DriftRequest", "Request", "SourceOptions", "analyze", "screens"]

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.progress import Progress
+from rich.progress import track
 from torch.utils.data import DataLoader, IterableDataset
 
-from lora_lightning.analysis.drift import Batch, Drift, measure_drift
+from lora_lightning.analysis.drift import measure_drift
 from lora_lightning.analysis.drift_inputs import MOST, choose_texts, run_batches, text_batches
 from lora_lightning.analysis.strength import (
     GROUPS,
     Strength,
     Strengths,
     choose,
-    parse_scales,
     random_groups,
     validation_metrics,
 )
@@ -35,36 +33,22 @@ from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.reports.html import DRIFT, DRIFT_FIGURE, write_page
 
 
-@dataclass(frozen=True, kw_only=True)
-class DriftRequest:
-    """What to measure of the drift, checked before anything is opened."""
-
-    source: str | None = None
-    column: str = "text"
-    most: int = MOST
-    scales: tuple[float, ...] = ()
-    """Strengths to compare; empty, only the trained strength is measured."""
-
-    @classmethod
-    def of(cls, source: str | None, column: str, most: int, scales: str | None) -> DriftRequest | None:
-        """From the command's options; None where neither drift nor scales are requested.
-
-        Raises:
-            LoRAError: scales are no numbers.
-        """
-        if source is None and scales is None:
-            return None
-        strengths = tuple(parse_scales(scales)) if scales is not None else ()
-        return cls(source=source, column=column, most=most, scales=strengths)
-
-
-def drift_of_run(run: Run | None, request: DriftRequest, notes: Sequence[str] = ()) -> Strengths:
+def drift_of_run(
+    run: Run | None,
+    source: str | None,
+    scales: Sequence[float] = (),
+    *,
+    column: str = "text",
+    most: int = MOST,
+    notes: Sequence[str] = (),
+) -> Strengths:
     """The drift of a run's adapter, and where several strengths are requested its validation metric at each.
 
     Args:
         run: None where the model could not be opened.
-        request: the inputs and the strengths.
-        notes: why it could not.
+        source: as in `choose_texts`, with `column` and `most`.
+        scales: the strengths; only the trained one without any.
+        notes: why the model could not be opened.
 
     Raises:
         LoRAError: there is no run, or it lacks the inputs.
@@ -76,43 +60,30 @@ def drift_of_run(run: Run | None, request: DriftRequest, notes: Sequence[str] = 
         )
     if run.data is None:
         raise LoRAError("drift reads the run's data or its tokenizer, and its config has no data section: add one")
-    module, plugin = run.module, run.trainer.precision_plugin
-    module.to(run.trainer.strategy.root_device)
+    data, task, backbone = run.data, run.module.task, run.module.backbone
+    forward = run.trainer.precision_plugin.forward_context
+    run.module.to(run.trainer.strategy.root_device)
     try:
-        source, batches, texts = _inputs(run, request)
-        scales = request.scales or (1.0,)
-        with Progress(transient=True) as bar:
-            task = bar.add_task("drift", total=len(batches))
-            drifts = measure_drift(
-                module.backbone,
-                batches,
-                texts,
-                scales,
-                forward=plugin.forward_context,
-                advance=lambda: bar.advance(task),
-            )
-        if not request.scales:
-            return Strengths(source=source, found=[Strength(scale=1.0, drift=drifts[1.0])])
-        return _compare(run, source, drifts, plugin.forward_context)
+        name, texts = choose_texts(source, task, data, column=column, most=most)
+        tokenizer = getattr(data, "tokenizer", None)
+        if texts is None:
+            batches, texts = run_batches((b for _, b in validation_batches(run)), task, backbone, tokenizer, most)
+        else:
+            batches = text_batches(texts, tokenizer, task, backbone, getattr(data, "max_length", None))
+        watched = track(batches, "drift", transient=True)
+        drifts = measure_drift(backbone, watched, texts, scales or (1.0,), forward=forward)
+        if not scales:
+            return Strengths(source=name, found=[Strength(scale=1.0, drift=drifts[1.0])])
+        found = []
+        for scale, drift in track(list(drifts.items()), "validation", transient=True):
+            with scaled(backbone, scale):
+                metrics = validation_metrics(backbone, task, validation_batches(run), forward=forward)
+            found.append(Strength(scale=scale, drift=drift, metrics=metrics))
     finally:
-        module.cpu()
-
-
-def _compare(
-    run: Run, source: str, drifts: dict[float, Drift], forward: Callable[[], AbstractContextManager[Any]]
-) -> Strengths:
-    """The validation metric at each strength."""
-    task, strengths = run.module.task, []
+        run.module.cpu()
     metric = task.monitor.partition("/")[2]
-    with Progress(transient=True) as bar:
-        bar_task = bar.add_task("validation", total=len(drifts))
-        for scale, drift in drifts.items():
-            with scaled(run.module.backbone, scale):
-                metrics = validation_metrics(run.module.backbone, task, validation_batches(run), forward=forward)
-            strengths.append(Strength(scale=scale, drift=drift, metrics=metrics))
-            bar.advance(bar_task)
-    shown = metric if metric in strengths[0].metrics else "loss"
-    return choose(source, strengths, shown, task.better(f"val/{shown}") or "min")
+    shown = metric if metric in found[0].metrics else "loss"
+    return choose(name, found, shown, task.better(f"val/{shown}") or "min")
 
 
 def validation_batches(run: Run) -> Iterator[tuple[int, Any]]:
@@ -158,17 +129,6 @@ def _parts(loader: Any, rows: list[int]) -> list[list[int]]:
     return [rows[start : start + loader.batch_size] for start in range(0, len(rows), loader.batch_size)]
 
 
-def _inputs(run: Run, request: DriftRequest) -> tuple[str, list[Batch], list[str]]:
-    """The source's name, the batches, and the name of each text."""
-    task, backbone, data = run.module.task, run.module.backbone, run.data
-    name, texts = choose_texts(request.source, task, data, column=request.column, most=request.most)
-    tokenizer = getattr(data, "tokenizer", None)
-    if texts is None:
-        inputs = (batch for _, batch in validation_batches(run))
-        return name, *run_batches(inputs, task, backbone, tokenizer, request.most)
-    return name, text_batches(texts, tokenizer, task, backbone, getattr(data, "max_length", None)), texts
-
-
 def write_record(folder: Path, drift: Strengths, figure: bytes | None) -> None:
     """Write the drift into the run's folder, for its page, in place of an earlier one."""
     short, long = drift_tables(drift)
@@ -182,6 +142,3 @@ def write_record(folder: Path, drift: Strengths, figure: bytes | None) -> None:
         write_page(folder)
     except OSError as error:
         rank_zero_warn(f"the drift is measured, and the run's page in '{folder}' is as it was: {error.strerror}")
-
-
-__all__ = ["DriftRequest", "drift_of_run", "write_record"]

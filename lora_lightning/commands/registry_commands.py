@@ -82,17 +82,19 @@ def analyze(
 
     from lora_lightning.commands import analyze as analysis
 
-    wanted = analysis.SourceOptions(base_model=base_model, allow_other_base=allow_other_base, alphas=alphas)
     result = analysis.analyze(
-        analysis.Request(
-            adapters=adapters,
-            output_dir=Path(output_dir),
-            wanted=wanted,
-            truncate=truncate,
-            layers=layers,
-            plots=plots,
-            drift=analysis.DriftRequest.of(drift, drift_column, drift_texts, scales),
-        )
+        adapters,
+        Path(output_dir),
+        base_model=base_model,
+        truncate=truncate,
+        layers=layers,
+        plots=plots,
+        allow_other_base=allow_other_base,
+        alphas=alphas,
+        drift=drift,
+        drift_column=drift_column,
+        drift_texts=drift_texts,
+        scales=scales,
     )
     for rows in analysis.screens(result):
         Console().print(rows)

@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 
 from lora_lightning import LoRAConfig, huggingface, inject, save_adapter
-from lora_lightning.commands.analyze import Request, SourceOptions, analyze
+from lora_lightning.commands.analyze import analyze
 from lora_lightning.lora.errors import LoRAError
 from tests.lora.directories import edit_config
 from tests.tiny import make_bert
@@ -51,8 +51,7 @@ def write(directory, layers, *, r, alpha):
 
 
 def told(adapters, folder, **options):
-    request = Request(adapters=[str(a) for a in adapters], output_dir=folder, **{"plots": False, **options})
-    analyze(request)
+    analyze([str(a) for a in adapters], folder, **{"plots": False, **options})
     return json.loads((folder / "analysis.json").read_text())
 
 
@@ -80,7 +79,7 @@ def test_planted_spectrum_overlap_and_amplification_are_found(tmp_path):
     tensors[f"{NAME}.weight"] = W0.astype(np.float32)
     safetensors.numpy.save_file(tensors, base / "model.safetensors", {"format": "pt"})
 
-    found = told([tmp_path / "one", tmp_path / "two"], tmp_path / "out", wanted=SourceOptions(base_model=str(base)))
+    found = told([tmp_path / "one", tmp_path / "two"], tmp_path / "out", base_model=str(base))
     first, second = (layers_of(adapter)[NAME] for adapter in found["adapters"])
     np.testing.assert_allclose(first["singular_values"], S1, rtol=1e-6)
     np.testing.assert_allclose(second["singular_values"], S2, rtol=1e-6)
@@ -146,14 +145,14 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(tmp_path):
         "takes one adapter": {"truncate": 0.5, "adapters": [str(plain), str(other)]},
         "no layer of one name": {"adapters": [str(plain), str(other)]},
         "needs an adapter": {"adapters": []},
-        "no folder": {"wanted": SourceOptions(base_model=str(tmp_path / "nowhere"))},
+        "no folder": {"base_model": str(tmp_path / "nowhere")},
         "layers: '.' ": {"layers": "("},
         "got one adapter": {"layers": ".*", "plots": True},
         "holds files that are not an analysis": {"output_dir": plain},
     }
     for match, options in requests.items():
         with pytest.raises(LoRAError, match=match):
-            analyze(Request(**{"adapters": [str(plain)], "output_dir": tmp_path / "out", "plots": False, **options}))
+            analyze(**{"adapters": [str(plain)], "output_dir": tmp_path / "out", "plots": False, **options})
 
 
 def test_w0_of_another_base_is_refused(tmp_path):
@@ -162,10 +161,10 @@ def test_w0_of_another_base_is_refused(tmp_path):
     inject(model, LoRAConfig(r=2))
     save_adapter(model, tmp_path / "adapter", task_type="SEQ_CLS")
     other = make_bert(tmp_path / "other", seed=1)
-    told([tmp_path / "adapter"], tmp_path / "fits", wanted=SourceOptions(base_model=str(base)))
+    told([tmp_path / "adapter"], tmp_path / "fits", base_model=str(base))
     with pytest.raises(LoRAError, match="first encoder"):
-        told([tmp_path / "adapter"], tmp_path / "out", wanted=SourceOptions(base_model=str(other)))
-    allowed = SourceOptions(base_model=str(other), allow_other_base=True)
-    (adapter,) = told([tmp_path / "adapter"], tmp_path / "out", wanted=allowed)["adapters"]
+        told([tmp_path / "adapter"], tmp_path / "out", base_model=str(other))
+    options = {"base_model": str(other), "allow_other_base": True}
+    (adapter,) = told([tmp_path / "adapter"], tmp_path / "out", **options)["adapters"]
     assert adapter["layers"][0]["base"]["w0_norm"] > 0
     assert adapter["layers"][0]["base"]["amplification"] is None  # of an update that is zero
