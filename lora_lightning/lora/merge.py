@@ -17,9 +17,9 @@ from lora_lightning.lora.frozen.dtype import cast, float_dtype, refuse_overflow
 from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
-from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, take_out
-from lora_lightning.lora.merge_refusals import refuse_merge, trained_tensors
+from lora_lightning.lora.inject import grafted_modules, remove
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, take_out
+from lora_lightning.lora.merge_refusals import refuse_codes, refuse_merge
 from lora_lightning.lora.report import MergeReport, rounding_warning
 
 LARGE = 1e9
@@ -55,13 +55,13 @@ def merge(
 
 def _merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> MergeReport:
     refuse_merge(model, dequantize=dequantize, dtype=dtype)
-    _refuse_infinite_sums(model, dtype)
+    plain_dtype, modules = float_dtype(model), grafted_modules(model)
+    for path, module in modules:
+        _refuse_infinite(path, module, plain_dtype, dtype)
     if dtype is not None:
         cast(model, dtype, widen=True)
-    report = MergeReport()
-    ties, plain_dtype = shared_parameters(model), float_dtype(model)
-    folded: dict[int, Any] = {}
-    for path, module in grafted_modules(model):
+    report, ties, folded = MergeReport(), shared_parameters(model), dict[int, Any]()
+    for path, module in modules:
         name = module.lora_name(path) if isinstance(module, AdaptedLayer) else path
         is_quantized = isinstance(module, AdaptedLayer) and scheme(module) is not None
         share = fold(path, module, folded, plain_dtype if is_quantized else None, dtype)
@@ -105,24 +105,21 @@ def fold(
     Raises:
         MergeError: the update is not finite, or rounding would make a number infinite.
     """
-    share = None
-    for name, trained, place in trained_tensors(module):
-        refuse_overflow(f"'{full_name(path, name)}'", trained, place.dtype)
-    if isinstance(module, TrainedBias):
-        TrainedBias.fold(module, folded)
-    if isinstance(module, AdaptedLayer):
-        label, owner = module.lora_name(path), module.lora_owner
-        merged, share = merged_weights(module, dtype, rounded_to, label=label)
-        _fold_bias(module, label)
-        if scheme(module) is not None:
-            take_out(owner)
-            make_plain(owner, merged["weight"])
-        else:  # new parameters: another module or another model may share W0
-            owner._parameters.update({n: nn.Parameter(w, requires_grad=False) for n, w in merged.items()})
-    if isinstance(module, TokenRows):
-        TokenRows.fold(module)
-    if isinstance(module, SavedCopy):
-        SavedCopy.fold(module, folded)
+    for name, trained, original in module.trained_tensors():
+        refuse_overflow(f"'{full_name(path, name)}'", trained, original.dtype)
+    module.fold(folded)
+    if not isinstance(module, AdaptedLayer):
+        return None
+    label, owner = module.lora_name(path), module.lora_owner
+    merged, share = merged_weights(module, dtype, rounded_to, label=label)
+    if (total := _merged_bias(module, label)) is not None and (bias := module._parameters["bias"]) is not None:
+        # A new parameter: the old one may be tied.
+        module._parameters["bias"] = nn.Parameter(total.to(bias.dtype), requires_grad=bias.requires_grad)
+    if scheme(module) is not None:
+        take_out(owner)
+        make_plain(owner, merged["weight"])
+    else:  # new parameters: another module or another model may share W0
+        owner._parameters.update({n: nn.Parameter(w, requires_grad=False) for n, w in merged.items()})
     return share
 
 
@@ -165,29 +162,31 @@ def merged_weights(
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 
-def _fold_bias(layer: AdaptedLayer, label: str) -> None:
-    """Add `lora_bias` to the layer's bias, in a new parameter: the old one may be tied.
+def _merged_bias(layer: AdaptedLayer, label: str, dtype: torch.dtype | None = None) -> Tensor | None:
+    """The bias plus s times B's, in float32 or wider; None without `lora_bias`. A MergeError where it overflows."""
+    if layer.lora_B_bias is None:
+        return None
+    bias: Tensor = layer.bias  # type: ignore[assignment]  # the trained copy where there is one
+    total = bias + layer.lora_B_bias * layer.lora_settings.scale
+    refuse_overflow(f"the bias of '{label}' with lora_bias", total, dtype or bias.dtype)
+    return total
 
-    Raises:
-        MergeError: rounding would make a number infinite.
+
+def _refuse_infinite(path: str, module: Grafted, plain_dtype: torch.dtype, dtype: torch.dtype | None) -> None:
+    """Raise a MergeError where a tensor that `fold` makes would become infinite in `dtype`, or in W0's dtype.
+
+    `W0 + s B A` is computed only where that can happen: in float16, which ends at 65504, or with a large A or B.
     """
-    update, bias = layer.update_bias(), layer._parameters.get("bias")
-    if update is not None and bias is not None:
-        merged = bias.to(update.dtype) + update
-        refuse_overflow(f"the bias of '{label}' with lora_bias", merged, bias.dtype)
-        layer._parameters["bias"] = nn.Parameter(merged.to(bias.dtype), requires_grad=bias.requires_grad)
-
-
-def _refuse_infinite_sums(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Raise a MergeError where a sum would become infinite in `dtype`, or in W0's dtype.
-
-    The sums are computed only where that can happen: in float16, which ends at 65504, or with a large A or B.
-    """
-    plain_dtype = float_dtype(model)
-    for path, layer in adapted_layers(model):
-        name, is_quantized = layer.lora_name(path), scheme(layer) is not None
-        weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings).values()
-        dtypes = {dtype or (plain_dtype if is_quantized else weight.dtype) for weight in weights}
-        is_large = any(tensor.numel() and tensor.abs().max() > LARGE for tensor in layer.lora_tensors().values())
-        if is_large or torch.float16 in dtypes:
-            merged_weights(layer, plain_dtype if is_quantized else None, dtype, label=name)
+    for name, trained, original in module.trained_tensors():
+        refuse_overflow(f"'{full_name(path, name)}'", trained, dtype or original.dtype)
+    if not isinstance(module, AdaptedLayer):
+        return
+    label, is_quantized = module.lora_name(path), scheme(module) is not None
+    if not is_quantized:
+        refuse_codes(label, module)
+    _merged_bias(module, label, dtype)
+    weights = module.adapted_parameters(module.lora_owner, module.lora_settings).values()
+    dtypes = {dtype or (plain_dtype if is_quantized else weight.dtype) for weight in weights}
+    is_large = any(tensor.numel() and tensor.abs().max() > LARGE for tensor in module.lora_tensors().values())
+    if is_large or torch.float16 in dtypes:
+        merged_weights(module, plain_dtype if is_quantized else None, dtype, label=label)

@@ -99,7 +99,7 @@ def backbone_name(backbone: nn.Module) -> str:
     """The backbone's class, and the source of its weights if known: a hub name, or a path's last two parts."""
     kind = type(backbone)
     while issubclass(kind, Grafted) or FSDPModule in kind.__bases__:
-        kind = kind.grafted_from[1] if issubclass(kind, Grafted) else kind.__bases__[1]  # fully_shard's class is first
+        kind = kind.grafted_from[0] if issubclass(kind, Grafted) else kind.__bases__[1]  # fully_shard's class is first
     name = kind.__name__
     config = getattr(backbone, "config", None)
     source = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)

@@ -133,7 +133,7 @@ def iter_base(model: nn.Module) -> Iterator[BaseTensor]:
     for path, module in named_modules(model):
         if path.startswith(copies):
             continue
-        ours = module.lora_all_names if isinstance(module, Grafted) else ()
+        ours = module.lora_tensors() if isinstance(module, Grafted) else {}
         copies += (full_name(path, "lora_copy"),) if isinstance(module, SavedCopy) else ()
         saved = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
         for key, tensor in (*module._parameters.items(), *saved.items()):

@@ -58,10 +58,6 @@ class LoRAOutProj(ReadWeight, LoRALinear):
         """As `nn.Linear`, for code that calls it after all: the weight reads as the adapted one."""
         return nn.Linear.forward(self, input)
 
-    def reset_parameters(self) -> None:
-        with self.lora_disabled():  # so that the reset writes W0
-            super().reset_parameters()
-
 
 class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
     """`nn.MultiheadAttention` with in_proj adapted.
@@ -124,12 +120,6 @@ class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
         """The updates of q, k and v, one above the other; only where they are one weight."""
         ((_, _, _, delta),) = self.updates()
         return delta
-
-    def reset_parameters(self) -> None:
-        """Lightning and torch call this on modules from the meta device; torch's method has another name here."""
-        with self.lora_disabled():
-            self._reset_parameters()
-        self.reset_lora_parameters()
 
     def peft_rank(self) -> int:
         return self.lora_settings.r * (len(self._pairs()) if self._slices() else 1)

@@ -47,14 +47,6 @@ class AdaptedLayer(Grafted):
     has_inits: ClassVar[bool] = False
     """True where A and B are the factors of one matrix in W0's shape, as `init/from_weight.py` needs."""
 
-    lora_names: ClassVar[tuple[str, ...]] = (
-        "lora_A",
-        "lora_B",
-        "lora_B_bias",
-        "lora_magnitude_vector",
-        "lora_A0",
-        "lora_B0",
-    )
     lora_settings: LayerSettings
     lora_dropout: nn.Dropout | None
     lora_A: nn.Parameter
@@ -160,6 +152,7 @@ class AdaptedLayer(Grafted):
         else:
             self.draw_factors()
         self.set_init(A, B)
+        super().reset_lora_parameters()
 
     def draw_factors(self) -> None:
         """Draw A and set B to zero."""
@@ -178,14 +171,6 @@ class AdaptedLayer(Grafted):
             self.lora_B_bias.zero_()
         if self.lora_magnitude_vector is not None:
             self.lora_magnitude_vector.copy_(self.updated_norms())
-
-    def reset_parameters(self) -> None:
-        """Lightning and torch call this on modules that come from the meta device."""
-        reset_base = getattr(super(), "reset_parameters", None)  # not every base class has it
-        if reset_base is not None:
-            reset_base()
-        if "lora_A" in self._parameters:
-            self.reset_lora_parameters()
 
     def rescale_update(self, strength: float, done: set[int]) -> None:
         """Multiply the layer's alpha and scale s by `strength`.
@@ -304,10 +289,6 @@ class AdaptedLayer(Grafted):
                 parts.setdefault(name, []).append(before + delta)
         dim = self.part_dim or 0
         return {name: pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim) for name, pieces in parts.items()}
-
-    def update_bias(self) -> Tensor | None:
-        """What a merge adds to the bias, in float32 or wider; None without `lora_bias`."""
-        return None if self.lora_B_bias is None else self.lora_B_bias * self.lora_settings.scale
 
     def _parts(self, weight: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
         """The index of each part in the weight, and its slice along `part_dim`."""

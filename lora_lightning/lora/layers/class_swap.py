@@ -13,27 +13,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import warn
 
 
 class Grafted(nn.Module):
-    """A module whose class was extended in place. Derived classes add parameters and override `forward`.
+    """A module whose class was extended in place. Derived classes add tensors, all named `lora_...`, and a `forward`.
 
     A derived class holds the whole life cycle of what it adds: `attach` puts it into a module, `lora_tensors` are its
-    tensors, `reset_lora_parameters` initializes them, `rescale_update` gives them another strength, `fold` writes them
-    into the module's weights for a merge, and `take_out` below removes whatever was added.
+    tensors, `reset_lora_parameters` initializes them, `rescale_update` gives them another strength, `fold` writes what
+    trains in full into the module's weights for a merge, and `take_out` below removes whatever was added.
     """
 
     lora_enabled: bool = True
     """False while the adapter is switched off, see `disabled`."""
 
-    grafted_from: ClassVar[tuple[type[Grafted], type[nn.Module], tuple[str, ...]]]
-    """The added class, the module's class before, and the parameters that are read through `lora_read`."""
-
-    lora_names: ClassVar[tuple[str, ...]] = ()
-    """Names of the parameters and buffers that the class may add to the module: the adapter's tensors."""
+    grafted_from: ClassVar[tuple[type[nn.Module], type[Grafted], tuple[str, ...]]]
+    """The module's class before, the added class, and the parameters that are read through `lora_read`."""
 
     lora_from_w0: ClassVar[tuple[str, ...]] = (
         "lora_copy",
@@ -44,29 +42,61 @@ class Grafted(nn.Module):
     )
     """The tensors, and the child with tensors, that are computed from W0, so that another W0 makes them wrong."""
 
-    lora_all_names: ClassVar[tuple[str, ...]] = ()
-    """`lora_names` of this class and its bases, once each."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        names = [name for base in cls.__mro__ if issubclass(base, Grafted) for name in base.lora_names]
-        cls.lora_all_names = tuple(dict.fromkeys(names))
-
     def lora_tensors(self) -> dict[str, Tensor]:
         """The adapter's tensors in this module, by name, from every class that was grafted onto it."""
-        named = ((name, self._parameters.get(name, self._buffers.get(name))) for name in self.lora_all_names)
-        return {name: tensor for name, tensor in named if tensor is not None}
+        named = (self._parameters | self._buffers).items()
+        return {name: tensor for name, tensor in named if name.startswith("lora_") and tensor is not None}
 
+    def trained_tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """What trains in full: each as (the original's name in this module, the trained values, the original)."""
+        yield from ()
+
+    @torch.no_grad()
     def reset_lora_parameters(self) -> None:
         """Initialize the adapter's tensors, from the module's present weights where the init needs them."""
+        for _, trained, original in self.trained_tensors():
+            trained.copy_(original)
+
+    def reset_parameters(self) -> None:
+        """Reset W0, and the adapter: Lightning and torch call this on modules that come from the meta device."""
+        reset_base = getattr(super(), "reset_parameters", getattr(super(), "_reset_parameters", None))
+        if reset_base is not None:  # an attention's has the other name, and not every class has one
+            with self.lora_disabled():  # so that what is read, and written into, is W0
+                reset_base()
+        self.reset_lora_parameters()
 
     def rescale_update(self, strength: float, done: set[int]) -> None:
         """Make each trained W, in place, `W0 + strength (W - W0)`; `strength.scaled` calls this and undoes it.
+
+        At 0 it equals W0, bit for bit. Whole numbers, such as a norm's count of batches, stay but for that.
 
         Args:
             strength: at least 0.
             done: ids of the tensors that are scaled already, since several modules may share one.
         """
+        for _, trained, original in self.trained_tensors():
+            if id(trained) not in done:
+                done.add(id(trained))
+                base = original.to(trained.dtype)
+                if strength == 0:
+                    trained.copy_(base)
+                elif trained.is_floating_point():
+                    trained.copy_(base + strength * (trained - base))
+
+    @torch.no_grad()
+    def fold(self, folded: dict[int, Tensor]) -> None:
+        """Replace the originals of `trained_tensors` by the trained values, in new tensors.
+
+        They are not written into: a tensor that is tied to another module does not change there. `folded` holds the new
+        ones by the id of the trained tensor, so that tied copies stay tied.
+        """
+        for path, trained, original in [*self.trained_tensors()]:
+            if id(trained) not in folded:
+                value = trained.detach().clone().to(original.dtype)
+                is_parameter = isinstance(original, nn.Parameter)
+                folded[id(trained)] = nn.Parameter(value, original.requires_grad) if is_parameter else value
+            owner, _, name = path.rpartition(".")
+            setattr(self.get_submodule(owner), name, folded[id(trained)])
 
     @contextmanager
     def lora_disabled(self) -> Iterator[None]:
@@ -79,7 +109,7 @@ class Grafted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and deepcopy by the classes from which `graft` made this one, which has no import path."""
-        return _blank, _chain(type(self)), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _blank, (own_class(type(self)), *_grafts(type(self))), self.__getstate__()  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Warn where another W0 is loaded below tensors that were made from the W0 before, and that stay."""
@@ -97,41 +127,47 @@ class Grafted(nn.Module):
         raise NotImplementedError
 
 
-def _chain(cls: type[nn.Module]) -> tuple[type[nn.Module], list[tuple[type[Grafted], tuple[str, ...]]]]:
-    """The module's original class, and what was grafted onto it, innermost first."""
-    if "grafted_from" not in vars(cls):
-        return cls, []
-    assert issubclass(cls, Grafted)
-    added, base, read = cls.grafted_from
-    original, grafts = _chain(base)
-    return original, [*grafts, (added, read)]
+Graft = tuple[type[Grafted], tuple[str, ...]]
+"""A class that was added, and the parameters that are then read through `lora_read`."""
 
 
 def own_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that the module had before anything was grafted onto it."""
-    return _chain(cls)[0]
+    while "grafted_from" in vars(cls):
+        assert issubclass(cls, Grafted)
+        cls = cls.grafted_from[0]
+    return cls
 
 
-def _blank(cls: type[nn.Module], grafts: list[tuple[type[Grafted], tuple[str, ...]]]) -> nn.Module:
-    for added, read in grafts:
-        cls = _grafted_class(added, cls, read)
-    module: nn.Module = cls.__new__(cls)
+def _grafts(cls: type[nn.Module]) -> list[Graft]:
+    """What was grafted onto the module's own class, innermost first."""
+    if "grafted_from" not in vars(cls):
+        return []
+    assert issubclass(cls, Grafted)
+    base, added, read = cls.grafted_from
+    return [*_grafts(base), (added, read)]
+
+
+def _blank(cls: type[nn.Module], *grafts: Graft) -> nn.Module:
+    made = _with_grafts(cls, *grafts)
+    module: nn.Module = made.__new__(made)
     return module
 
 
-_MADE: dict[tuple[type[Grafted], type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+_MADE: dict[tuple[type[nn.Module], type[Grafted], tuple[str, ...]], type[nn.Module]] = {}
 
 
-def _grafted_class(added: type[Grafted], base: type[nn.Module], read: tuple[str, ...]) -> type[nn.Module]:
-    """The class for this combination, made once, so that layers of one kind have one type."""
-    key = (added, base, read)
-    if key not in _MADE:
-        names: dict[str, Any] = {"__module__": added.__module__, "grafted_from": key}
-        names |= {name: _reader(name) for name in read}
-        bases = (base, added) if _goes_below(added, base) else (added, base)
-        made: type[nn.Module] = type(f"{added.__name__}[{base.__name__}]", bases, names)
-        _MADE[key] = made
-    return _MADE[key]
+def _with_grafts(base: type[nn.Module], *grafts: Graft) -> type[nn.Module]:
+    """The class with these grafts, each made once, so that layers of one kind have one type."""
+    for added, read in grafts:
+        key = (base, added, read)
+        if key not in _MADE:
+            names: dict[str, Any] = {"__module__": added.__module__, "grafted_from": key}
+            names |= {name: _reader(name) for name in read}
+            bases = (base, added) if _goes_below(added, base) else (added, base)
+            _MADE[key] = type(f"{added.__name__}[{base.__name__}]", bases, names)
+        base = _MADE[key]
+    return base
 
 
 def is_shard(tensor: Tensor | None) -> bool:
@@ -170,32 +206,17 @@ def own_forward_calls_super(base: type[nn.Module], torch_class: type[nn.Module])
 
 
 def graft(module: nn.Module, added: type[Grafted], read: tuple[str, ...] = ()) -> None:
-    """Put `added` into the module's class, in place."""
-    object.__setattr__(module, "__class__", _grafted_class(added, type(module), read))  # past nn.Module's slow checks
+    """Put `added` into the module's class, in place; parameters named in `read` are read through `lora_read`."""
+    made = _with_grafts(own_class(type(module)), *_grafts(type(module)), (added, read))
+    object.__setattr__(module, "__class__", made)  # past nn.Module's slow checks
 
 
 def ungraft(module: nn.Module, added: type[Grafted]) -> None:
     """Take the class `added`, the last one grafted of its kind, out of the module's class, in place."""
-    cls, grafts = _chain(type(module))
+    grafts = _grafts(type(module))
     last = max(i for i, (kind, _) in enumerate(grafts) if issubclass(kind, added))
-    for kind, read in grafts[:last] + grafts[last + 1 :]:
-        cls = _grafted_class(kind, cls, read)
-    module.__class__ = cls  # type: ignore[assignment]
-
-
-def interpolate_(trained: Tensor, base: Tensor, strength: float, done: set[int]) -> None:
-    """Make a tensor that trains in full `W0 + strength (W - W0)`, once; at 0 it equals W0, bit for bit.
-
-    Whole numbers, such as a norm's count of batches, cannot be interpolated: they stay, except that at 0 they are W0's.
-    """
-    if id(trained) in done:
-        return
-    done.add(id(trained))
-    wide = base.to(trained.dtype)
-    if strength == 0:
-        trained.copy_(wide)
-    elif trained.is_floating_point():
-        trained.copy_(wide + strength * (trained - wide))
+    del grafts[last]
+    module.__class__ = _with_grafts(own_class(type(module)), *grafts)  # type: ignore[assignment]
 
 
 def take_out(module: nn.Module) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers.class_swap import Grafted, graft, interpolate_, is_shard
+from lora_lightning.lora.layers.class_swap import Grafted, graft, is_shard
 from lora_lightning.lora.layers.functional import wide_dtype
 
 
@@ -18,7 +17,6 @@ class TrainedBias(Grafted):
     that of `out_proj`.
     """
 
-    lora_names: ClassVar[tuple[str, ...]] = ("lora_trained_bias",)
     lora_trained_bias: nn.Parameter
 
     @property
@@ -44,37 +42,8 @@ class TrainedBias(Grafted):
             copies[id(original)] = nn.Parameter(original.detach().clone().to(wide_dtype(original)))
         module.lora_trained_bias = copies[id(original)]
 
-    @torch.no_grad()
-    def fold(self, folded: dict[int, nn.Parameter]) -> None:
-        """Replace the original by the trained values, in a new parameter.
-
-        `folded` maps the copies' ids to the new parameters, so that tied biases stay tied.
-        """
+    def trained_tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         original = self._parameters["bias"]
         assert original is not None
-        trained = self.lora_trained_bias
-        if id(trained) not in folded:
-            value = trained.detach().clone().to(original.dtype)
-            folded[id(trained)] = nn.Parameter(value, requires_grad=original.requires_grad)
-        self._parameters["bias"] = folded[id(trained)]
-
-    def rescale_update(self, strength: float, done: set[int]) -> None:
-        original = self._parameters["bias"]
-        assert original is not None
-        interpolate_(self.lora_trained_bias, original, strength, done)
-        super().rescale_update(strength, done)
-
-    def reset_lora_parameters(self) -> None:
-        """Start the copy from the original again."""
-        original = self._parameters["bias"]
-        assert original is not None
-        with torch.no_grad():
-            self.lora_trained_bias.copy_(original)
-        super().reset_lora_parameters()
-
-    def reset_parameters(self) -> None:
-        """Reset the original bias, and start the copy from it."""
-        with self.lora_disabled():
-            super().reset_parameters()  # type: ignore[misc]
-        with torch.no_grad():
-            self.lora_trained_bias.copy_(self._parameters["bias"])  # type: ignore[arg-type]
+        yield "bias", self.lora_trained_bias, original
+        yield from super().trained_tensors()

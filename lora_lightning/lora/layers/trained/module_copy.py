@@ -6,13 +6,12 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.layers.class_swap import Grafted, graft, interpolate_, ungraft
+from lora_lightning.lora.layers.class_swap import Grafted, graft, ungraft
 from lora_lightning.lora.layers.functional import wide_dtype
 
 COPY = "lora_copy"
@@ -65,44 +64,19 @@ class SavedCopy(Grafted):
         cast = {name: value.to(originals[name].dtype) for name, value in trained.items()}
         return functional_call(self.lora_copy, cast, args, kwargs, tie_weights=False)  # every name has its own cast
 
-    def trained_tensors(self) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Every parameter and buffer as (its name in this module, the trained copy, the original)."""
-        pairs = zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True)
-        return [(name, trained, original) for (name, original), (_, trained) in pairs]
-
-    @torch.no_grad()
-    def fold(self, folded: dict[int, torch.Tensor]) -> None:
-        """Replace the originals by the trained values.
-
-        The parameters are replaced, not written into: a tensor tied to another module does not change there. `folded`
-        holds the new parameters by the id of the trained tensor, so that tied copies stay tied.
-        """
-        for path, trained, original in self.trained_tensors():
-            assert original.shape == trained.shape, path
-            owner = self.get_submodule(path.rpartition(".")[0])
-            if id(trained) not in folded:
-                value = trained.detach().clone().to(original.dtype)
-                if isinstance(original, nn.Parameter):
-                    value = nn.Parameter(value, requires_grad=original.requires_grad)
-                folded[id(trained)] = value
-            setattr(owner, path.rpartition(".")[2], folded[id(trained)])
-
-    @torch.no_grad()
-    def reset_lora_parameters(self) -> None:
-        """Start the copy from the original again."""
-        for _, trained, original in self.trained_tensors():
-            trained.copy_(original)
-        super().reset_lora_parameters()
+    def trained_tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Every parameter and buffer of the copy."""
+        for (name, original), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+            yield name, trained, original
 
     def rescale_update(self, strength: float, done: set[int]) -> None:
-        for path, trained, original in self.trained_tensors():
-            interpolate_(trained, original, strength, done)
+        super().rescale_update(strength, done)
+        for path, trained, _ in self.trained_tensors():
             if path.endswith("running_var") and bool((trained < 0).any()):
                 raise LoRAError(
                     f"at a strength of {strength:g} the variance '{path}' of a module of modules_to_save is below 0:"
                     " take a smaller one"
                 )
-        super().rescale_update(strength, done)
 
 
 class SavedSequence(SavedCopy):
@@ -126,13 +100,13 @@ class SavedSequence(SavedCopy):
 class SavedProjection(SavedCopy):
     """The same for the `out_proj` of `nn.MultiheadAttention`: its weight and bias read as the copy's."""
 
-    def lora_read(self, name: str) -> torch.Tensor:
+    def lora_read(self, name: str) -> Tensor:
         original = self._parameters[name]
         assert original is not None
         is_copied = self.lora_enabled and COPY in self._modules
         return self.lora_copy.get_parameter(name).to(original.dtype) if is_copied else original
 
 
-def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def _named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return [(name, tensor) for name, tensor in named if not name.startswith(f"{COPY}.")]

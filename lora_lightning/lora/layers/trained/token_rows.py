@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.layers.class_swap import Grafted, graft, interpolate_, own_forward_calls_super
+from lora_lightning.lora.layers.class_swap import Grafted, graft, own_forward_calls_super
 from lora_lightning.lora.layers.functional import wide_dtype
 
 
@@ -19,7 +20,6 @@ class TokenRows(Grafted, nn.Embedding):
     W0's. A padding row that is chosen by its number trains as well.
     """
 
-    lora_names = ("lora_tokens",)
     lora_tokens: nn.Parameter
     lora_token_ids: Tensor
     """The numbers of the chosen tokens; no buffer, since they are in no state dict."""
@@ -41,21 +41,9 @@ class TokenRows(Grafted, nn.Embedding):
             graft(follower, TokenTwin if isinstance(follower, nn.Embedding) else TokenHead)
             follower.__dict__["lora_followed"] = (module,)  # a tuple, so that it is no child of this one
 
-    @torch.no_grad()
-    def reset_lora_parameters(self) -> None:
-        """Copy W0's present rows; on the meta device this has no effect."""
-        self.lora_tokens.copy_(self.weight[self.token_ids()])
-        super().reset_lora_parameters()
-
-    def rescale_update(self, strength: float, done: set[int]) -> None:
-        interpolate_(self.lora_tokens, self.weight[self.lora_token_ids], strength, done)
-        super().rescale_update(strength, done)
-
-    def reset_parameters(self) -> None:
-        """Lightning and torch call this on modules that come from the meta device."""
-        super().reset_parameters()
-        if "lora_tokens" in self._parameters:
-            self.reset_lora_parameters()
+    def trained_tensors(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """The rows, and W0's; both without values on the meta device."""
+        yield "weight", self.lora_tokens, self.weight[self.token_ids()]
 
     def forward(self, input: Tensor) -> Tensor:
         """Whole numbers (...) to (..., width)."""
@@ -80,7 +68,7 @@ class TokenRows(Grafted, nn.Embedding):
         return self.lora_token_ids
 
     @torch.no_grad()
-    def fold(self) -> None:
+    def fold(self, folded: dict[int, Tensor]) -> None:
         """Write the rows into the weight, for it and for every module that is tied to it."""
         self.weight[self.token_ids()] = self.lora_tokens.to(self.weight.dtype)
 
