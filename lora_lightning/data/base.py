@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import datasets
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from lora_lightning.data.io.splits import SplitConfig, rename_first_sets, split_rows
+from lora_lightning.data.io.splits import SplitConfig, kind_of, rename_first_sets, split_rows
 from lora_lightning.data.io.summary import summarize
 from lora_lightning.data.io.tables import (
     ROW,
     Readers,
+    TextBy,
     check_names,
     doubled_columns,
     lengths_of,
@@ -25,31 +26,99 @@ from lora_lightning.data.io.tables import (
     source_of,
     values_of,
 )
-from lora_lightning.data.loading.sampler import EpochSampler, Loader, ResumableLoader, seeded_generator
+from lora_lightning.data.loading.sampler import EpochSampler, Loader, ResumableLoader, StreamLoader, seeded_generator
 from lora_lightning.lora.errors import LoRAError
 
 MOST_SHOWN = 80
 """Characters at most of a faulty value in an error."""
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """A function of rows with a version, so that `datasets`, which caches by a function's name, uses no older result.
+VERSION = 2
+"""Of the encoding functions: `datasets` caches by a function's name. Raise it when a function's result changes."""
 
-    Raise the version when an encoding function's result changes.
+
+def encode_batch(rows: Any, *, function: Callable[..., Any], version: int, **options: Any) -> Any:
+    """A batch of rows through an encoding function."""
+    return function(rows, **options)
+
+
+class LoadsSets(LightningDataModule, ABC):
+    """Loaders of tables and streams, in an order of (seed, epoch) that processes share and a resumed fit goes on with.
+
+    Args:
+        batch_size: examples per batch and process in training.
+        eval_batch_size: the same in evaluation; `batch_size` by default.
+        num_workers: processes that prepare batches.
+        seed: of the order in training.
     """
 
-    function: Callable[..., Any]
-    version: int = 2
+    def __init__(self, batch_size: int, eval_batch_size: int | None, num_workers: int, seed: int) -> None:
+        super().__init__()
+        for what, number in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or batch_size)):
+            if number < 1:
+                raise LoRAError(f"{what} must be at least 1, got {number}")
+        if num_workers < 0:
+            raise LoRAError(f"num_workers must be at least 0 (none beside this process), got {num_workers}")
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers, self.seed = num_workers, seed
 
-    def __call__(self, rows: Any, **options: Any) -> Any:
-        return self.function(rows, **options)
+    @property
+    @abstractmethod
+    def collate(self) -> Callable[[list[Any]], Any] | None:
+        """Encoded rows to a batch: a mapping of names to tensors."""
+
+    @property
+    @abstractmethod
+    def has_validation(self) -> bool:
+        """Whether there is a validation set."""
+
+    @abstractmethod
+    def _loaders(self, split: str) -> DataLoader[Any] | list[Any]:
+        """Return the loader of a split, or one for each of its sets where it has several."""
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        fitting = self.trainer is None or str(self.trainer.state.fn) != "validate"
+        return [] if fitting and not self.has_validation else self._loaders("validation")
+
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._loaders("test")
+
+    def _loader(
+        self,
+        data: Any,
+        *,
+        training: bool = False,
+        shuffle: bool = True,
+        lengths: list[int] | None = None,
+        order: type[EpochSampler] = EpochSampler,
+        ends: bool = True,
+        **options: Any,
+    ) -> DataLoader[Any]:
+        """Return a loader of one set; in training it is shuffled and can be resumed.
+
+        Args:
+            data: rows with a length, or this process's share of a stream.
+            lengths: see `EpochSampler`, of which `order` is the class.
+            ends: see `StreamLoader`.
+            options: of torch's DataLoader.
+        """
+        trainer, batch_size = self.trainer, self.batch_size if training else self.eval_batch_size
+        options = {"batch_size": batch_size, "num_workers": self.num_workers, "collate_fn": self.collate, **options}
+        options["generator"] = seeded_generator(self.seed)
+        if isinstance(data, IterableDataset):  # its workers do not persist: a new one knows the epoch
+            return StreamLoader(data, trainer if training else None, ends=ends, **options)
+        world = {} if trainer is None else {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
+        shuffle = training and shuffle
+        sampler = order(data, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)
+        loader = ResumableLoader if training else Loader
+        return loader(data, sampler=sampler, persistent_workers=self.num_workers > 0, **options)
 
 
-class TableData(LightningDataModule, ABC):
+class TableData(LoadsSets):
     """Rows of files or of a Hugging Face set to batches. A subclass defines the columns of a row and its encoding.
 
-    In order: `read`, `check` and `filter` of each split, the missing splits, `encode` of each split once.
+    In order: `read`, `check`, `check_targets` and `filter` of each split, the missing splits, `encode` of each split
+    once.
 
     Args:
         path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
@@ -68,6 +137,12 @@ class TableData(LightningDataModule, ABC):
     """The class that sets the order of rows in training."""
     readers: Readers | None = None
     """Readers of files by suffix, beside or in place of the usual ones."""
+    text_by: TextBy = "line"
+    """The rows of a .txt."""
+    input_columns: Sequence[str | None] = ()
+    """Columns that a model reads; None is a column that is not used."""
+    target_columns: Sequence[str | None] = ()
+    """Columns of what it learns, which rows to predict on need not have."""
     cut_by: Mapping[str, str | None] = {}
     """Options that cut texts, by kind of cut, where it is not `max_length`; None where a cut loses nothing."""
     predicts_rows: bool = True
@@ -85,46 +160,36 @@ class TableData(LightningDataModule, ABC):
         num_proc: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for what, number in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or batch_size)):
-            if number < 1:
-                raise LoRAError(f"{what} must be at least 1, got {number}")
-        if num_workers < 0:
-            raise LoRAError(f"num_workers must be at least 0 (none beside this process), got {num_workers}")
-        self.path, self.name, self.split, self.seed = path, name, split, seed
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.length_grouped, self.num_workers, self.num_proc = length_grouped, num_workers, num_proc
-        self._tables: dict[str, datasets.Dataset] | None = None
+        super().__init__(batch_size, eval_batch_size, num_workers, seed)
+        self.path, self.name, self.split = path, name, split
+        self.length_grouped, self.num_proc = length_grouped, num_proc
         self._encoded: dict[str, datasets.Dataset] = {}
-        self._cut_shares: dict[str, dict[str, float]] = {}
+        self.cut_shares: dict[str, dict[str, float]] = {}  # by split and kind, such as `sources cut`
         self._original_names: dict[str, str] = {}
-        self._summary: dict[str, Any] | None = None
         self.given_splits: frozenset[str] = frozenset()
         self.doubled_columns: dict[str, list[str]] = {}
 
     def read(self) -> dict[str, datasets.Dataset]:
         """Tables by split, as they are in the files."""
-        return read_tables(self.path, self.name, readers=self.readers)
+        return read_tables(self.path, self.name, self.text_by, self.readers)
 
-    @abstractmethod
     def columns(self, split: str) -> Sequence[str | None]:
-        """Columns that a table must have; None is a column that is not used. `predict` needs no targets."""
+        """Columns that a table must have."""
+        return [*self.input_columns, *([] if kind_of(split) == "predict" else self.target_columns)]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise for a wrong value in a row; `bad_cell` makes the error."""
 
+    def check_targets(self, table: datasets.Dataset, split: str) -> None:
+        """Raise for a wrong target; not called for rows to predict on."""
+
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """The rows that are used; of `predict` all rows."""
+        """The rows that are used; not called for rows to predict on, which are all used."""
         return table
 
     @abstractmethod
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Encoded rows, ready to be collated."""
-
-    @property
-    @abstractmethod
-    def collate(self) -> Callable[[list[Any]], Any]:
-        """Encoded rows to a batch: a mapping of names to tensors."""
+        """Encoded rows, ready to be collated. Columns such as `source_cut`, which say what was cut, are taken out."""
 
     def lengths(self, table: datasets.Dataset) -> list[int] | None:
         """Return the length of each encoded row, to group by; None where rows have none."""
@@ -144,48 +209,40 @@ class TableData(LightningDataModule, ABC):
         """Return arguments that were read from training rows, such as label names, so that `predict` needs none."""
         return {}
 
-    @property
+    @cached_property
     def tables(self) -> dict[str, datasets.Dataset]:
         """Checked and filtered rows by split, read on first use. The column `ROW` is each row's number in its file."""
-        if self._tables is None:
-            tables = self.read()
-            self.given_splits = frozenset(tables)
-            self.doubled_columns = doubled_columns(self.path)
-            for split, table in tables.items():
-                if ROW not in table.column_names:
-                    table = table.add_column(ROW, np.arange(1, len(table) + 1))  # noqa: PLW2901
-                with self._kind_of_set(split) as kind:
-                    check_names(table.column_names, self.columns(kind), self.place(kind), vars(self))
-                    self._check_header(split, kind)
-                    self.check(table, kind)
-                    if kind != "predict":
-                        self._check_not_blank(table, kind)
-                    tables[split] = self.filter(table, kind)
-            named = rename_first_sets(list(tables))
-            self._original_names = {new: old for old, new in named.items()}
-            self._tables = self._with_splits({named.get(split, split): table for split, table in tables.items()})
-        return self._tables
+        tables = self.read()
+        self.given_splits, self.doubled_columns = frozenset(tables), doubled_columns(self.path)
+        for split, table in tables.items():
+            with self._kind_of_set(split) as kind:
+                tables[split] = self._checked(table, kind)
+        named = rename_first_sets(list(tables))
+        self._original_names = {new: old for old, new in named.items()}
+        return self._with_splits({named.get(split, split): table for split, table in tables.items()})
 
-    def _check_header(self, split: str, kind: str) -> None:
-        """Raise where a column that is used is in the header twice."""
-        if double := set(self.doubled_columns.get(split, ())) & set(self.columns(kind)):
-            raise LoRAError(
-                f"{self.place(kind)}: the header has the column '{min(map(str, double))}' twice: rename one"
-            )
+    def _checked(self, table: datasets.Dataset, kind: str) -> datasets.Dataset:
+        """The rows of a set that are used, with their numbers in the column `ROW`; a wrong one is refused."""
+        if ROW not in table.column_names:
+            table = table.add_column(ROW, np.arange(1, len(table) + 1))
+        columns, place = self.columns(kind), self.place(kind)
+        check_names(table.column_names, columns, place, vars(self))
+        if double := set(self.doubled_columns.get(self._original_names[kind], ())) & set(columns):
+            raise LoRAError(f"{place}: the header has the column '{min(map(str, double))}' twice: rename one")
+        self.check(table, kind)
+        if kind == "predict":
+            return table
+        self.check_targets(table, kind)
+        for names in self.text_columns(table, kind) if len(table) else ():
+            of_texts = names and all(table.features[name] == datasets.Value("string") for name in names)
+            if of_texts and not any(text and text.strip() for name in names for text in values_of(table, name)):
+                raise LoRAError(f"{place}: expected texts in column '{names[0]}', all are blank")
+        return self.filter(table, kind)
 
-    def _check_not_blank(self, table: datasets.Dataset, kind: str) -> None:
-        """Raise where the inputs or the targets of all rows are blank."""
-        for columns in self.text_columns(table, kind) if len(table) else ():
-            of_texts = columns and all(table.features[column] == datasets.Value("string") for column in columns)
-            if of_texts and not any(text and text.strip() for name in columns for text in values_of(table, name)):
-                raise LoRAError(f"{self.place(kind)}: expected texts in column '{columns[0]}', all are blank")
-
-    @property
+    @cached_property
     def data_summary(self) -> dict[str, Any]:
         """Counts and warnings as plain data, computed once after `setup`. See `summarize`."""
-        if self._summary is None:
-            self._summary = summarize(self)
-        return self._summary
+        return summarize(self)
 
     def label_counts(self, split: str) -> dict[str, int]:
         """Number of rows of each label in an encoded split; empty without labels."""
@@ -195,16 +252,12 @@ class TableData(LightningDataModule, ABC):
         """Columns whose texts a model reads, and columns whose texts it writes."""
         return [column for column in self.columns("predict") if column is not None], []
 
-    def cut_shares(self, split: str) -> dict[str, float]:
-        """Return the shares of an encoded split's texts that are cut, by kind, such as `sources cut`."""
-        return self._cut_shares.get(split, {})
-
     def without_cuts(self, encoded: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Drop the columns `source_cut` and so on of encoded rows, and keep their shares for `cut_shares`."""
+        """Drop the columns `source_cut` and so on of encoded rows, and keep the shares in `cut_shares`."""
         names = [name for name in encoded.column_names if name.endswith("_cut")]
         shares = {f"{name.removesuffix('_cut')}s cut": float(np.mean(list(values_of(encoded, name)))) for name in names}
         if names and split != "predict":
-            self._cut_shares[split] = shares
+            self.cut_shares[split] = shares
         return encoded.remove_columns(names)
 
     def sets(self, split: str) -> list[str]:
@@ -235,22 +288,17 @@ class TableData(LightningDataModule, ABC):
         Raises:
             LoRAError: the set has no such column, or is not predicted row by row.
         """
-        if wanted is None and not self.predicts_rows:
+        names = (self.sets("predict") or self.sets("test"))[index:]
+        if not names or (wanted is None and not self.predicts_rows):
             return {}
-        names = self.sets("predict") or self.sets("test")
-        table = self.tables[names[index]] if index < len(names) else None
-        columns = [name for name in (table.column_names if table else []) if name != ROW]
+        table, place = self.tables[names[0]], self.place(names[0])
+        columns = [name for name in table.column_names if name != ROW]
         if wanted is None:
-            wanted = ["id"] if "id" in columns else []
-        if list(wanted) == ["all"]:
-            wanted = columns
-        if table is None or not wanted:
-            return {}
-        check_names(table.column_names, list(wanted), self.place(names[index]))
-        if not self.predicts_rows or len(self._encoded.get(names[index], table)) != len(table):
-            raise LoRAError(
-                f"{self.place(names[index])}: rows are cut or left out, so that columns cannot stand beside predictions"
-            )
+            wanted = [name for name in columns if name == "id"]
+        wanted = columns if list(wanted) == ["all"] else wanted
+        check_names(table.column_names, wanted, place)
+        if wanted and (not self.predicts_rows or len(self._encoded.get(names[0], table)) != len(table)):
+            raise LoRAError(f"{place}: rows are cut or left out, so that columns cannot stand beside predictions")
         return {name: list(values_of(table, name)) for name in wanted}
 
     def prepare_data(self) -> None:
@@ -262,7 +310,9 @@ class TableData(LightningDataModule, ABC):
         for split, table in self.tables.items():
             if split not in self._encoded:
                 with self._kind_of_set(split) as kind:
-                    self._encoded[split] = self.encode(table, kind)
+                    encoded = self.encode(table, kind)
+                    is_table = isinstance(encoded, datasets.Dataset)
+                    self._encoded[split] = self.without_cuts(encoded, kind) if is_table else encoded
 
     @contextmanager
     def _kind_of_set(self, split: str) -> Iterator[str]:
@@ -276,28 +326,18 @@ class TableData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         table = self.encoded_rows("train")
-        return self._loader(table, self.batch_size, shuffle=True, lengths=self.lengths(table))
+        lengths = self.lengths(table) if self.length_grouped else None
+        return self._loader(table, training=True, lengths=lengths, order=self.train_sampler)
 
     @property
     def has_validation(self) -> bool:
-        """Whether there is a validation set."""
         return "validation" in self.splits
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        fitting = self.trainer is None or str(self.trainer.state.fn) != "validate"
-        if fitting and not self.has_validation:
-            return []
-        return self._loaders("validation")
-
-    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
-        return self._loaders("test")
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         return self._loaders("predict" if "predict" in self._encoded else "test")
 
     def _loaders(self, split: str) -> DataLoader[Any] | list[Any]:
-        """Return the loader of the split, or one for each of its sets where it has several."""
-        loaders = [self._loader(self.encoded_rows(name), self.eval_batch_size) for name in self.sets(split) or [split]]
+        loaders = [self._loader(self.encoded_rows(name)) for name in self.sets(split) or [split]]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def every(self, split: str) -> DataLoader[Any]:
@@ -319,22 +359,28 @@ class TableData(LightningDataModule, ABC):
         shown = shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
         return LoRAError(f"{self.place(split)}, row {row}, column '{column}': expected {expected}, got {shown}{hint}")
 
-    def check_texts(
+    def check_cells(
         self,
         table: datasets.Dataset,
         split: str,
-        columns: Sequence[str | None],
+        columns: Iterable[str | None],
+        expected: str,
+        is_right: Callable[[Any], object],
         skip: Sequence[bool] = (),
-        *,
-        blank: bool = True,
     ) -> None:
-        """Raise where a value of these columns is no text or, unless `blank`, has no words; not in rows to `skip`."""
-        expected = "text" if blank else "a text with words in it"
+        """Raise for a value of these columns that is not right; not in rows to `skip`."""
         for column in filter(None, columns):
             for i, value in enumerate(values_of(table, column)):
-                right = isinstance(value, str) and (blank or value.strip())
-                if not right and not (skip and skip[i]):
+                if not is_right(value) and not (skip and skip[i]):
                     raise self.bad_cell(split, table[ROW][i], column, expected, value)
+
+    def check_texts(
+        self, table: datasets.Dataset, split: str, columns: Iterable[str | None], *, blank: bool = True, **skip: Any
+    ) -> None:
+        """The same for a value that is no text or, unless `blank`, has no words."""
+        expected = "text" if blank else "a text with words in it"
+        is_right = lambda value: isinstance(value, str) and (blank or value.strip())  # noqa: E731
+        self.check_cells(table, split, columns, expected, is_right, **skip)
 
     def encoded_rows(self, split: str) -> datasets.Dataset:
         """Return a split's encoded rows; a set without the split is refused."""
@@ -351,35 +397,13 @@ class TableData(LightningDataModule, ABC):
             function: must close over plain values only, since datasets pickles it.
             options: its keyword arguments.
         """
+        options |= {"function": function, "version": VERSION}
         described = {"remove_columns": table.column_names, "desc": f"encode {split}"}
-        encoding = Encoding(function)
-        return table.map(encoding, batched=True, fn_kwargs=options, num_proc=self.num_proc, **described)
-
-    def _loader(
-        self, table: datasets.Dataset, batch_size: int, *, shuffle: bool = False, lengths: list[int] | None = None
-    ) -> DataLoader[Any]:
-        trainer = self.trainer
-        world = {} if trainer is None else {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
-        lengths = lengths if self.length_grouped else None
-        order = self.train_sampler if shuffle else EpochSampler
-        sampler = order(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)
-        loader = ResumableLoader if shuffle else Loader
-        return loader(
-            table,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=self.collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            generator=seeded_generator(self.seed),
-        )
+        return table.map(encode_batch, batched=True, fn_kwargs=options, num_proc=self.num_proc, **described)
 
     def _with_splits(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
         """Split off the missing ones of validation and test from train."""
-        shares = {
-            "validation": 0.0 if "validation" in tables else self.split.validation,
-            "test": 0.0 if "test" in tables else self.split.test,
-        }
+        shares = {n: 0.0 if n in tables else getattr(self.split, n) for n in ("validation", "test")}
         if not any(shares.values()) or "train" not in tables:
             return tables
         check_names(tables["train"].column_names, [self.split.group_by], self.place("train"))

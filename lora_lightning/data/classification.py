@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -28,12 +27,45 @@ class LabelNames(TableData):
     """
 
     given_label_names: list[str] | None
+    label_column: str
     one_label_each: bool = True
-    _label_names: list[str] | None = None
+    first_label: str | None = None
+    """The label before all others, which are sorted."""
 
-    @abstractmethod
+    def labels_in(self, cell: Any) -> list[Any]:
+        """The labels in a cell of the label column."""
+        return [cell]
+
     def names_in_train(self) -> list[str]:
         """The names in the training rows, in the order of their numbers."""
+        train = self.tables["train"]
+        if names := set_names(train.features[self.label_column]):
+            return names
+        labels = {label for cell in values_of(train, self.label_column) for label in self.labels_in(cell)}
+        ordered = sorted(labels, key=lambda label: (label != self.first_label, isinstance(label, str), label))
+        return list(dict.fromkeys(map(str, ordered)))
+
+    def numbers(self, table: datasets.Dataset, split: str) -> dict[str, int]:
+        """The number of each label by its text in the label column; an unknown one is refused with its row.
+
+        A column of integers of which none is a name has the labels' numbers, as a `ClassLabel` always does. Where the
+        names are numbers themselves, an integer is a name: rows of 0 alone are not the first of 1 and 2.
+        """
+        names, of_set = self.label_names, set_names(table.features[self.label_column])
+        if of_set and sorted(names) == sorted(of_set) and names != of_set:  # which would rename the classes
+            raise LoRAError(f"label_names must be in the set's own order, {of_set}, got {names}")
+        labels = {label for cell in values_of(table, self.label_column) for label in self.labels_in(cell)}
+        whole = all(isinstance(label, int) for label in labels) and not all(map(is_number, names))
+        by_number = of_set or (whole and not {str(label) for label in labels} & set(names))
+        numbers = {str(i) if by_number else name: i for i, name in enumerate(names)}
+        if all(str(label) in numbers for label in labels):
+            return numbers
+        rows = ((row, label) for row, cell in cells_of(table, ROW, self.label_column) for label in self.labels_in(cell))
+        row, unknown = next((row, label) for row, label in rows if str(label) not in numbers)
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        expected = f"one of the labels {', '.join(names[:MOST_NAMED])}{more}"
+        expected += f", as 0 to {len(names) - 1}" if not set(names) & set(numbers) else ""
+        raise self.bad_cell(split, row, self.label_column, expected, unknown, did_you_mean(str(unknown), names))
 
     def read(self) -> dict[str, datasets.Dataset]:
         tables = super().read()
@@ -44,15 +76,13 @@ class LabelNames(TableData):
             )
         return tables
 
-    @property
+    @cached_property
     def label_names(self) -> list[str]:
         """Names of the labels, in the order of their numbers."""
-        if self._label_names is None:
-            names = list(self.given_label_names or self.names_in_train())
-            if len(set(names)) < len(names):
-                raise LoRAError(f"label_names holds a name twice: {names}")
-            self._label_names = names
-        return self._label_names
+        names = list(self.given_label_names or self.names_in_train())
+        if len(set(names)) < len(names):
+            raise LoRAError(f"label_names holds a name twice: {names}")
+        return names
 
     @property
     def num_classes(self) -> int:
@@ -87,15 +117,6 @@ class LabelNames(TableData):
     def read_off_train(self) -> dict[str, Any]:
         return {"label_names": self.label_names}
 
-    def unknown_label(self, split: str, row: int, column: str, label: object, numbers: Iterable[str]) -> LoRAError:
-        """Return the error for a label that is none of `numbers`, in which the column's labels are looked up."""
-        names = self.label_names
-        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-        expected = f"one of the labels {', '.join(names[:MOST_NAMED])}{more}"
-        if not set(names) & set(numbers):
-            expected += f", as 0 to {len(names) - 1}"
-        return self.bad_cell(split, row, column, expected, label, did_you_mean(str(label), names))
-
 
 class OneLabel(LabelNames):
     """One label for each row, a name or a number, in the column `label_column`."""
@@ -106,11 +127,7 @@ class OneLabel(LabelNames):
         return without_hidden_labels(super().read(), self.label_column)
 
     def names_in_train(self) -> list[str]:
-        train = self.tables["train"]
-        feature = train.features[self.label_column]
-        if isinstance(feature, datasets.ClassLabel):
-            return list(feature.names)
-        names = [str(value) for value in sorted(set(values_of(train, self.label_column)))]
+        names = super().names_in_train()
         if len(names) == 1:
             raise LoRAError(
                 f"{self.place('train')}, column '{self.label_column}': expected at least 2 labels, got '{names[0]}' in"
@@ -118,7 +135,7 @@ class OneLabel(LabelNames):
             )
         return names
 
-    def check_labels(self, table: datasets.Dataset, split: str) -> None:
+    def check_targets(self, table: datasets.Dataset, split: str) -> None:
         """Raise where a row has no label, or a name among numbers or a number among names."""
         kinds = "a label, a name or a number"
         first: type | None = None
@@ -132,13 +149,8 @@ class OneLabel(LabelNames):
 
     def label_numbers(self, table: datasets.Dataset, split: str) -> list[int]:
         """The number of each row's label; an unknown one is refused with its row."""
-        feature, values = table.features[self.label_column], list(values_of(table, self.label_column))
-        check_order(self.label_names, feature)
-        numbers = numbers_of(self.label_names, values, feature)
-        for row, label in zip(values_of(table, ROW), values, strict=True):
-            if str(label) not in numbers:
-                raise self.unknown_label(split, row, self.label_column, label, numbers)
-        return [numbers[str(label)] for label in values]
+        numbers = self.numbers(table, split)
+        return [numbers[str(label)] for label in values_of(table, self.label_column)]
 
     def majority_share(self, split: str) -> float:
         """Accuracy on `split` of always predicting the most common label of train."""
@@ -146,36 +158,19 @@ class OneLabel(LabelNames):
         return counts[max(train, key=train.__getitem__)] / sum(counts.values())
 
 
-def entry_feature(table: datasets.Dataset, column: str) -> Any:
-    """The feature of the entries of a column of lists; None of another column."""
-    return getattr(table.features[column], "feature", None)
+def set_names(feature: Any) -> list[str]:
+    """The names of a `ClassLabel`, or of a list of them; none of another feature."""
+    feature = getattr(feature, "feature", feature)
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
 
 
-def numbers_of(names: Sequence[str], values: Sequence[Any], feature: Any = None) -> dict[str, int]:
-    """Return the number of each label by its text in the column.
-
-    A column of integers of which none is a name has the labels' numbers, as a `ClassLabel` always does. Where the names
-    are numbers themselves, an integer is a name: rows of 0 alone are not the first of 1 and 2.
-    """
-    by_name = {name: i for i, name in enumerate(names)}
-    whole = all(isinstance(value, int) for value in values) and not all(_is_number(name) for name in names)
-    if isinstance(feature, datasets.ClassLabel) or (whole and not any(str(value) in by_name for value in values)):
-        return {str(i): i for i in range(len(names))}
-    return by_name
-
-
-def _is_number(name: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a text can be read as a number."""
     try:
-        float(name)
+        float(text)
     except ValueError:
         return False
     return True
-
-
-def check_order(names: list[str], feature: Any) -> None:
-    """Raise where the names are the set's names in another order, which would rename the classes."""
-    if isinstance(feature, datasets.ClassLabel) and sorted(names) == sorted(feature.names) and names != feature.names:
-        raise LoRAError(f"label_names must be in the set's own order, {feature.names}, got {names}")
 
 
 def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
@@ -217,27 +212,19 @@ class TextClassificationData(OneLabel, TextPairData):
         **table: Any,
     ) -> None:
         super().__init__(*texts, **table)
-        self.label_column, self.given_label_names = label_column, label_names
+        self.label_column, self.given_label_names, self.target_columns = label_column, label_names, [label_column]
         self.drop_labels, self.drop_duplicates, self.min_words = set(drop_labels or ()), drop_duplicates, min_words
-
-    @property
-    def target_columns(self) -> Sequence[str]:
-        return [self.label_column]
 
     def targets(self, table: datasets.Dataset, split: str) -> list[int]:
         return self.label_numbers(table, split)
 
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise for a wrong value in a row that is not dropped."""
+        """Raise for a text that is none in a row that is not dropped."""
         labels = values_of(table, self.label_column) if split != "predict" else ()
         dropped = [str(label) in self.drop_labels for label in labels]
-        self.check_texts(table, split, [self.text_column, self.text_pair_column], dropped)
-        if split != "predict":
-            self.check_labels(table, split)
+        self.check_texts(table, split, self.input_columns, skip=dropped)
 
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        if split == "predict":
-            return table
         labels = [str(value) for value in values_of(table, self.label_column)]
         missing = self.drop_labels - set(labels)
         if split == "train" and missing:
@@ -290,60 +277,33 @@ class MultiLabelTextData(LabelNames, TextPairData):
         if not separator:
             raise LoRAError("separator must be what stands between two labels, such as ';', got an empty text")
         self.label_column, self.separator, self.label_columns = label_column, separator, label_columns
-        self.given_label_names = label_columns or label_names
+        self.given_label_names, self.target_columns = label_columns or label_names, label_columns or [label_column]
 
-    @property
-    def target_columns(self) -> Sequence[str]:
-        return self.label_columns or [self.label_column]
+    def check_targets(self, table: datasets.Dataset, split: str) -> None:
+        expected = "0 or 1" if self.label_columns else f"a list of labels, or labels with '{self.separator}' between"
+        self.check_cells(table, split, self.target_columns, expected, self._is_right)
 
-    def names_in_train(self) -> list[str]:
-        feature = entry_feature(self.tables["train"], self.label_column)
-        if isinstance(feature, datasets.ClassLabel):
-            return list(feature.names)
-        labels = {label for row in self._rows(self.tables["train"]) for label in row}
-        return list(dict.fromkeys(map(str, sorted(labels, key=lambda label: (isinstance(label, str), label)))))
-
-    def check(self, table: datasets.Dataset, split: str) -> None:
-        super().check(table, split)
-        if split == "predict":
-            return
-        for column in self.target_columns:
-            for row, value in cells_of(table, ROW, column):
-                if expected := self._fault(value):
-                    raise self.bad_cell(split, row, column, expected, value)
+    def _is_right(self, cell: Any) -> bool:
+        if self.label_columns:
+            return isinstance(cell, int | float) and cell in (0, 1)
+        labels = cell if isinstance(cell, list) else [cell or ""]
+        return all(isinstance(label, str | int) for label in labels)
 
     def targets(self, table: datasets.Dataset, split: str) -> list[list[float]]:
         """0 or 1 for each label; an unknown one is refused with its row."""
         if self.label_columns:
             return [[float(flag) for flag in row] for row in cells_of(table, *self.label_columns)]
-        rows = self._rows(table)
-        feature = entry_feature(table, self.label_column)
-        numbers = numbers_of(self.label_names, [label for row in rows for label in row], feature)
-        targets = [[0.0] * self.num_classes for _ in rows]
-        for row, labels, target in zip(table[ROW], rows, targets, strict=True):
-            for label in labels:
-                if str(label) not in numbers:
-                    raise self.unknown_label(split, row, self.label_column, label, numbers)
-                target[numbers[str(label)]] = 1.0
+        numbers, targets = self.numbers(table, split), []
+        for cell in values_of(table, self.label_column):
+            named = {numbers[str(label)] for label in self.labels_in(cell)}
+            targets.append([float(i in named) for i in range(self.num_classes)])
         return targets
 
-    def _rows(self, table: datasets.Dataset) -> list[list[Any]]:
-        return [self._split_labels(value) for value in values_of(table, self.label_column)]
-
-    def _split_labels(self, value: list[Any] | str | int | None) -> list[Any]:
-        """Return a cell's labels. An empty cell of a CSV is None, and a column of single numbers has numbers."""
-        if isinstance(value, list | int):
-            return value if isinstance(value, list) else [value]
-        return [part for text in (value or "").split(self.separator) if (part := text.strip())]
-
-    def _fault(self, value: object) -> str | None:
-        """What is expected in place of a cell's value; None where the value is right."""
-        if self.label_columns:
-            return None if isinstance(value, int | float) and value in (0, 1) else "0 or 1"
-        if value is None or isinstance(value, str | int):
-            return None
-        whole = isinstance(value, list) and all(isinstance(label, str | int) for label in value)
-        return None if whole else f"a list of labels, or labels with '{self.separator}' between"
+    def labels_in(self, cell: list[Any] | str | int | None) -> list[Any]:
+        """A cell's labels. An empty cell of a CSV is None, and a column of single numbers has numbers."""
+        if isinstance(cell, list | int):
+            return cell if isinstance(cell, list) else [cell]
+        return [part for text in (cell or "").split(self.separator) if (part := text.strip())]
 
 
 class TextRegressionData(TextPairData):
@@ -362,7 +322,7 @@ class TextRegressionData(TextPairData):
 
     def __init__(self, *texts: Any, number_column: str = "label", **table: Any) -> None:
         super().__init__(*texts, **table)
-        self.number_column = number_column
+        self.number_column, self.target_columns = number_column, [number_column]
 
     def read(self) -> dict[str, datasets.Dataset]:
         return without_hidden_labels(super().read(), self.number_column)
@@ -372,21 +332,12 @@ class TextRegressionData(TextPairData):
         """Return the one output's name: by the link that names classes, one name makes a head of one output."""
         return [self.number_column]
 
-    @property
-    def target_columns(self) -> Sequence[str]:
-        return [self.number_column]
-
-    def check(self, table: datasets.Dataset, split: str) -> None:
-        super().check(table, split)
-        if split == "predict":
-            return
-        for row, value in cells_of(table, ROW, self.number_column):
-            number = number_in(value)
-            if number is None or not math.isfinite(number):
-                raise self.bad_cell(split, row, self.number_column, "a finite number", value)
+    def check_targets(self, table: datasets.Dataset, split: str) -> None:
+        is_finite = lambda value: math.isfinite(number_in(value))  # noqa: E731
+        self.check_cells(table, split, self.target_columns, "a finite number", is_finite)
 
     def targets(self, table: datasets.Dataset, split: str) -> list[float]:
-        numbers = [number for value in table[self.number_column] if (number := number_in(value)) is not None]
+        numbers = [number_in(value) for value in values_of(table, self.number_column)]
         if split == "train" and len(set(numbers)) == 1 and len(numbers) > 1:
             raise LoRAError(
                 f"{self.place('train')}, column '{self.number_column}': expected at least 2 numbers, got"
@@ -395,11 +346,7 @@ class TextRegressionData(TextPairData):
         return numbers
 
 
-def number_in(value: object) -> float | None:
-    """The number that a cell holds, None where it holds none. One stray word makes a CSV's whole column text."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None
+def number_in(value: Any) -> float:
+    """The number that a cell holds, NaN where it holds none. One stray word makes a CSV's whole column text."""
+    is_text = isinstance(value, str) and is_number(value)
+    return float(value) if is_text or (isinstance(value, int | float) and not isinstance(value, bool)) else math.nan

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from lora_lightning.backbones.locate import resolve
+from lora_lightning.data.base import LoadsSets
 from lora_lightning.data.io.tables import is_saved
-from lora_lightning.data.loading.sampler import EpochSampler, Loader, ResumableLoader, StreamLoader, seeded_generator
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 
 
-class DatasetData(LightningDataModule):
+class DatasetData(LoadsSets):
     """Batches of datasets that a config names by `class_path`.
 
     A dataset with a length is shuffled in training by (seed, epoch) and divided among processes, as in every DataModule
@@ -60,18 +59,17 @@ class DatasetData(LightningDataModule):
         drop_last: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for what, number in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or batch_size)):
-            if number < 1:
-                raise LoRAError(f"{what} must be at least 1, got {number}")
+        super().__init__(batch_size, eval_batch_size, num_workers, seed)
         self.sets = {"train": train, "validation": validation, "test": test, "predict": predict or test}
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.collate_fn, self.num_workers, self.shuffle, self.seed = collate_fn, num_workers, shuffle, seed
-        self.stream_shares_itself, self.pin_memory, self.drop_last = stream_shares_itself, pin_memory, drop_last
+        self.collate_fn, self.shuffle, self.stream_shares_itself = collate_fn, shuffle, stream_shares_itself
+        self.pin_memory, self.drop_last = pin_memory, drop_last
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any] | None:
+        return self.collate_fn
 
     @property
     def has_validation(self) -> bool:
-        """Whether there is a validation set."""
         return self.sets["validation"] is not None
 
     @property
@@ -81,41 +79,22 @@ class DatasetData(LightningDataModule):
         return {"rows": {split: len(data) for split, data in sets.items() if isinstance(data, Sized)}}
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", self.batch_size, training=True)
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        fitting = self.trainer is None or str(self.trainer.state.fn) != "validate"
-        return [] if fitting and not self.has_validation else self._loader("validation", self.eval_batch_size)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader("test", self.eval_batch_size)
+        return self._loaders("train")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self._loader("predict", self.eval_batch_size)
+        return self._loaders("predict")
 
-    def _loader(self, split: str, batch_size: int, *, training: bool = False) -> DataLoader[Any]:
-        data: Any = self.sets[split]
+    def _loaders(self, split: str) -> DataLoader[Any]:
+        data, training = self.sets[split], split == "train"
         if data is None:
             raise LoRAError(f"there is no {split} set: give data.init_args.{split} a class_path")
-        world = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
-        options: dict[str, Any] = {
-            "batch_size": batch_size,
-            "collate_fn": self.collate_fn,
-            "num_workers": self.num_workers,
-            "pin_memory": self.pin_memory,
-            "drop_last": self.drop_last and training,
-        }
-        if isinstance(data, IterableDataset):  # its workers do not persist: a new one knows the epoch
-            stream = data if self.stream_shares_itself else Share(data, *world, even=training)
-            return StreamLoader(stream, self.trainer if training else None, **options)
-        if not len(data):
+        options: dict[str, Any] = {"pin_memory": self.pin_memory, "drop_last": self.drop_last and training}
+        if isinstance(data, IterableDataset):
+            world = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+            data = data if self.stream_shares_itself else Share(data, *world, even=training)
+        elif isinstance(data, Sized) and not len(data):
             raise LoRAError(f"the {split} set is empty")
-        shuffle = self.shuffle and training
-        sampler = EpochSampler(
-            data, batch_size=batch_size, shuffle=shuffle, seed=self.seed, num_replicas=world[0], rank=world[1]
-        )
-        options |= {"persistent_workers": self.num_workers > 0, "generator": seeded_generator(self.seed)}
-        return (ResumableLoader if training else Loader)(data, sampler=sampler, **options)
+        return self._loader(data, training=training, shuffle=self.shuffle, **options)
 
 
 class Share(IterableDataset[Any]):

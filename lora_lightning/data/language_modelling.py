@@ -8,7 +8,8 @@ go on over its ends, so that N processes equal one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cached_property
 from itertools import count, islice
 from typing import Any
 
@@ -22,7 +23,6 @@ from transformers import PreTrainedTokenizerBase
 from lora_lightning.data.io.splits import kind_of, rename_first_sets
 from lora_lightning.data.io.tables import ROW, TextBy, check_names, lengths_of, read_tables, values_of
 from lora_lightning.data.loading.packing import cut, cut_to_train, pack_rows, pack_table
-from lora_lightning.data.loading.sampler import Loader, StreamLoader, seeded_generator
 from lora_lightning.data.text import GivesPrompts, Prompt, beginning_of, held_out_split, rows_from_all_over
 from lora_lightning.lora.errors import LoRAError, first_few, first_line
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
@@ -73,41 +73,39 @@ class LanguageModellingData(GivesPrompts):
     ) -> None:
         super().__init__(*texts, max_length=max_length, batch_size=batch_size, **table)
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
-        self._streams: dict[str, datasets.IterableDataset] | None = None
         if max_length < 2:
             raise LoRAError(f"max_length must be at least 2, one token to tell the next one from, got {max_length}")
         self.text_column, self.text_by, self.packing, self.end_of_text = text_column, text_by, packing, end_of_text
-
-    def read(self) -> dict[str, datasets.Dataset]:
-        return read_tables(self.path, self.name, self.text_by)
-
-    def columns(self, split: str) -> Sequence[str | None]:
-        return [self.text_column]
+        self.input_columns = [text_column]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
-        self.check_texts(table, split, [self.text_column])
+        self.check_texts(table, split, self.input_columns)
 
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         """Drop blank texts, such as those between the paragraphs of a .txt."""
-        if split == "predict":
-            return table
         rows = [i for i, text in enumerate(values_of(table, self.text_column)) if text.strip()]
         return table if len(rows) == len(table) else table.select(rows)
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        documents = self.documents(table, split)
         if split == "predict":
-            return self._cut(documents, split)
-        documents = self._trainable(documents, split)
+            return self._cut(self.documents(table, split), split)
+        documents = self.documents(table, split, trainable=True)
+        if not len(documents):
+            raise LoRAError(f"{self.place(split)}: no row has two tokens, so there is nothing to train on")
+        if left_out := sorted({*values_of(table, ROW)} - {*values_of(documents, DOCUMENT)}):
+            rank_zero_warn(
+                f"{self.place(split)}: {len(left_out)} of {len(table)} rows have a single token, of which nothing"
+                f" can be learnt, and are left out: row {first_few(list(map(str, left_out)))}"
+            )
         longer = [length > self.max_length for length in lengths_of(documents)]
-        self._cut_shares[split] = {IN_PIECES: sum(longer) / len(longer)}
+        self.cut_shares[split] = {IN_PIECES: sum(longer) / len(longer)}
         if self.packing:
             return pack_table(documents, self.max_length, split)
         return self._cut(documents, split, cut_to_train).remove_columns(DOCUMENT)
 
-    def documents(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Each row's whole `input_ids` and `labels`, and its number in its file."""
-        return self.encode_by(encode_texts, table, split, **self._options())
+    def documents(self, table: datasets.Dataset, split: str, *, trainable: bool = False) -> datasets.Dataset:
+        """Each row's whole `input_ids` and `labels`, and its number in its file; if asked, without single tokens."""
+        return self.encode_by(encode_texts, table, split, trainable=trainable, **self._options())
 
     def _options(self) -> dict[str, Any]:
         end = self.tokenizer.eos_token_id if self.end_of_text else None
@@ -116,35 +114,19 @@ class LanguageModellingData(GivesPrompts):
             raise LoRAError(f"{who} has no end-of-text token: set data.init_args.end_of_text to false")
         return {"tokenizer": self.tokenizer, "column": self.text_column, "end": end}
 
-    def _trainable(self, documents: datasets.Dataset, split: str) -> datasets.Dataset:
-        """The documents with a token to train on: nothing predicts a single token."""
-        lengths, numbers = lengths_of(documents), list(documents[DOCUMENT])
-        trainable = [i for i, length in enumerate(lengths) if length > 1]
-        left_out = [str(number) for number, length in zip(numbers, lengths, strict=True) if length < 2]
-        if not trainable:
-            raise LoRAError(f"{self.place(split)}: no row has two tokens, so there is nothing to train on")
-        if left_out:
-            rank_zero_warn(
-                f"{self.place(split)}: {len(left_out)} of {len(documents)} rows have a single token, of which nothing"
-                f" can be learnt, and are left out: row {first_few(left_out)}"
-            )
-        return documents.select(trainable) if left_out else documents
-
     def _cut(
         self, documents: datasets.Dataset, split: str, cut: Callable[..., dict[str, list[Any]]] = cut
     ) -> datasets.Dataset:
         return documents.map(cut, batched=True, fn_kwargs={"max_length": self.max_length}, desc=f"cut {split}")
 
-    @property
+    @cached_property
     def streams(self) -> dict[str, datasets.IterableDataset]:
         """Encoded rows by split, opened on first use."""
-        if self._streams is None:
-            opened = read_tables(self.path, self.name, self.text_by, streaming=True)
-            named = rename_first_sets(list(opened))
-            self._original_names = {new: old for old, new in named.items()}
-            renamed = {named.get(split, split): stream for split, stream in opened.items()}
-            self._streams = {split: self._prepare_stream(stream, split) for split, stream in renamed.items()}
-        return self._streams
+        opened = read_tables(self.path, self.name, self.text_by, streaming=True)
+        named = rename_first_sets(list(opened))
+        self._original_names = {new: old for old, new in named.items()}
+        renamed = {named.get(split, split): stream for split, stream in opened.items()}
+        return {split: self._prepare_stream(stream, split) for split, stream in renamed.items()}
 
     @property
     def splits(self) -> Collection[str]:
@@ -161,7 +143,7 @@ class LanguageModellingData(GivesPrompts):
     def rows_of(self, split: str) -> int | None:
         return None if self.streaming else super().rows_of(split)
 
-    @property
+    @cached_property
     def data_summary(self) -> dict[str, Any]:
         """Empty for a stream, which is read only in training."""
         return {} if self.streaming else super().data_summary
@@ -176,39 +158,34 @@ class LanguageModellingData(GivesPrompts):
         if not self.streaming:
             super().setup(stage)
 
+    def encoded_rows(self, split: str) -> Any:
+        """The same; of a stream this process's share."""
+        if not self.streaming:
+            return super().encoded_rows(split)
+        self._encoded |= self.streams
+        return share_of(super().encoded_rows(split), self.trainer)
+
     def train_dataloader(self) -> DataLoader[Any]:
         if not self.streaming:
             return super().train_dataloader()
-        refuse_endless(self.trainer, validates=self.has_validation)
-        if "train" not in self.streams:
-            self.encoded_rows("train")  # raises
-        rows = endless(self.streams["train"], self.trainer)
-        return StreamLoader(rows, self.trainer, ends=False, batch_size=self.batch_size, **self._stream_options())
-
-    def _loaders(self, split: str) -> DataLoader[Any] | list[Any]:
-        if not self.streaming:
-            return super()._loaders(split)
-        if split not in self.streams:
-            self.encoded_rows(split)  # raises
-        shares: list[Any] = [share_of(self.streams[name], self.trainer) for name in self.sets(split)]
-        loaders = [Loader(s, batch_size=self.eval_batch_size, **self._stream_options()) for s in shares]
-        return loaders if len(loaders) > 1 else loaders[0]
-
-    def _stream_options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": self.collate,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "generator": seeded_generator(self.seed),
-        }
+        trainer = self.trainer
+        if trainer is not None and trainer.max_steps == -1:
+            raise LoRAError("a stream has no end: set trainer.max_steps to the number of optimizer steps to train for")
+        validates = trainer is not None and self.has_validation and trainer.limit_val_batches
+        if validates and not isinstance(trainer.val_check_interval, int):  # type: ignore[union-attr]
+            raise LoRAError(
+                "a stream has no end at which to validate: set trainer.val_check_interval to a number of batches, or"
+                " trainer.limit_val_batches to 0"
+            )
+        _ = self.encoded_rows("train")  # raises where there is none
+        return self._loader(endless(self.streams["train"], self.trainer), training=True, ends=False)
 
     def encode_stream(self, stream: datasets.IterableDataset, names: list[str], split: str) -> datasets.IterableDataset:
-        of_texts = {**self._options(), "place": self.place(split)}
-        stream = stream.map(
-            encode_stream, batched=True, batch_size=AT_ONCE, remove_columns=[*names, ROW], fn_kwargs=of_texts
-        )
-        into_rows, of_rows = (pack_rows if self.packing else cut_to_train), {"max_length": self.max_length}
-        return stream.map(into_rows, batched=True, batch_size=AT_ONCE, remove_columns=[DOCUMENT], fn_kwargs=of_rows)
+        of_texts = {**self._options(), "place": self.place(split), "trainable": True}
+        batches, of_rows = {"batched": True, "batch_size": AT_ONCE}, {"max_length": self.max_length}
+        stream = stream.map(encode_texts, remove_columns=[*names, ROW], fn_kwargs=of_texts, **batches)
+        into_rows = pack_rows if self.packing else cut_to_train
+        return stream.map(into_rows, remove_columns=[DOCUMENT], fn_kwargs=of_rows, **batches)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Pieces of documents in the order of the file, never packed and never streamed."""
@@ -218,7 +195,7 @@ class LanguageModellingData(GivesPrompts):
         if not names:
             self.encoded_rows("test")  # says what is missing
         pieces = [self._cut(self.documents(self.tables[name], name), name) for name in names]
-        loaders = [self._loader(table, self.eval_batch_size) for table in pieces]
+        loaders = [self._loader(table) for table in pieces]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def prompts(self, count: int) -> list[Prompt]:
@@ -232,28 +209,31 @@ class LanguageModellingData(GivesPrompts):
 
 
 def encode_texts(
-    rows: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, column: str, end: int | None
+    rows: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str,
+    end: int | None,
+    trainable: bool,
+    place: str = "",
 ) -> dict[str, Any]:
-    """Token ids of whole texts, each with `end` behind it; all but the first are trained on."""
-    ids = tokenizer(rows[column], verbose=False)["input_ids"]  # without warnings about long texts
-    if end is not None:
-        ids = [text if text[-1:] == [end] else [*text, end] for text in ids]
-    return {"input_ids": ids, "labels": [[IGNORED, *text[1:]] for text in ids], DOCUMENT: rows[ROW]}
+    """Token ids of whole texts, each with `end` behind it; all but the first are trained on.
 
-
-def encode_stream(
-    rows: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, column: str, end: int | None, place: str
-) -> dict[str, Any]:
-    """The same for rows that nothing has checked yet; those that are blank or of a single token are left out."""
+    Args:
+        trainable: leave out texts that are blank or of a single token, which nothing predicts.
+        place: the set's name in errors, of a stream, which nothing has checked yet.
+    """
     for number, text in zip(rows[ROW], rows[column], strict=True):
         if not isinstance(text, str):
             raise LoRAError(f"{place}, row {number}, column '{column}': expected text, got {text!r:.80}")
-    nonblank = [i for i, text in enumerate(rows[column]) if text.strip()]
-    encoded = encode_texts(
-        {n: [rows[n][i] for i in nonblank] for n in (column, ROW)}, tokenizer=tokenizer, column=column, end=end
-    )
-    long_enough = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) > 1]
-    return {name: [values[i] for i in long_enough] for name, values in encoded.items()}
+    encoded: dict[str, Any] = {"input_ids": [], "labels": [], DOCUMENT: []}
+    every = tokenizer(rows[column], verbose=False)["input_ids"]  # without warnings about long texts
+    for number, text, plain in zip(rows[ROW], rows[column], every, strict=True):
+        ids = [*plain, end] if end is not None and plain[-1:] != [end] else plain
+        if not trainable or (text.strip() and len(ids) > 1):
+            for values, value in zip(encoded.values(), (ids, [IGNORED, *ids[1:]], number), strict=True):
+                values.append(value)
+    return encoded
 
 
 AT_ONCE = 1000
@@ -274,24 +254,9 @@ def share_of(stream: datasets.IterableDataset, trainer: Trainer | None) -> datas
 
 def endless(stream: datasets.IterableDataset, trainer: Trainer | None) -> Endless:
     """This process's share of a stream without end."""
-    if trainer is None:
-        return Endless(stream)
-    if stream.num_shards % trainer.world_size == 0:  # equally many files for all: none is read twice
+    if trainer is None or stream.num_shards % trainer.world_size == 0:  # equally many files for all: none is read twice
         return Endless(share_of(stream, trainer))
     return Endless(stream, trainer.global_rank, trainer.world_size)
-
-
-def refuse_endless(trainer: Trainer | None, *, validates: bool) -> None:
-    """Raise where the trainer's options need the end of a stream that has none."""
-    if trainer is None:
-        return
-    if trainer.max_steps == -1:
-        raise LoRAError("a stream has no end: set trainer.max_steps to the number of optimizer steps to train for")
-    if validates and trainer.limit_val_batches and not isinstance(trainer.val_check_interval, int):
-        raise LoRAError(
-            "a stream has no end at which to validate: set trainer.val_check_interval to a number of batches, or"
-            " trainer.limit_val_batches to 0"
-        )
 
 
 class Endless(IterableDataset[Any]):

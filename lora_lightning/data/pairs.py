@@ -49,38 +49,30 @@ class PairData(TextData):
         super().__init__(*texts, **table)
         self.anchor_column, self.positive_column, self.negative_column = anchor_column, positive_column, negative_column
         self.group_column = group_column
+        self.input_columns, self.target_columns = [anchor_column], [positive_column, negative_column, group_column]
         self.anchor_prefix, self.positive_prefix = anchor_prefix, positive_prefix
 
-    def columns(self, split: str) -> Sequence[str | None]:
-        if split == "predict":
-            return [self.anchor_column]
-        return [self.anchor_column, self.positive_column, self.negative_column, self.group_column]
-
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise for a value that is no text or is empty, or for a negative that equals the positive."""
-        self.check_texts(table, split, self.columns(split)[:3], blank=False)
-        if self.negative_column is not None and split != "predict":
-            pairs = cells_of(table, ROW, self.positive_column, self.negative_column)
-            for row, positive, negative in pairs:
+        self.check_texts(table, split, self.input_columns, blank=False)
+
+    def check_targets(self, table: datasets.Dataset, split: str) -> None:
+        """Raise for a text that is none or is blank, and for a negative that equals the positive."""
+        self.check_texts(table, split, [self.positive_column, self.negative_column], blank=False)
+        if self.negative_column is not None:
+            for row, positive, negative in cells_of(table, ROW, self.positive_column, self.negative_column):
                 if positive == negative:
                     raise self.bad_cell(split, row, self.negative_column, "another text than the positive", negative)
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        texts = self.columns(split)[:3]
-        if split != "predict":
-            named = list(values_of(table, self.group_column)) if self.group_column else None
-            negatives = list(values_of(table, self.negative_column)) if self.negative_column else None
-            table = table.add_column(GROUP, groups_of(list(values_of(table, self.positive_column)), negatives, named))
-        encoded = self.encode_by(
-            encode_texts,
-            table,
-            split,
-            tokenizer=self.tokenizer,
-            columns=texts,
-            prefixes=(self.anchor_prefix, self.positive_prefix, self.positive_prefix),
-            max_length=self.max_length,
-        )
-        return self.without_cuts(encoded, split)
+        prefixes = (self.anchor_prefix, self.positive_prefix, self.positive_prefix)
+        parts = list(zip(PARTS, self.columns(split), prefixes, strict=False))
+        options = {"tokenizer": self.tokenizer, "max_length": self.max_length}
+        encoded = self.encode_by(encode_texts, table, split, parts=parts, **options)
+        if split == "predict":
+            return encoded
+        negatives, named = (c and list(values_of(table, c)) for c in (self.negative_column, self.group_column))
+        groups = groups_of(list(values_of(table, self.positive_column)), negatives, named)
+        return encoded.add_column(GROUP, groups)
 
     def lengths(self, table: datasets.Dataset) -> list[int]:
         """The total number of tokens of a row's texts."""
@@ -99,13 +91,12 @@ def encode_texts(
     rows: dict[str, list[Any]],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    columns: Sequence[str | None],
-    prefixes: Sequence[str],
+    parts: Sequence[tuple[str, str | None, str]],
     max_length: int,
 ) -> dict[str, Any]:
-    """Token ids of each part, and which of them were cut; groups are kept."""
-    out: dict[str, Any] = {GROUP: rows[GROUP]} if GROUP in rows else {}
-    for name, column, prefix in zip(PARTS, columns, prefixes, strict=False):
+    """Token ids of each part by its name, column and prefix, and which of them were cut."""
+    out: dict[str, Any] = {}
+    for name, column, prefix in parts:
         if column is not None:
             texts = [prefix + text for text in rows[column]]
             tokens, out[f"{name}_cut"] = tokenize_cut(tokenizer, max_length, text=texts)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import datasets
@@ -67,9 +69,7 @@ class PreferenceData(TextData):
             )
         self.prompt_column, self.chosen_column, self.rejected_column = prompt_column, chosen_column, rejected_column
         self.as_chat, self.max_prompt_length = as_chat, prompt_length
-
-    def columns(self, split: str) -> Sequence[str | None]:
-        return [self.prompt_column, self.chosen_column, self.rejected_column]
+        self.input_columns = [prompt_column, chosen_column, rejected_column]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise for a row that has neither texts nor messages, or an answer without words."""
@@ -81,15 +81,14 @@ class PreferenceData(TextData):
         if not of_messages and self.prompt_column is None:
             raise LoRAError("two texts do not say where their prompt ends: name prompt_column, or give messages")
         answers = (self.chosen_column, self.rejected_column)
-        least = 2 if self.prompt_column is None else 1
-        for column in filter(None, self.columns(split)):
-            for row, value in cells_of(table, ROW, column):
-                if of_messages and not _are_messages(value, least if column in answers else 1):
-                    raise self.bad_cell(split, row, column, ROLES if least == 1 else f"two or more {ROLES}", value)
-                if not of_messages and not isinstance(value, str):
-                    raise self.bad_cell(split, row, column, "text", value)
-                if column in answers and not (value[-1]["content"] if of_messages else value).strip():
-                    raise self.bad_cell(split, row, column, "an answer with words in it", value)
+        if of_messages:
+            least = 2 if self.prompt_column is None else 1
+            expected = ROLES if least == 1 else f"two or more {ROLES}"
+            self.check_cells(table, split, self.input_columns, expected, partial(_are_messages, least=least))
+        else:
+            self.check_texts(table, split, self.input_columns)
+        has_words = lambda value: (value[-1]["content"] if of_messages else value).strip()  # noqa: E731
+        self.check_cells(table, split, answers, "an answer with words in it", has_words)
         if of_messages and self.prompt_column is None:
             for row, chosen, rejected in cells_of(table, ROW, *answers):
                 if without_nulls(chosen[:-1]) != without_nulls(rejected[:-1]):
@@ -103,17 +102,9 @@ class PreferenceData(TextData):
                 f"the tokenizer '{self.tokenizer_name}' has no chat template, which messages are put into: take an"
                 " instruction-tuned model's, or columns of texts without as_chat"
             )
-        encoded = self.encode_by(
-            encode_pairs,
-            table,
-            split,
-            tokenizer=self.tokenizer,
-            columns=(self.prompt_column, self.chosen_column, self.rejected_column),
-            as_chat=self.as_chat,
-            max_length=self.max_length,
-            max_prompt_length=self.max_prompt_length,
-        )
-        return self.without_cuts(encoded, split)
+        options = {"tokenizer": self.tokenizer, "columns": self.input_columns, "as_chat": self.as_chat}
+        lengths = {"max_length": self.max_length, "max_prompt_length": self.max_prompt_length}
+        return self.encode_by(encode_pairs, table, split, **options, **lengths)
 
     def lengths(self, table: datasets.Dataset) -> list[int]:
         """The length of a row's longer text."""
@@ -132,19 +123,18 @@ def encode_pairs(
     rows: dict[str, list[Any]],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    columns: tuple[str | None, str, str],
+    columns: Sequence[str | None],
     as_chat: bool,
     max_length: int,
     max_prompt_length: int,
 ) -> dict[str, list[Any]]:
     """Token ids of prompts and of both answers, and in which rows a prompt or an answer was cut."""
-    prompt_column, chosen_column, rejected_column = columns
     out: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected", "prompt_cut", "answer_cut")}
-    for i, (chosen, rejected) in enumerate(zip(rows[chosen_column], rows[rejected_column], strict=True)):
-        prompt = None if prompt_column is None else rows[prompt_column][i]
+    cells = (rows[column] if column else repeat(None) for column in columns)
+    for prompt, chosen, rejected in zip(*cells, strict=False):
         plain = isinstance(chosen, str) and not as_chat
         if plain:
-            prompt_text, answer_texts = str(prompt), [text + (tokenizer.eos_token or "") for text in (chosen, rejected)]
+            prompt_text, answer_texts = prompt, [text + (tokenizer.eos_token or "") for text in (chosen, rejected)]
         else:
             prompt_text, answer_texts = _render(tokenizer, *_as_messages(prompt, chosen, rejected))
         first = _ids(tokenizer, prompt_text, special=plain)  # a template writes special tokens itself

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
@@ -16,51 +17,52 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
+REFERENCES = "references"
+
 
 class TargetData(TextData):
-    """A `TextData` whose rows have a target, or a list of targets: each makes an example with the row's source."""
+    """A `TextData` whose rows have a target, or a list of targets: each makes an example with the row's source.
 
-    def check_targets(self, table: datasets.Dataset, split: str, column: str) -> None:
-        """Raise for a value that is neither a text nor a list of at least one text."""
-        for row, value in cells_of(table, ROW, column):
-            several = value if isinstance(value, list) else [value]
-            if not several or not all(isinstance(text, str) for text in several):
-                raise self.bad_cell(split, row, column, "text, or a list of texts", value)
+    In evaluation a text is generated once for each source and compared with all of its targets, the `REFERENCES`.
+    """
+
+    @abstractmethod
+    def pairs(self, table: datasets.Dataset) -> Sequence[tuple[str, str]]:
+        """The source and the target of each row as texts."""
+
+    def check_targets(self, table: datasets.Dataset, split: str) -> None:
+        def is_right(cell: Any) -> bool:
+            return cell != [] and all(isinstance(text, str) for text in (cell if isinstance(cell, list) else [cell]))
+
+        self.check_cells(table, split, self.target_columns, "text, or a list of texts", is_right)
 
     def text_columns(self, table: datasets.Dataset, split: str) -> tuple[list[str], list[str]]:
         inputs, _ = super().text_columns(table, split)
         return inputs, [column for column in self.columns(split) if column not in (None, *inputs)]  # type: ignore[misc]
 
+    def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        """The table with a row for each target, where the column has lists of them."""
+        column = str(self.target_columns[0])
+        targets = list(values_of(table, column))
+        if not any(isinstance(texts, list) for texts in targets):
+            return table
+        rows = [i for i, texts in enumerate(targets) for _ in texts]
+        flat = [text for texts in targets for text in texts]
+        return table.select(rows).remove_columns(column).add_column(column, flat)
 
-def one_target_each(table: datasets.Dataset, column: str) -> datasets.Dataset:
-    """The table with a row for each target, where the column has lists of them."""
-    targets = list(values_of(table, column))
-    if not any(isinstance(texts, list) for texts in targets):
-        return table
-    rows = [i for i, texts in enumerate(targets) for _ in texts]
-    flat = [text for texts in targets for text in texts]
-    return table.select(rows).remove_columns(column).add_column(column, flat)
-
-
-def references_of(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
-    """All targets of a source at its first pair of source and target; empty for its other pairs.
-
-    So a model generates once for each source, and is compared with all of its targets.
-    """
-    first: dict[str, int] = {}
-    references: list[list[str]] = [[] for _ in pairs]
-    for row, (source, target) in enumerate(pairs):
-        references[first.setdefault(source, row)].append(target)
-    return references
-
-
-REFERENCES = "references"
+    def with_references(self, encoded: datasets.Dataset, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Encoded rows, in evaluation with all targets of a source at its first row and none at its others."""
+        if kind_of(split) not in ("validation", "test"):
+            return encoded
+        first: dict[str, int] = {}
+        references: list[list[str]] = [[] for _ in range(len(table))]
+        for row, (source, target) in enumerate(self.pairs(table)):
+            references[first.setdefault(source, row)].append(target)
+        return encoded.add_column(REFERENCES, references)
 
 
 class SequenceToSequenceData(TargetData):
     """Files or a Hugging Face set to batches of source tokens and target tokens for an encoder and a decoder.
-
-    In evaluation, a text is generated once for each source and compared with all of its targets.
 
     Args:
         source_column: the input text.
@@ -95,6 +97,7 @@ class SequenceToSequenceData(TargetData):
             if number < 2:
                 raise LoRAError(f"{what} must be at least 2, a token and the end, got {number}")
         self.source_column, self.target_column, self.prefix = source_column, target_column, prefix
+        self.input_columns, self.target_columns = [source_column], [target_column]
         self.max_target_length = max_target_length
         self.source_lang, self.target_lang = source_lang, target_lang
 
@@ -107,24 +110,17 @@ class SequenceToSequenceData(TargetData):
                 setattr(tokenizer, attribute, value)
         return tokenizer
 
-    def columns(self, split: str) -> Sequence[str | None]:
-        return [self.source_column, None if kind_of(split) == "predict" else self.target_column]
-
     def check(self, table: datasets.Dataset, split: str) -> None:
-        self.check_texts(table, split, [self.source_column])
-        if kind_of(split) != "predict":
-            self.check_targets(table, split, self.target_column)
+        self.check_texts(table, split, self.input_columns)
 
-    def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        return table if kind_of(split) == "predict" else one_target_each(table, self.target_column)
+    def pairs(self, table: datasets.Dataset) -> Sequence[tuple[str, str]]:
+        return list(cells_of(table, self.source_column, self.target_column))
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        if kind_of(split) in ("validation", "test"):
-            references = references_of(list(cells_of(table, self.source_column, self.target_column)))
-            table = table.add_column(REFERENCES, references)
         lengths = (self.max_length, self.max_target_length)
         options = {"tokenizer": self.tokenizer, "columns": self.columns(split), "prefix": self.prefix}
-        return self.without_cuts(self.encode_by(encode_pairs, table, split, max_lengths=lengths, **options), split)
+        encoded = self.encode_by(encode_pairs, table, split, max_lengths=lengths, **options)
+        return self.with_references(encoded, table, split)
 
     @staticmethod
     def collate_rows(rows: list[dict[str, Any]], **padding: Any) -> dict[str, Any]:
@@ -138,20 +134,18 @@ def encode_pairs(
     rows: dict[str, list[Any]],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    columns: Sequence[str | None],
+    columns: Sequence[str],
     prefix: str,
     max_lengths: tuple[int, int],
 ) -> dict[str, Any]:
-    """Token ids of sources and targets, which of them were cut, and the references."""
-    source, target = columns
-    sources, cut = tokenize_cut(tokenizer, max_lengths[0], text=[f"{prefix}{text}" for text in rows[str(source)]])
+    """Token ids of sources and of targets, where there are any, and which of them were cut."""
+    source, *target = columns
+    sources, cut = tokenize_cut(tokenizer, max_lengths[0], text=[f"{prefix}{text}" for text in rows[source]])
     ids = sources["input_ids"]
     encoded: dict[str, Any] = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "source_cut": cut}
-    if target is not None:
-        targets, encoded["target_cut"] = tokenize_cut(tokenizer, max_lengths[1], text_target=rows[target])
+    if target:
+        targets, encoded["target_cut"] = tokenize_cut(tokenizer, max_lengths[1], text_target=rows[target[0]])
         encoded["labels"] = targets["input_ids"]
-    if REFERENCES in rows:
-        encoded[REFERENCES] = rows[REFERENCES]
     return encoded
 
 
@@ -159,8 +153,7 @@ class PromptCompletionData(TargetData):
     """Files or a Hugging Face set to batches of prompts with their completions; the loss is on the completions alone.
 
     A completion ends with the tokenizer's end token, which is trained on too. Prompt and completion are tokenized
-    separately, so that a prompt's tokens do not depend on the completion. In evaluation a text is generated once for
-    each prompt and compared with all of its completions.
+    separately, so that a prompt's tokens do not depend on the completion.
 
     Args:
         prompt: a template with columns in braces, such as `{meaning_representation} || `. Special tokens may be
@@ -188,42 +181,32 @@ class PromptCompletionData(TargetData):
         if max_length < 2:
             raise LoRAError(f"max_length must be at least 2, a token of the prompt and the end, got {max_length}")
         self.prompt, self.completion = prompt, completion
-        self.prompt_columns, completion_columns = columns_of("prompt", prompt), columns_of("completion", completion)
-        if not self.prompt_columns:
+        self.input_columns, self.target_columns = columns_of("prompt", prompt), columns_of("completion", completion)
+        if not self.input_columns:
             raise LoRAError(f"prompt must have a column in braces, such as '{{source}} || ', got {prompt!r}")
-        if len(completion_columns) != 1:
+        if len(self.target_columns) != 1:
             raise LoRAError(f"completion must have one column in braces, such as ' {{target}}', got {completion!r}")
-        (self.completion_column,) = completion_columns
-
-    def columns(self, split: str) -> Sequence[str | None]:
-        return [*self.prompt_columns, None if kind_of(split) == "predict" else self.completion_column]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
-        for column in self.prompt_columns:
-            for row, value in cells_of(table, ROW, column):
-                if not isinstance(value, str | int | float):
-                    raise self.bad_cell(split, row, column, "text or a number", value)
-        if kind_of(split) != "predict":
-            self.check_targets(table, split, self.completion_column)
+        is_right = lambda value: isinstance(value, str | int | float)  # noqa: E731
+        self.check_cells(table, split, self.input_columns, "text or a number", is_right)
 
-    def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        return table if kind_of(split) == "predict" else one_target_each(table, self.completion_column)
+    def pairs(self, table: datasets.Dataset) -> Sequence[tuple[str, str]]:
+        rows = {name: list(values_of(table, name)) for name in self.columns("train") if name}
+        completions = [text.strip() for text in fill_template(self.completion, rows)]
+        return list(zip(fill_template(self.prompt, rows), completions, strict=True))
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         if self.tokenizer.eos_token_id is None:
             raise LoRAError(f"the tokenizer '{self.tokenizer_name}' has no end token (eos_token) to end completions by")
-        if kind_of(split) in ("validation", "test"):
-            rows = {name: list(values_of(table, name)) for name in (*self.prompt_columns, self.completion_column)}
-            texts = [text.strip() for text in fill_template(self.completion, rows)]
-            pairs = list(zip(fill_template(self.prompt, rows), texts, strict=True))
-            table = table.add_column(REFERENCES, references_of(pairs))
         templates = (self.prompt, None if kind_of(split) == "predict" else self.completion)
         options = {"tokenizer": self.tokenizer, "max_length": self.max_length, "with_prompts": split != "train"}
         encoded = self.encode_by(encode_prompts, table, split, templates=templates, **options)
         for row, length in zip(values_of(table, ROW), values_of(encoded, "prompt_length"), strict=True):
             if not length:
-                raise self.bad_cell(split, row, ", ".join(self.prompt_columns), "a prompt of at least one token", "")
-        return self.without_cuts(encoded, split).remove_columns("prompt_length")
+                columns = ", ".join(map(str, self.input_columns))
+                raise self.bad_cell(split, row, columns, "a prompt of at least one token", "")
+        return self.with_references(encoded.remove_columns("prompt_length"), table, split)
 
 
 def columns_of(what: str, template: str) -> list[str]:
@@ -275,6 +258,4 @@ def encode_prompts(
         pairs = [(ids[-(max_length - len(o)) :], o) for ids, o in zip(prompts, completions, strict=True)]
         encoded["input_ids"] = [[*prompt, *completion] for prompt, completion in pairs]
         encoded["labels"] = [[*([IGNORED] * len(prompt)), *completion] for prompt, completion in pairs]
-    if REFERENCES in rows:
-        encoded[REFERENCES] = rows[REFERENCES]
     return encoded

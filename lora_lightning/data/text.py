@@ -78,6 +78,7 @@ class TextPairData(TextData):
     ) -> None:
         super().__init__(*texts, **table)
         self.text_column, self.text_pair_column = text_column, text_pair_column
+        self.input_columns = [text_column, text_pair_column]
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
@@ -85,26 +86,18 @@ class TextPairData(TextData):
             raise LoRAError(f"the tokenizer '{self.tokenizer_name}' has neither a padding token nor an end token")
         return super().collate
 
-    @property
-    @abstractmethod
-    def target_columns(self) -> Sequence[str]:
-        """Columns of the targets."""
-
     @abstractmethod
     def targets(self, table: datasets.Dataset, split: str) -> list[Any]:
         """The `labels` of each row."""
 
-    def columns(self, split: str) -> Sequence[str | None]:
-        return [self.text_column, self.text_pair_column, *([] if split == "predict" else self.target_columns)]
-
     def check(self, table: datasets.Dataset, split: str) -> None:
-        self.check_texts(table, split, [self.text_column, self.text_pair_column])
+        self.check_texts(table, split, self.input_columns)
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         """Encode tokens, which are cached by the texts alone, and add the targets."""
         columns = (self.text_column, self.text_pair_column)
         options = {"tokenizer": self.tokenizer, "columns": columns, "max_length": self.max_length}
-        tokens = self.without_cuts(self.encode_by(encode_rows, table, split, **options), split)
+        tokens = self.encode_by(encode_rows, table, split, **options)
         return tokens if split == "predict" else tokens.add_column("labels", self.targets(table, split))
 
 
@@ -138,25 +131,20 @@ def pad_batch(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, side: str
     `input_ids` get an `attention_mask`, except in packed rows, which have `position_ids`: there the padding is one more
     document, without labels. Entries whose names begin with `prompt_` are padded on the left, for generation.
     """
-    batch: dict[str, Any] = {}
+    fill, batch = {**FILL, "input_ids": pad_token_id}, dict[str, Any]()
     for name in rows[0]:
         values = [row[name] for row in rows]
-        prompt, kind = name.startswith(PROMPT), name.removeprefix(PROMPT)
-        where = "left" if prompt else side
-        mask = f"{PROMPT if prompt else ''}attention_mask"
+        kind, mask = name.removeprefix(PROMPT), name.replace("input_ids", "attention_mask")
+        where = side if kind == name else "left"
         if isinstance(values[0], int | float):
             batch[name] = torch.tensor(values)
-        elif kind == "input_ids":
-            batch[name] = _pad(values, pad_token_id, where)
-            if mask not in rows[0] and "position_ids" not in rows[0]:
-                batch[mask] = _pad([[1] * len(ids) for ids in values], FILL["attention_mask"], where)
-        elif kind in FILL:
-            batch[name] = _pad(values, FILL[kind], where)
         elif kind == "position_ids":
             longest = max(map(len, values))
             batch[name] = torch.tensor([[*ids, *range(longest - len(ids))] for ids in values])
         else:
-            batch[name] = values
+            batch[name] = _pad(values, fill[kind], where) if kind in fill else values
+        if kind == "input_ids" and not {mask, "position_ids"} & set(rows[0]):
+            batch[mask] = _pad([[1] * len(ids) for ids in values], FILL["attention_mask"], where)
     return batch
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.backbones.tokenizers import load_tokenizer
-from lora_lightning.data.classification import LabelNames, check_order, entry_feature, numbers_of
-from lora_lightning.data.io.splits import kind_of
+from lora_lightning.data.classification import LabelNames
 from lora_lightning.data.io.tables import ROW, cells_of, values_of
 from lora_lightning.data.text import TextData, tokenize_cut
 from lora_lightning.lora.errors import LoRAError
@@ -51,6 +50,8 @@ class TokenClassificationData(LabelNames, TextData):
             train.
     """
 
+    first_label = OUTSIDE
+
     def __init__(
         self,
         *texts: Any,
@@ -62,8 +63,9 @@ class TokenClassificationData(LabelNames, TextData):
         **table: Any,
     ) -> None:
         super().__init__(*texts, **table)
-        self.words_column, self.tags_column = words_column, tags_column
-        self.given_label_names, self.label_all_pieces = label_names, label_all_pieces
+        self.words_column, self.tags_column, self.label_all_pieces = words_column, tags_column, label_all_pieces
+        self.label_column = tags_column
+        self.input_columns, self.target_columns, self.given_label_names = [words_column], [tags_column], label_names
         reader = partial(read_conll, words=words_column, tags=tags_column, tag_field=tag_field)
         self.readers = dict.fromkeys(SUFFIXES, reader)
 
@@ -82,60 +84,31 @@ class TokenClassificationData(LabelNames, TextData):
             self._tokenizer = tokenizer
         return self._tokenizer
 
-    def columns(self, split: str) -> Sequence[str | None]:
-        return [self.words_column, None if kind_of(split) == "predict" else self.tags_column]
-
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise for a row that does not have words and a tag for each."""
-        column = self.words_column
-        for row, words in cells_of(table, ROW, column):
+        for row, words in cells_of(table, ROW, self.words_column):
             if not isinstance(words, list) or not words:
-                raise self.bad_cell(split, row, column, "a list of at least one word", words)
+                raise self.bad_cell(split, row, self.words_column, "a list of at least one word", words)
             if wrong := [word for word in words if not isinstance(word, str)]:
-                raise self.bad_cell(split, row, column, "words", wrong[0], f" among them: {words[:4]}")
-        if kind_of(split) == "predict":
-            return
-        for row, words, tags in cells_of(table, ROW, column, self.tags_column):
+                raise self.bad_cell(split, row, self.words_column, "words", wrong[0], f" among them: {words[:4]}")
+
+    def check_targets(self, table: datasets.Dataset, split: str) -> None:
+        for row, words, tags in cells_of(table, ROW, self.words_column, self.label_column):
             if not isinstance(tags, list) or len(tags) != len(words):
                 many = f", {len(tags)} of them" if isinstance(tags, list) else ""
-                raise self.bad_cell(split, row, self.tags_column, f"a list of {len(words)} tags", tags, many)
-            if any(tag is None for tag in tags):
-                raise self.bad_cell(split, row, self.tags_column, "a tag for each word", tags)
+                raise self.bad_cell(split, row, self.label_column, f"a list of {len(words)} tags", tags, many)
+            if None in tags:
+                raise self.bad_cell(split, row, self.label_column, "a tag for each word", tags)
 
-    def names_in_train(self) -> list[str]:
-        train = self.tables["train"]
-        if isinstance(feature := entry_feature(train, self.tags_column), datasets.ClassLabel):
-            return list(feature.names)
-        seen = {tag for tags in values_of(train, self.tags_column) for tag in tags}
-        return [str(tag) for tag in sorted(seen, key=lambda tag: (tag != OUTSIDE, tag))]
+    def labels_in(self, cell: list[Any]) -> list[Any]:
+        return cell
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        numbers = None if kind_of(split) == "predict" else self._numbers(table, split)
-        encoded = self.encode_by(
-            encode_words,
-            table,
-            split,
-            tokenizer=self.tokenizer,
-            columns=(self.words_column, self.tags_column),
-            numbers=numbers,
-            all_pieces=self.label_all_pieces,
-            max_length=self.max_length,
-        )
+        options = {"tokenizer": self.tokenizer, "columns": (self.words_column, self.label_column)}
+        options |= {"max_length": self.max_length, "all_pieces": self.label_all_pieces}
+        numbers = None if split == "predict" else self.numbers(table, split)
+        encoded = self.encode_by(encode_words, table, split, numbers=numbers, **options)
         self._warn_of_unseen_words(table, encoded, split)
-        return self.without_cuts(encoded, split)
-
-    def _numbers(self, table: datasets.Dataset, split: str) -> dict[str, int]:
-        """The number of each tag in the table, by its text; an unknown one is refused with its row."""
-        feature = entry_feature(table, self.tags_column)
-        check_order(self.label_names, feature)
-        seen = {tag for tags in values_of(table, self.tags_column) for tag in tags}
-        numbers = numbers_of(self.label_names, list(seen), feature)
-        unknown = {tag for tag in seen if str(tag) not in numbers}
-        for row, tags in cells_of(table, ROW, self.tags_column) if unknown else ():
-            for tag in tags:
-                if tag in unknown:
-                    raise self.unknown_label(split, row, self.tags_column, tag, numbers)
-        return numbers
+        return encoded
 
     def _warn_of_unseen_words(self, table: datasets.Dataset, encoded: datasets.Dataset, split: str) -> None:
         total = sum(len(words) for words in values_of(table, self.words_column))

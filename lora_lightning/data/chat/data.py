@@ -191,7 +191,7 @@ class ChatData(GivesPrompts):
             return super().predict_dataloader()
         self.encoded_rows("test")  # raises where there is none
         conversations, kept = self._conversations(self.tables["test"], "test")
-        return self._loader(conversations.select(kept), self.eval_batch_size)
+        return self._loader(conversations.select(kept))
 
     @property
     def stop_token_ids(self) -> list[int]:

@@ -120,11 +120,6 @@ class ImageData(OneLabel, ImageTable):
     def columns(self, split: str) -> Sequence[str | None]:
         return [self.image_column, None if split == "predict" else self.label_column]
 
-    def check(self, table: datasets.Dataset, split: str) -> None:
-        super().check(table, split)
-        if split != "predict":
-            self.check_labels(table, split)
-
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         if not self.drop_duplicates or split == "predict":
             return table

@@ -105,9 +105,6 @@ class SegmentationData(LabelNames, ImageTable):
                 raise LoRAError(f"{folder} has {what} of the same name: {first_few(alone)}")
         return {self.image_column: list(images.values()), self.mask_column: [masks[name] for name in images]}
 
-    def names_in_train(self) -> list[str]:
-        raise AssertionError("names or their number are given")
-
     def columns(self, split: str) -> Sequence[str | None]:
         return [self.image_column, None if split == "predict" else self.mask_column]
 

@@ -89,7 +89,7 @@ class ImageTextData(ImageCells):
         named = list(values_of(table, self.group_column)) if self.group_column and split != "predict" else None
         texts = list(values_of(table, self.text_column))
         _, cut = tokenize_cut(self.processor.tokenizer, self.max_length, text=texts)
-        self._cut_shares[split] = {"texts cut": sum(cut) / len(cut)}
+        self.cut_shares[split] = {"texts cut": sum(cut) / len(cut)}
         return Rows(self.cells(table, split, self.image_column), text=texts, group=groups_of(texts, None, named))
 
     @property

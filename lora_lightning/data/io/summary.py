@@ -38,7 +38,7 @@ def summarize(data: Any) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "rows": {split: len(table) for split, table in data.tables.items()},
         "labels": {split: counts for split in data.tables if (counts := data.label_counts(split))},
-        "cut": {split: dict(shares) for split in data.tables if (shares := data.cut_shares(split))},
+        "cut": {split: data.cut_shares[split] for split in data.tables if split in data.cut_shares},
         "in_two_splits": dict(_in_two(inputs)),
     }
     lines = [
