@@ -5,6 +5,7 @@ transformers' own are named by `lora_lightning.huggingface`, with `auto_class: A
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,7 @@ def timm_model(
     Raises:
         LoRAError: timm is not installed, knows no such model, or the weights do not fit it.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise LoRAError("timm_model needs timm: pip install 'lora_lightning[vision]'") from error
+    timm = vision_package("timm", "timm_model")
     check_timm_name(model_name)
     kwargs = {**(model_kwargs or {}), **({} if num_classes is None else {"num_classes": num_classes})}
     if builds_bare():
@@ -85,10 +83,7 @@ def torchvision_model(
     Raises:
         LoRAError: torchvision is not installed, knows no such model or weights, or the weights do not fit.
     """
-    try:
-        from torchvision import models
-    except ImportError as error:
-        raise LoRAError("torchvision_model needs torchvision: pip install 'lora_lightning[vision]'") from error
+    models = vision_package("torchvision.models", "torchvision_model")
     if model_name not in (known := models.list_models()):
         raise LoRAError(f"torchvision has no model '{model_name}'{did_you_mean(model_name, known)}")
     kwargs, chosen = dict(model_kwargs or {}), None
@@ -117,6 +112,15 @@ def torchvision_model(
         new = _resize_heads(model, num_classes, chosen)
     model.new_keys = new  # type: ignore[assignment]
     return model
+
+
+def vision_package(name: str, user: str) -> Any:
+    """Import timm or a part of torchvision; a LoRAError says what to install for its user."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise LoRAError(f"{user} needs {package}: pip install 'lora_lightning[vision]'") from error
 
 
 def check_timm_name(name: str) -> None:

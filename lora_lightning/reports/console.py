@@ -79,9 +79,8 @@ def first_lines(trainer: Trainer, backbone: nn.Module, report: InjectionReport, 
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     where = f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
-    folders = "nowhere" if folder is None else str(folder)
     others = [_place(logger) for logger in trainer.loggers if not isinstance(logger, CSVLogger)]
-    folders += f" and {', '.join(others)}" if others and folder is not None else ""
+    folders = "nowhere" if folder is None else f"{folder} and {', '.join(others)}" if others else str(folder)
     return [
         f"{backbone_name(backbone)}, {short_count(report.frozen)} frozen parameters",
         f"on {where} in {trainer.precision}; results go to {folders}",

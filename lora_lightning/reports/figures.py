@@ -58,12 +58,10 @@ def refuse_missing() -> None:
 @contextmanager
 def plot_style() -> Iterator[None]:
     """Within the block figures have one style; the user's settings of matplotlib are restored."""
-    import matplotlib as mpl
+    import matplotlib.style
 
-    with mpl.rc_context(), warnings.catch_warnings():
+    with matplotlib.style.context(STYLE, after_reset=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*constrained_layout not applied.*")  # a figure without room
-        mpl.rcdefaults()
-        mpl.rcParams.update(STYLE)  # type: ignore[arg-type]
         yield
 
 

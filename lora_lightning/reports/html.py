@@ -111,18 +111,11 @@ def table_section(table: Table) -> Section:
 
 
 def write_page(folder: Path) -> Path:
-    """Write the page of the run in `folder`; returns the file."""
-    file = folder / PAGE
-    write_bytes(file, run_page(folder).encode())
-    return file
-
-
-def run_page(folder: Path) -> str:
-    """The page as text, from the existing files of the run's folder."""
-    report = _json(folder / REPORT)
+    """Write the page of the run in `folder` from the files that are there; returns the page's file."""
+    file, report = folder / PAGE, _json(folder / REPORT)
     numbered = folder.name.startswith("version_")
     name, version = (folder.parent.name, folder.name) if numbered else (folder.name, "")
-    return page(
+    text = page(
         name,
         _sentence(report),
         [*_sections(folder, report)],
@@ -131,6 +124,8 @@ def run_page(folder: Path) -> str:
         figures=_cards(report),
         footer=f"Made by lora_lightning from the files in {folder}.",
     )
+    write_bytes(file, text.encode())
+    return file
 
 
 def _text(file: Path) -> str:

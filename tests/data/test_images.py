@@ -212,6 +212,7 @@ FAULTS = {
     "empty file": (lambda f: (f / "red/03.png").write_bytes(b""), r"red/03\.png: .* got the file is empty"),
     "empty class": (lambda f: (f / "violet").mkdir(), "has folders without an image .*violet"),
     "no classes": (lambda f: [shutil.move(f / n, f.parent) for n in COLOURS], "holds no folders: expected one for"),
+    "two of one split": (lambda f: [(f / n).mkdir() for n in ("train", "val", "dev")], "are both the validation set"),
     "an unknown class": (unknown_class, r"val/rad/00\.png: expected one of the labels .*'rad'.*mean 'red'"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
@@ -35,17 +36,17 @@ OTHER_NAMES = {
 """Names of roles in sets like ShareGPT."""
 
 
+@dataclass(eq=False)
 class BadRow(Exception):
-    """A wrong value in a row.
+    """A wrong value in a row."""
 
-    Args:
-        part: of `PARTS`, that with the value.
-        row: the row's number in its file, where known.
-    """
-
-    def __init__(self, part: str, expected: str, got: object, hint: str = "", row: int = 0) -> None:
-        super().__init__(part, expected, got, hint, row)
-        self.part, self.expected, self.got, self.hint, self.row = part, expected, got, hint, row
+    part: str
+    """Of `PARTS`, that with the value."""
+    expected: str
+    got: object
+    hint: str = ""
+    row: int = 0
+    """The row's number in its file, where known."""
 
 
 def layout_of(names: Sequence[str], given: Mapping[str, str] | None, *, answers: bool = True) -> dict[str, str]:

@@ -125,8 +125,7 @@ class ChatData(GivesPrompts):
         check_names(table.column_names, list(layout.values()), self.place(split))
         for row in table:
             try:
-                messages = conversation_of(row, layout)
-                tools_of(row, layout)
+                messages, _ = conversation_of(row, layout), tools_of(row, layout)
                 if not self._only_prompts(split) and last_answer(messages) is None:
                     raise BadRow("messages", "a message of the role assistant", [m["role"] for m in messages])
             except BadRow as bad:
@@ -134,16 +133,13 @@ class ChatData(GivesPrompts):
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         kind = kind_of(split)
-        if not self.with_prompts or kind == "train":
-            conversations, kept = self._conversations(table, split)
-            conversations = conversations.select(kept)
-            packed = self.packing and kind != "predict"
-            return pack_table(conversations, self.max_length, split) if packed else conversations
-        prompts = self._encode_each(prompt_columns, table, split, answered=kind != "predict")
-        if kind == "predict":
-            return prompts.remove_columns(REFERENCES)
-        conversations, kept = self._conversations(table, split)
-        return datasets.concatenate_datasets([conversations, prompts], axis=1).select(kept)
+        if self.with_prompts and kind != "train":
+            prompts = self._encode_each(prompt_columns, table, split, answered=kind != "predict")
+            return (
+                prompts.remove_columns(REFERENCES) if kind == "predict" else self.conversations(table, split, prompts)
+            )
+        rows = self.conversations(table, split)
+        return pack_table(rows, self.max_length, split) if self.packing and kind != "predict" else rows
 
     def _encode_each(
         self, encode: Callable[..., Any], table: datasets.Dataset, split: str, **options: Any
@@ -156,8 +152,8 @@ class ChatData(GivesPrompts):
         except BadRow as bad:
             raise self.bad_cell(split, bad.row, layout[bad.part], bad.expected, bad.got) from None
 
-    def _conversations(self, table: datasets.Dataset, split: str) -> tuple[datasets.Dataset, list[int]]:
-        """Token ids and labels, and the numbers of the rows with tokens to train on; a warning counts the others."""
+    def conversations(self, table: datasets.Dataset, split: str, *beside: datasets.Dataset) -> datasets.Dataset:
+        """Token ids, labels and columns `beside` of the rows with tokens to train on; a warning counts the others."""
         options = {"train_on": self.train_on, "max_length": self.max_length}
         encoded = self._encode_each(conversation_columns, table, split, **options)
         trained, cut = (list(values_of(encoded, name)) for name in ("trained", "answer_cut"))
@@ -173,25 +169,20 @@ class ChatData(GivesPrompts):
             if not kept:
                 raise LoRAError(f"{message}: raise max_length, or see what the chat template makes of them")
             rank_zero_warn(f"{message}. They are left out")
-        if split == "train":
-            self._warn_of_open_ends(values_of(encoded, "labels"))
-        return encoded, kept
-
-    def _warn_of_open_ends(self, labels: Any) -> None:
-        ends = special_ids(self.tokenizer)
-        if self.train_on != "all" and not any(number in ends for row in labels for number in row):
+        ends = special_ids(self.tokenizer) if split == "train" and self.train_on != "all" else None
+        if ends is not None and ends.isdisjoint(number for row in values_of(encoded, "labels") for number in row):
             rank_zero_warn(
                 "no answer ends with a control token: the chat template closes none, and the model will not learn to"
                 " stop"
             )
+        return datasets.concatenate_datasets([encoded, *beside], axis=1).select(kept)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return a loader with a row for each conversation, never packed."""
         if not self.packing or self.with_prompts or "predict" in self.tables:
             return super().predict_dataloader()
         self.encoded_rows("test")  # raises where there is none
-        conversations, kept = self._conversations(self.tables["test"], "test")
-        return self._loader(conversations.select(kept))
+        return self._loader(self.conversations(self.tables["test"], "test"))
 
     @property
     def stop_token_ids(self) -> list[int]:

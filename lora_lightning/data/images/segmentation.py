@@ -84,7 +84,8 @@ class SegmentationData(LabelNames, ImageTable):
 
     def read_images(self) -> dict[str, datasets.Dataset]:
         folders = folders_by_split(self.path)
-        if folders and all(s == "predict" or (folder / self.folders[0]).is_dir() for s, folder in folders.items()):
+        labelled = [folder / self.folders[0] for split, folder in folders.items() if not split.startswith("predict")]
+        if folders and all(folder.is_dir() for folder in labelled):
             return self.read_folders(folders)
         return super().read_images()
 

@@ -253,6 +253,11 @@ def folders_by_split(path: str | dict[str, str]) -> dict[str, Path]:
     root = Path(resolve(path))
     if not root.is_dir():
         return {}
-    named = {split_name(folder.name.lower()): folder for folder in visible_folders(root)}
-    splits = {split: folder for split, folder in named.items() if split in (*SPLITS, "predict")}
-    return splits if "train" in splits else {"train": root}
+    named = [(split_name(folder.name.lower()), folder) for folder in visible_folders(root)]
+    splits = {split: folder for split, folder in named if split in (*SPLITS, "predict")}
+    if "train" not in splits:
+        return {"train": root}
+    for split, folder in named:
+        if split in splits and folder != splits[split]:
+            raise LoRAError(f"{folder} and {splits[split].name} are both the {split} set: name one of them in path")
+    return splits

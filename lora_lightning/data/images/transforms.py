@@ -123,16 +123,13 @@ def preprocessing_of(name: str) -> Preprocessing:
 
 
 def _of_timm(name: str) -> Preprocessing:
-    try:
-        import timm
-    except ImportError as error:
-        raise LoRAError("preprocessing by timm needs timm: pip install 'lora_lightning[vision]'") from error
-    from lora_lightning.backbones.vision import check_timm_name
+    from lora_lightning.backbones.vision import check_timm_name, vision_package
 
+    timm = vision_package("timm", "preprocessing by timm")
     check_timm_name(name)
     try:
-        library: Any = timm  # whose functions have no types
-        settings = library.data.resolve_data_config({}, pretrained_cfg=library.get_pretrained_cfg(name).to_dict())
+        config = timm.get_pretrained_cfg(name).to_dict()
+        settings = timm.data.resolve_data_config({}, pretrained_cfg=config)
     except Exception as error:
         raise LoRAError(f"timm does not say how '{name}' prepares images: {error}") from error
     size = settings["input_size"][1:]
@@ -176,18 +173,18 @@ def _of_transformers(name: str) -> Preprocessing:
     processor = load_processor(transformers.AutoImageProcessor, name, "image processor")
     resize: int | tuple[int, int]
     given = {key: value for key, value in processor.to_dict().items() if value is not None}
-    size, crop = given.get("size", _sides((224, 224))), given.get("crop_size")
+    size, share = given.get("size", _sides((224, 224))), given.get("crop_pct")
+    noise = torch.randint(256, (3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    probe = noise.repeat_interleave(25, 1).repeat_interleave(25, 2)
+    theirs = processor(v2.functional.to_pil_image(probe), return_tensors="pt")["pixel_values"][0]
+    target = (theirs.shape[-2], theirs.shape[-1])
     if "shortest_edge" in size:
-        side = int(size["shortest_edge"])
-        resize, target = side, (side, side)
-        if share := given.get("crop_pct"):  # ConvNeXt's: a crop below 384 pixels, none from there on
-            resize = int(side / share) if side < 384 else target
+        side = int(size["shortest_edge"])  # ConvNeXt's crops below 384 pixels, and not from there on
+        resize = side if not share else int(side / share) if side < 384 else target
     elif {"height", "width"} <= size.keys():
-        target = resize = (int(size["height"]), int(size["width"]))
+        resize = (int(size["height"]), int(size["width"]))
     else:
         raise LoRAError(f"the image processor of '{name}' resizes by {size}, which is not known here: give image_size")
-    if given.get("do_center_crop") and crop:
-        target = (int(crop["height"]), int(crop["width"]))
     plain = not given.get("do_normalize", True)
     how = Preprocessing(
         size=target,
@@ -196,9 +193,6 @@ def _of_transformers(name: str) -> Preprocessing:
         std=(1.0, 1.0, 1.0) if plain else tuple(given.get("image_std", Preprocessing.std)),
         interpolation=PIL_FILTERS.get(int(given.get("resample", 2)), "bilinear"),
     )
-    noise = torch.randint(256, (3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    probe = noise.repeat_interleave(25, 1).repeat_interleave(25, 2)
-    theirs = processor(v2.functional.to_pil_image(probe), return_tensors="pt")["pixel_values"][0]
     ours = how.transform()(probe)
     if theirs.shape != ours.shape or not (theirs - ours).abs().mean() <= ROUNDING:  # such as blue before red
         raise LoRAError(
