@@ -19,11 +19,14 @@ from lora_lightning.lora.errors import LoRAError, MissingPackageError
 
 try:  # other modules of images import this one first
     from PIL import Image, ImageOps
+    from torchvision import tv_tensors
     from torchvision.transforms import v2
 except ImportError as error:
     raise MissingPackageError("images need torchvision and pillow: pip install 'lora_lightning[vision]'") from error
 
 PIXELS = "pixel_values"
+Mask = tv_tensors.Mask
+"""torchvision's label of each pixel, which is resized without mixing values."""
 
 
 def open_image(source: np.ndarray[Any, Any] | bytes | str) -> Image.Image:

@@ -10,12 +10,8 @@ import datasets
 import numpy as np
 import torch
 
-from lora_lightning.data.images.rows import PIXELS, Cells, Rows, open_image  # says what to install
-
-# isort: split
-from torchvision import tv_tensors
-
 from lora_lightning.data.classification import LabelNames
+from lora_lightning.data.images.rows import PIXELS, Cells, Mask, Rows, open_image
 from lora_lightning.data.images.table import ImageTable, folders_by_split, image_files, some_images
 from lora_lightning.lora.errors import LoRAError, first_few
 
@@ -150,7 +146,7 @@ class MaskRows(Rows):
             got = f"the values {first_few(list(map(str, wrong)))}"
             raise self.masks.fault(i, f"labels from 0 to {last} or {self.ignored}", got)
         labels = np.where(unlabelled, self.ignored, mask - first)
-        return {PIXELS: image, "labels": tv_tensors.Mask(torch.from_numpy(labels))}
+        return {PIXELS: image, "labels": Mask(torch.from_numpy(labels))}
 
 
 def read_mask(source: Any) -> np.ndarray[Any, Any]:
