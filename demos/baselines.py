@@ -17,8 +17,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import disabled
 from lora_lightning.lora.layers.trained.module_copy import COPY
 from lora_lightning.lora.targets.output_heads import output_head
-from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.classification import mean_features
+from lora_lightning.tasks.base import Task, inputs_of
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import is_sharded
@@ -164,7 +163,10 @@ def features(backbone: nn.Module, task: Task, batch: Mapping[str, Any]) -> Tenso
     patches); maps that come unpooled are averaged.
     """
     if is_transformers(backbone) and "attention_mask" in batch:
-        return mean_features(backbone, batch)
+        with torch.no_grad():
+            hidden = backbone(**inputs_of(batch, "labels"), output_hidden_states=True).hidden_states[-1].float()
+        mask = batch["attention_mask"].unsqueeze(-1).float()
+        return (hidden * mask).sum(1) / mask.sum(1)
     given: list[Tensor] = []
     head = backbone.get_submodule(head_of(backbone))
     hook = head.register_forward_pre_hook(lambda _, args: given.append(args[0].detach().float()))

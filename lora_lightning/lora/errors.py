@@ -56,6 +56,13 @@ REMOVED = {
 """Removed functions, arguments and config keys, and what to take in their place."""
 
 
+def refuse_unknown(what: str, value: object, known: Iterable[str]) -> None:
+    """Raise a LoRAError for a value that is none of the known ones."""
+    names = list(known)
+    if value not in names:
+        raise LoRAError(f"{what} is one of {', '.join(names)}, got {value!r}{did_you_mean(str(value), names)}")
+
+
 def refuse_removed(what: str, arguments: Mapping[str, object]) -> None:
     """Raise for arguments that `what` does not take.
 

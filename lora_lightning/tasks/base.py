@@ -6,7 +6,7 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -27,8 +27,10 @@ class StepOutput:
     weight: float
     """Number of units (examples, tokens, or the sum of their weights) of the mean: the batch's weight in an average."""
     predictions: Tensor | None = None
-    """With `targets`, the arguments of the metrics' update; None where there are none, or `update` is overridden."""
+    """With `targets`, the arguments of every metric's update; None where there are none, or each has its own."""
     targets: Tensor | None = None
+    updates: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """The arguments of single metrics' updates, by name."""
 
 
 class Task(nn.Module, ABC):
@@ -48,6 +50,8 @@ class Task(nn.Module, ABC):
     """The meaning of each output: a `number` is a target's value; for others targets are indices of outputs."""
     ignored: int | None = -100
     """The label of units without a label."""
+    not_inputs: tuple[str, ...] = ("labels",)
+    """Entries of a batch that are not the backbone's arguments."""
     takes_tuples: bool = False
     """Whether a batch may be (inputs, targets) in place of a mapping; `inputs` then names the first."""
 
@@ -67,8 +71,8 @@ class Task(nn.Module, ABC):
         """The predictions of a batch, which needs no targets, by name: tensors or lists, one row each."""
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The backbone's arguments by name: the batch without the targets."""
-        return inputs_of(batch, "labels")
+        """The backbone's arguments by name: the batch without `not_inputs`."""
+        return inputs_of(batch, *self.not_inputs)
 
     def examples(self, batch: Any) -> int:
         """The number of examples in a batch."""
@@ -80,9 +84,7 @@ class Task(nn.Module, ABC):
 
     def logged(self, stage: Stage) -> list[str]:
         """Names of a stage's metrics."""
-        metrics = self.metrics[f"{stage}_"]
-        assert isinstance(metrics, MetricCollection)
-        return list(dict.fromkeys([f"{stage}/loss", *map(str, metrics.keys(keep_base=False))]))
+        return list(dict.fromkeys([f"{stage}/loss", *map(str, self._of_stage(stage)[1].keys(keep_base=False))]))
 
     def better(self, metric: str) -> str | None:
         """`min` or `max`: what is better of one of this task's metrics; None where it is not known."""
@@ -91,7 +93,7 @@ class Task(nn.Module, ABC):
             return self.monitor_mode
         if name == "loss":
             return "min"
-        metrics: Any = self.metrics["train_" if stage == "train" else "val_"]
+        metrics = self._of_stage("train" if stage == "train" else "val")[1]
         higher = getattr(metrics[name], "higher_is_better", None) if name in metrics else None
         return None if higher is None else "max" if higher else "min"
 
@@ -112,13 +114,17 @@ class Task(nn.Module, ABC):
                 f" {count - 1}: number the data's labels so, or raise num_classes and the head's outputs"
             )
 
+    def _of_stage(self, stage: Stage) -> tuple[MeanMetric, MetricCollection]:
+        loss, metrics = self.losses[f"{stage}_"], self.metrics[f"{stage}_"]
+        assert isinstance(loss, MeanMetric)
+        assert isinstance(metrics, MetricCollection)
+        return loss, metrics
+
     def add_stage(self, stage: Stage) -> None:
         """Add metrics for a further set."""
-        first = f"{stage.partition('_')[0]}_"
-        metrics = self.metrics[first]
-        assert isinstance(metrics, MetricCollection)
+        loss, metrics = self._of_stage(stage.partition("_")[0])
         self.metrics[f"{stage}_"] = metrics.clone(prefix=f"{stage}/")
-        self.losses[f"{stage}_"] = copy.deepcopy(self.losses[first])
+        self.losses[f"{stage}_"] = copy.deepcopy(loss)
         self.reset(stage)
 
     def stages(self, stage: Stage) -> list[Stage]:
@@ -128,19 +134,20 @@ class Task(nn.Module, ABC):
 
     def reset(self, stage: Stage) -> None:
         """Reset the stage's metrics, which an earlier loop may have left in the middle."""
-        for metrics in (self.losses[f"{stage}_"], self.metrics[f"{stage}_"]):
-            metrics.reset()  # type: ignore[operator]
+        for metrics in self._of_stage(stage):
+            metrics.reset()
 
     def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
         """Add a batch to the stage's metrics and return them; the loss is weighted by units, not by batches."""
-        loss, metrics = self.losses[f"{stage}_"], self.metrics[f"{stage}_"]
-        assert isinstance(loss, MeanMetric)
-        assert isinstance(metrics, MetricCollection)
+        loss, metrics = self._of_stage(stage)
         if out.weight:  # a mean over no units has no meaning
             loss.update(out.loss.detach(), out.weight)
         if out.predictions is not None:
             metrics.update(out.predictions.detach(), out.targets)
-        return {f"{stage}/loss": loss, **dict(metrics.items(keep_base=False))}
+        for name, arguments in out.updates.items():
+            metrics[name].update(*arguments)
+        named = {f"{stage}/loss": loss, **dict(metrics.items(keep_base=False))}
+        return {name: named[name] for name in self.logged(stage)}
 
 
 def refuse_no_count(value: Any, name: str) -> None:
@@ -162,12 +169,13 @@ def inputs_of(batch: Mapping[str, Any], *targets: str) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key not in targets}
 
 
-def inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """The backbone's keyword arguments, and `labels`; a batch without labels is refused."""
+def labels_of(batch: Mapping[str, Any]) -> Tensor:
+    """The batch's `labels`; a batch without them is refused."""
     inputs = inputs_of(batch, "labels")
     if "labels" not in batch:
         raise LoRAError(f"the batch has no 'labels', only {', '.join(inputs)}")
-    return inputs, batch["labels"]
+    labels: Tensor = batch["labels"]
+    return labels
 
 
 def logits_of(output: Any) -> Tensor:

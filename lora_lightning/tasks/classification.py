@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
@@ -19,13 +18,12 @@ from torchmetrics.classification import (
     MultilabelF1Score,
 )
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError, refuse_unknown
 from lora_lightning.tasks.base import (
     StepOutput,
     Task,
     image_inputs,
-    inputs_and_labels,
-    inputs_of,
+    labels_of,
     logits_each,
     logits_of,
     refuse_no_count,
@@ -56,8 +54,7 @@ def metrics_of(names: Sequence[str], num_classes: int) -> MetricCollection:
     if not names:
         raise LoRAError(f"metrics: name at least one of {', '.join(METRICS)}: the first chooses the best checkpoint")
     for name in names:
-        if name not in METRICS:
-            raise LoRAError(f"metrics: '{name}' is none of {', '.join(METRICS)}{did_you_mean(name, METRICS)}")
+        refuse_unknown("each of metrics", name, METRICS)
     if "binary_f1" in names and num_classes != 2:
         raise LoRAError(f"metrics: binary_f1 is the F1 of class 1 of 2, and there are {num_classes} classes: take f1")
     # Without groups: torchmetrics merges metrics whose states are equal after one batch, which may be by chance.
@@ -115,7 +112,7 @@ class OneLabel(Classification):
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """`batch` has the backbone's arguments and `labels` (n,) in [0, num_classes)."""
-        _, labels = inputs_and_labels(batch)
+        labels = labels_of(batch)
         logits = self.logits(backbone, batch)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return StepOutput(loss=loss, weight=len(labels), predictions=logits, targets=labels)
@@ -175,8 +172,7 @@ class MultiLabelClassification(Classification):
             )
         if not 0 < threshold < 1:
             raise LoRAError(f"threshold must be a probability above 0 and below 1, got {threshold}")
-        if over_labels not in ("mean", "sum"):
-            raise LoRAError(f"over_labels must be mean or sum, got {over_labels!r}")
+        refuse_unknown("over_labels", over_labels, ("mean", "sum"))
         metrics = {
             "micro_f1": MultilabelF1Score(num_classes, average="micro"),
             "macro_f1": MultilabelF1Score(num_classes, average="macro"),
@@ -187,7 +183,7 @@ class MultiLabelClassification(Classification):
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """`batch` has the backbone's keyword arguments and `labels` (n, num_classes), each 0 or 1."""
-        _, labels = inputs_and_labels(batch)
+        labels = labels_of(batch)
         logits = self.logits(backbone, batch)
         if labels.shape != logits.shape:
             raise LoRAError(f"labels must be {tuple(logits.shape)}, a 0 or 1 for each label, got {tuple(labels.shape)}")
@@ -225,36 +221,24 @@ class SequenceRegression(Task):
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """`batch` has the backbone's keyword arguments and `labels` (n,), numbers."""
-        inputs, labels = inputs_and_labels(batch)
-        predicted, target = _numbers(backbone, inputs), labels.float()
+        target = labels_of(batch).float()
+        predicted = self.numbers(backbone, batch)
         if predicted.shape != target.shape:
             raise LoRAError(
                 f"labels must be one number for each example, {tuple(predicted.shape)}, got {tuple(target.shape)}"
             )
         loss = F.mse_loss(predicted, target)
-        return StepOutput(loss=loss, weight=len(labels), predictions=predicted, targets=target)
+        return StepOutput(loss=loss, weight=len(target), predictions=predicted, targets=target)
 
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """A number for each example, (n,)."""
-        return {"prediction": _numbers(backbone, inputs_of(batch, "labels"))}
+        return {"prediction": self.numbers(backbone, batch)}
 
-
-def _numbers(backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Predicted numbers (n,) in float32."""
-    logits = logits_of(backbone(**inputs)).float()
-    if logits.dim() == 2 and logits.shape[1] == 1:
-        logits = logits.squeeze(1)
-    if logits.dim() != 1:
-        raise LoRAError(
-            f"the backbone must return (n, 1), a number each, got {tuple(logits.shape)}: give its head 1 output"
-        )
-    return logits
-
-
-@torch.no_grad()
-def mean_features(backbone: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Mean of a transformers backbone's last hidden states over each text's tokens, (n, d), in float32."""
-    hidden = backbone(**inputs_of(batch, "labels"), output_hidden_states=True).hidden_states[-1].float()
-    mask = batch["attention_mask"].unsqueeze(-1).float()
-    mean: Tensor = (hidden * mask).sum(1) / mask.sum(1)
-    return mean
+    def numbers(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Predicted numbers (n,) in float32."""
+        logits = logits_of(backbone(**self.inputs(backbone, batch))).float()
+        if logits.shape[1:] not in ((), (1,)):
+            raise LoRAError(
+                f"the backbone must return (n, 1), a number each, got {tuple(logits.shape)}: give its head 1 output"
+            )
+        return logits.flatten()

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError, refuse_unknown
 from lora_lightning.lora.layers.functional import wide_dtype
-from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_of
+from lora_lightning.tasks.base import StepOutput, Task, inputs_of
 
 Pooling = Literal["mean", "cls", "last"]
 PARTS = ("anchor", "positive", "negative")
@@ -54,9 +54,7 @@ class ContrastiveEmbedding(Task):
     ) -> None:
         if temperature is not None and not temperature > 0:
             raise LoRAError(f"temperature must be above 0, or null for the model's own logit_scale, got {temperature}")
-        if pooling not in get_args(Pooling):
-            known = get_args(Pooling)
-            raise LoRAError(f"pooling is one of {', '.join(known)}, got {pooling!r}{did_you_mean(str(pooling), known)}")
+        refuse_unknown("pooling", pooling, get_args(Pooling))
         figures: tuple[Figure, ...] = ("loss", "mrr", "recall@1", "recall@5")
         metrics: dict[str, Metric | MetricCollection] = {name: Retrieval(name, symmetric) for name in figures}
         super().__init__(MetricCollection(metrics, compute_groups=False))
@@ -95,16 +93,6 @@ class ContrastiveEmbedding(Task):
         parts, groups = self._embed_parts(backbone, batch)
         embeddings = torch.stack((parts[0] * self._scale(backbone), *parts[1:]), 1)
         return StepOutput(embeddings.new_zeros(()), len(groups), embeddings, groups)
-
-    def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
-        """Add a batch: in training its loss, in evaluation its pairs."""
-        if stage == "train":
-            return super().update(stage, out)
-        metrics = self.metrics[f"{stage}_"]
-        assert isinstance(metrics, MetricCollection)
-        assert out.predictions is not None
-        metrics.update(out.predictions.detach(), out.targets)
-        return dict(metrics.items(keep_base=False))
 
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Embeddings (n, d): of the anchors, and of positives and negatives, if any; or of images and texts."""

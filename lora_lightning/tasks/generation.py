@@ -6,7 +6,6 @@ import copy
 import importlib.util
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import CHRFScore, SacreBLEUScore, TranslationEditRate
 from transformers import GenerationConfig, LogitsProcessorList, NoRepeatNGramLogitsProcessor, PreTrainedTokenizerBase
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean
-from lora_lightning.tasks.base import Stage, StepOutput, inputs_and_labels, inputs_of
-from lora_lightning.tasks.language_model import TokensOutput, TokenTask
+from lora_lightning.lora.errors import LoRAError, did_you_mean, refuse_unknown
+from lora_lightning.tasks.base import Stage, StepOutput, inputs_of, labels_of
+from lora_lightning.tasks.language_model import TokenTask
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, LinearCrossEntropy
 from lora_lightning.tasks.losses.lm_head import aligned_loss, shifted_loss
 from lora_lightning.tasks.positions import refuse_long_text
@@ -113,15 +112,6 @@ def generation_config(
 METRICS = ("bleu", "rouge1", "rouge2", "rougeL", "exact_match")
 
 
-@dataclass
-class WrittenOutput(TokensOutput):
-    """A batch's loss over target tokens, and its generated texts."""
-
-    texts: list[str] = field(default_factory=list)
-    references: list[list[str]] = field(default_factory=list)
-    """The references of each text."""
-
-
 class GeneratingTask(TokenTask):
     """Teacher-forced cross-entropy; in validation and test also generated texts, compared with their references.
 
@@ -135,6 +125,8 @@ class GeneratingTask(TokenTask):
         generate_in_validation: whether validation generates texts; if not, the best checkpoint has the smallest loss,
             and only test and predict generate.
     """
+
+    not_inputs = ("labels", "references")
 
     def __init__(
         self,
@@ -157,21 +149,21 @@ class GeneratingTask(TokenTask):
     def sources(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The inputs of `generate`, a row for each of the batch's."""
 
-    def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> WrittenOutput:
+    def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """The loss over all targets without smoothing, and a generated text for each row with references.
 
         `references` has a list of texts for each row. Where a source has several targets, one of its rows has all of
         them and the others none, so that a text is generated once. Without the entry each row has its target.
         """
-        out = WrittenOutput(**vars(super().evaluate(backbone, batch)))
+        out = super().evaluate(backbone, batch)
         if not self.writes(self._stage):
             return out
         references = batch.get("references") or [[text] for text in self._targets(batch["labels"])]
         rows = [i for i, texts in enumerate(references) if texts]
         if rows:
             sources = {key: value[rows] for key, value in self.sources(batch).items()}
-            out.texts = generate_texts(backbone, sources, self.tokenizer, self.generation)
-            out.references = [list(references[i]) for i in rows]
+            texts = generate_texts(backbone, sources, self.tokenizer, self.generation)
+            out.updates |= dict.fromkeys(self.written, (texts, [list(references[i]) for i in rows]))
         return out
 
     @torch.no_grad()
@@ -188,13 +180,6 @@ class GeneratingTask(TokenTask):
         """Reset the stage's metrics, and remember the stage, which decides whether `evaluate` generates."""
         super().reset(stage)
         self._stage = stage
-
-    def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
-        if isinstance(out, WrittenOutput) and out.texts:
-            for name in self.written:
-                self.metrics[f"{stage}_"][name].update(out.texts, out.references)  # type: ignore[index, operator, union-attr]
-        shown = self.logged(stage)
-        return {name: metric for name, metric in super().update(stage, out).items() if name in shown}
 
     def logged(self, stage: Stage) -> list[str]:
         """Names of a stage's metrics, without those of texts where it does not generate."""
@@ -216,11 +201,11 @@ class TextGeneration(GeneratingTask):
     peft_task_type = "CAUSAL_LM"
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return inputs_of(batch, "labels", "references", *(key for key in batch if key.startswith(PROMPT)))
+        return {k: v for k, v in super().inputs(backbone, batch).items() if not k.startswith(PROMPT)}
 
     def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
         """`batch` has the backbone's keyword arguments and `labels` (b, t), -100 on the prompt and on padding."""
-        _, labels = inputs_and_labels(batch)
+        labels = labels_of(batch)
         return shifted_loss(backbone, self.inputs(backbone, batch), labels, label_smoothing=label_smoothing)
 
     def sources(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -234,8 +219,6 @@ class TextGeneration(GeneratingTask):
         return prompts
 
 
-NOT_INPUTS = ("labels", "references")
-"""Entries of a batch that are not the backbone's arguments."""
 DECODER = ("decoder_input_ids", "decoder_attention_mask")
 
 
@@ -246,7 +229,7 @@ class SequenceToSequence(GeneratingTask):
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The encoder's inputs, and the decoder's: the labels shifted by the model, unless the batch has them."""
-        inputs = inputs_of(batch, *NOT_INPUTS)
+        inputs = super().inputs(backbone, batch)
         if "decoder_input_ids" not in inputs:
             shift = getattr(backbone, "prepare_decoder_input_ids_from_labels", None)
             if shift is None:
@@ -260,11 +243,11 @@ class SequenceToSequence(GeneratingTask):
 
     def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
         """`batch` has the encoder's inputs and `labels` (b, t), -100 where nothing is trained on."""
-        _, labels = inputs_and_labels(batch)
+        labels = labels_of(batch)
         return aligned_loss(backbone, self.inputs(backbone, batch), labels, label_smoothing=label_smoothing)
 
     def sources(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        return inputs_of(batch, *NOT_INPUTS, *DECODER)
+        return inputs_of(batch, *self.not_inputs, *DECODER)
 
 
 class Rouge(MeanMetric):
@@ -319,8 +302,5 @@ LESS_IS_BETTER = frozenset({"ter"})
 def generation_metrics(names: Sequence[str]) -> dict[str, Metric]:
     """The metrics with these names; an unknown name and a missing package raise a LoRAError."""
     for name in names:
-        if name not in TEXT_METRICS:
-            raise LoRAError(
-                f"metrics: no '{name}'{did_you_mean(name, list(TEXT_METRICS))}; known: {', '.join(TEXT_METRICS)}"
-            )
+        refuse_unknown("each of metrics", name, TEXT_METRICS)
     return {name: TEXT_METRICS[name]() for name in names}

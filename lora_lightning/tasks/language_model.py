@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_and_labels, inputs_of
+from lora_lightning.tasks.base import StepOutput, Task, inputs_of, labels_of
 from lora_lightning.tasks.losses.linear_cross_entropy import LinearCrossEntropy
 from lora_lightning.tasks.losses.lm_head import shifted_loss, shifted_losses
 from lora_lightning.tasks.positions import as_packed, is_packed, unpack
@@ -48,14 +47,6 @@ class TokenAccuracy(Metric):
         return self.correct / self.tokens
 
 
-@dataclass
-class TokensOutput(StepOutput):
-    """The result of a batch of texts; `weight` is its number of trained tokens."""
-
-    correct: Tensor | None = None
-    """Number of these that have the largest logit."""
-
-
 class TokenTask(Task):
     """Cross-entropy of tokens, the mean over all of a stage, and the share of them predicted right."""
 
@@ -70,21 +61,17 @@ class TokenTask(Task):
     def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
         """The sum of the loss over target tokens, their number, and how many are predicted right."""
 
-    def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> TokensOutput:
-        return self._mean_loss(backbone, batch, self.label_smoothing)
+    def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
+        return self._mean(backbone, batch, self.label_smoothing)
 
-    def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> TokensOutput:
+    def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """The step without smoothing."""
-        return self._mean_loss(backbone, batch, 0.0)
+        return self._mean(backbone, batch, 0.0)
 
-    def _mean_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> TokensOutput:
+    def _mean(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> StepOutput:
         out = self.token_loss(backbone, batch, label_smoothing)
-        return TokensOutput(loss=out.loss / max(out.count, 1), weight=out.count, correct=out.correct)
-
-    def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
-        if out.weight and isinstance(out, TokensOutput):
-            self.metrics[f"{stage}_"]["token_accuracy"].update(out.correct, out.weight)  # type: ignore[index, operator, union-attr]
-        return super().update(stage, out)
+        counted = {"token_accuracy": (out.correct, out.count)}
+        return StepOutput(loss=out.loss / max(out.count, 1), weight=out.count, updates=counted if out.count else {})
 
 
 class CausalLM(TokenTask):
@@ -97,6 +84,7 @@ class CausalLM(TokenTask):
     """
 
     peft_task_type = "CAUSAL_LM"
+    not_inputs = ("labels", "document")
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         super().__init__(label_smoothing, {"perplexity": Perplexity()})
@@ -105,7 +93,7 @@ class CausalLM(TokenTask):
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The backbone's arguments; a packed batch is unpacked into rows of one document."""
-        inputs = inputs_of(batch, "labels", "document")
+        inputs = super().inputs(backbone, batch)
         return unpack(inputs) if is_packed(inputs) else inputs
 
     def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
@@ -114,14 +102,14 @@ class CausalLM(TokenTask):
         With `position_ids` and no `attention_mask` its rows are packed: documents that restart at position 0. A
         backbone that mixes them is refused.
         """
-        return shifted_loss(backbone, *_packed_or_not(backbone, batch), label_smoothing=label_smoothing)
+        labels = labels_of(batch)
+        return shifted_loss(backbone, self._packed_or_not(backbone, batch), labels, label_smoothing=label_smoothing)
 
-    def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
-        metrics = self.metrics[f"{stage}_"]
-        assert isinstance(metrics, MetricCollection)
-        if out.weight and "perplexity" in metrics.keys(keep_base=True):
-            metrics["perplexity"].update(out.loss.detach(), out.weight)
-        return super().update(stage, out)
+    def _mean(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> StepOutput:
+        out = super()._mean(backbone, batch, label_smoothing)
+        if out.weight and not label_smoothing:
+            out.updates["perplexity"] = (out.loss.detach(), out.weight)
+        return out
 
     @torch.no_grad()
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -129,16 +117,14 @@ class CausalLM(TokenTask):
 
         A row without such tokens has NaN for both. `document` is included where the batch has it.
         """
-        inputs, labels = _packed_or_not(backbone, batch)
-        parts = shifted_losses(backbone, inputs, labels)
+        labels = labels_of(batch)
+        parts = shifted_losses(backbone, self._packed_or_not(backbone, batch), labels)
         tokens = torch.tensor([part.count for part in parts], device=labels.device)
         loss = torch.stack([part.loss for part in parts]).to(labels.device) / tokens
         document = {"document": batch["document"]} if "document" in batch else {}
         return {**document, "loss": loss, "tokens": tokens, "perplexity": loss.exp()}
 
-
-def _packed_or_not(backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """The backbone's arguments, and the labels (b, t)."""
-    inputs, labels = inputs_and_labels(batch)
-    inputs.pop("document", None)
-    return (as_packed(backbone, inputs) if is_packed(inputs) else inputs), labels
+    def _packed_or_not(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The backbone's arguments for the batch's rows as they are."""
+        inputs = inputs_of(batch, *self.not_inputs)
+        return as_packed(backbone, inputs) if is_packed(inputs) else inputs

@@ -13,8 +13,9 @@ means over an answer's tokens under a bar, s the logistic function, b = beta and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -23,9 +24,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanMetric, MetricCollection
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError, refuse_unknown
 from lora_lightning.lora.inject import disabled
-from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels
+from lora_lightning.tasks.base import StepOutput, Task, labels_of
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, refuse_labels, rows_at_once
 from lora_lightning.tasks.losses.lm_head import before_head, shift_labels
 from lora_lightning.tasks.positions import in_evaluation
@@ -61,15 +62,9 @@ class PreferenceTuning(Task):
         gamma: float = 0.5,
         rpo_alpha: float = 0.0,
     ) -> None:
-        terms = check_terms(PreferenceTerms(loss, beta, label_smoothing, gamma, rpo_alpha))
-        metrics = {
-            "accuracy": MeanOf(torch.gt),
-            "margin": MeanOf(torch.sub),
-            "chosen_reward": MeanOf(_first),
-            "rejected_reward": MeanOf(_second),
-        }
+        terms = PreferenceTerms(loss, beta, label_smoothing, gamma, rpo_alpha)
         # Not in groups: before the first step all rewards are 0, and metrics with equal states would be merged.
-        super().__init__(MetricCollection(dict(metrics), compute_groups=False))
+        super().__init__(MetricCollection({name: MeanMetric() for name in FIGURES}, compute_groups=False))
         self.terms = terms
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
@@ -77,13 +72,10 @@ class PreferenceTuning(Task):
 
         Labels are the answers' tokens, and -100 at prompts and padding.
         """
-        pairs = self._pairs(backbone, batch)
-        return StepOutput(
-            loss=pairs.loss.mean(),
-            weight=len(pairs.loss),
-            predictions=pairs.chosen_reward,
-            targets=pairs.rejected_reward,
-        )
+        loss, chosen, rejected = self._pairs(backbone, batch)
+        figures = (chosen > rejected).float(), chosen - rejected, chosen, rejected
+        updates = {name: (figure,) for name, figure in zip(FIGURES, figures, strict=True)}
+        return StepOutput(loss=loss.mean(), weight=len(loss), updates=dict(updates))
 
     def examples(self, batch: Any) -> int:
         """The number of pairs."""
@@ -91,15 +83,11 @@ class PreferenceTuning(Task):
 
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Rewards (n,) of both answers, and whether the first is preferred (n,)."""
-        pairs = self._pairs(backbone, batch)
-        return {
-            "chosen_preferred": pairs.chosen_reward > pairs.rejected_reward,
-            "chosen_reward": pairs.chosen_reward,
-            "rejected_reward": pairs.rejected_reward,
-        }
+        _, chosen, rejected = self._pairs(backbone, batch)
+        return {"chosen_preferred": chosen > rejected, "chosen_reward": chosen, "rejected_reward": rejected}
 
     def _pairs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Pairs:
-        inputs, labels = inputs_and_labels(batch)
+        inputs, labels = self.inputs(backbone, batch), labels_of(batch)
         _check_labels(labels)
         policy = sequence_log_probs(backbone, inputs, labels)
         reference: LogProbs | None = None
@@ -116,26 +104,6 @@ def without_gradients(backbone: nn.Module) -> Iterator[None]:
         yield
 
 
-class MeanOf(MeanMetric):
-    """The mean over pairs of a function of their rewards."""
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def update(self, chosen: Tensor, rejected: Tensor) -> None:  # type: ignore[override]
-        """Add the rewards (n,) of n pairs."""
-        super().update(self.function(chosen, rejected))
-
-
-def _first(chosen: Tensor, rejected: Tensor) -> Tensor:
-    return chosen
-
-
-def _second(chosen: Tensor, rejected: Tensor) -> Tensor:
-    return rejected
-
-
 def _check_labels(labels: Tensor) -> None:
     """Raise unless there is an even number of texts, each with a token that counts."""
     if labels.dim() != 2 or len(labels) % 2 or not len(labels):
@@ -149,6 +117,8 @@ def _check_labels(labels: Tensor) -> None:
         raise LoRAError(f"the {which} answer of pair {empty[0] % half + 1} in this batch has no token that counts")
 
 
+FIGURES = ("accuracy", "margin", "chosen_reward", "rejected_reward")
+"""The metrics, each a mean over pairs."""
 PreferenceLoss = Literal["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"]
 REFERENCE_FREE = ("simpo", "orpo")
 OF_MEANS = ("ipo", "simpo", "orpo")
@@ -195,14 +165,30 @@ def sequence_log_probs(backbone: nn.Module, inputs: Mapping[str, Any], labels: T
     return LogProbs(total, trained.sum(1))
 
 
-class PreferenceTerms(NamedTuple):
-    """Parameters of a loss; `check_terms` checks them."""
+@dataclass(frozen=True)
+class PreferenceTerms:
+    """Parameters of a loss; an invalid one raises a LoRAError."""
 
     loss: PreferenceLoss
     beta: float
     label_smoothing: float = 0.0
     gamma: float = 0.5
     rpo_alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        refuse_unknown("loss", self.loss, get_args(PreferenceLoss))
+        if not self.beta > 0:
+            raise LoRAError(f"beta must be above 0, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise LoRAError(
+                f"label_smoothing is the share of wrong pairs, at least 0 and below 0.5, got {self.label_smoothing}"
+            )
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "simpo"):
+            raise LoRAError(f"label_smoothing has no meaning in the loss {self.loss}: leave it at 0")
+        if self.rpo_alpha < 0:
+            raise LoRAError(f"rpo_alpha is a weight, at least 0, got {self.rpo_alpha}")
+        if self.rpo_alpha and self.loss == "orpo":
+            raise LoRAError("orpo has the chosen answer's own likelihood in it already: leave rpo_alpha at 0")
 
 
 class Pairs(NamedTuple):
@@ -214,24 +200,6 @@ class Pairs(NamedTuple):
     """(n,): `beta` times the log-probability of the chosen answer over the reference's, without gradient."""
     rejected_reward: Tensor
     """(n,): the same for the rejected answer."""
-
-
-def check_terms(terms: PreferenceTerms) -> PreferenceTerms:
-    """The terms, or a LoRAError that names an invalid one."""
-    known = get_args(PreferenceLoss)
-    if terms.loss not in known:
-        raise LoRAError(f"loss is one of {', '.join(known)}, got {terms.loss!r}{did_you_mean(str(terms.loss), known)}")
-    if not terms.beta > 0:
-        raise LoRAError(f"beta must be above 0, got {terms.beta}")
-    if not 0 <= terms.label_smoothing < 0.5:
-        raise LoRAError(f"label_smoothing is the share of wrong pairs, at least 0 and below 0.5, got {terms[2]}")
-    if terms.label_smoothing and terms.loss not in ("sigmoid", "robust", "simpo"):
-        raise LoRAError(f"label_smoothing has no meaning in the loss {terms.loss}: leave it at 0")
-    if terms.rpo_alpha < 0:
-        raise LoRAError(f"rpo_alpha is a weight, at least 0, got {terms.rpo_alpha}")
-    if terms.rpo_alpha and terms.loss == "orpo":
-        raise LoRAError("orpo has the chosen answer's own likelihood in it already: leave rpo_alpha at 0")
-    return terms
 
 
 def preference_losses(policy: LogProbs, reference: LogProbs | None, terms: PreferenceTerms) -> Pairs:

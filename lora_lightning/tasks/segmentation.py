@@ -16,7 +16,7 @@ from lora_lightning.tasks.base import (
     StepOutput,
     Task,
     image_inputs,
-    inputs_and_labels,
+    labels_of,
     logits_of,
     refuse_no_count,
 )
@@ -59,7 +59,7 @@ class ImageSegmentation(Task):
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """`batch` has `pixel_values` (n, 3, h, w) and `labels` (n, h', w'), integers or `ignore_index`."""
-        _, labels = inputs_and_labels(batch)
+        labels = labels_of(batch)
         if labels.dim() != 3:
             raise LoRAError(f"labels must be masks (n, height, width), got {tuple(labels.shape)}")
         logits = self._logits(backbone, batch, (int(labels.shape[1]), int(labels.shape[2])))

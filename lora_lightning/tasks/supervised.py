@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError, did_you_mean, refuse_unknown
 from lora_lightning.tasks.base import StepOutput, Task
 
 
@@ -55,9 +55,7 @@ class Supervised(Task):
         metrics_by_name: dict[str, Any] = dict(metrics or {})
         if "loss" in metrics_by_name:
             raise LoRAError("metrics: 'loss' is logged anyway, name this one otherwise")
-        if monitor != "loss" and monitor not in metrics_by_name:
-            known = ["loss", *metrics_by_name]
-            raise LoRAError(f"monitor is one of {', '.join(known)}, got '{monitor}'{did_you_mean(monitor, known)}")
+        refuse_unknown("monitor", monitor, ["loss", *metrics_by_name])
         # In groups, metrics with equal states after the first batch would be merged.
         super().__init__(MetricCollection(metrics_by_name, compute_groups=False))
         self.loss, self.prediction = loss, prediction

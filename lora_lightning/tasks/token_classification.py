@@ -12,11 +12,8 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, inputs_of, logits_of, refuse_no_count
+from lora_lightning.tasks.base import StepOutput, Task, labels_of, logits_of, refuse_no_count
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
-
-NOT_INPUTS = ("labels", "word_ids", "words")
-"""Entries of a batch that are not the backbone's arguments."""
 
 
 class TokenClassification(Task):
@@ -34,6 +31,7 @@ class TokenClassification(Task):
     monitor_mode = "max"
     peft_task_type = "TOKEN_CLS"
     output_is = "label"
+    not_inputs = ("labels", "word_ids", "words")
 
     def __init__(
         self, label_names: list[str], entities: bool = True, strict: bool = False, label_smoothing: float = 0.0
@@ -54,16 +52,13 @@ class TokenClassification(Task):
         if not entities:
             self.monitor = "val/accuracy"
 
-    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return inputs_of(batch, *NOT_INPUTS)
-
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """`batch` has the backbone's keyword arguments and `labels` (n, t), -100 where there is none.
 
         With `word_ids` (n, t), which has each word's number at its first token and -1 elsewhere, metrics count words,
         though all tokens may be labeled. Without it they count labeled tokens.
         """
-        _, labels = inputs_and_labels(batch)
+        labels = labels_of(batch)
         logits = self._logits(backbone, self.inputs(backbone, batch), labels.shape)
         labelled = labels != IGNORED
         count = int(labelled.sum())

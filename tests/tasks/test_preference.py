@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, PreferenceTuning, StepOutput, disabled, huggingface, inject
-from lora_lightning.tasks.preference import LogProbs, PreferenceTerms, preference_losses, sequence_log_probs
+from lora_lightning.tasks.preference import FIGURES, LogProbs, PreferenceTerms, preference_losses, sequence_log_probs
 from lora_lightning.tasks.preference import without_gradients as frozen
 from tests.factories import move
 from tests.tiny_pairs import make_llama
@@ -104,8 +104,8 @@ def test_loss_gradients_and_rewards_are_the_papers(directory, loss, terms):
     assert len(runs) == (1 if loss in ("simpo", "orpo") else 2), "without a reference it runs once"
     assert out.weight == 3
     assert out.loss.item() == pytest.approx(values.mean().item(), rel=1e-10)
-    torch.testing.assert_close(out.predictions, chosen.detach(), rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(out.targets, rejected.detach(), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(out.updates["chosen_reward"][0], chosen.detach(), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(out.updates["rejected_reward"][0], rejected.detach(), rtol=1e-9, atol=1e-10)
     for ours, theirs in zip(torch.autograd.grad(out.loss, trained), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
         assert float(theirs.abs().max()) > 1e-8
@@ -117,7 +117,7 @@ def test_a_trained_copy_of_the_head_is_not_the_references_head(directory):
     values, chosen, _ = by_hand(model, batch, "sigmoid", 0.1)
     out = PreferenceTuning().step(model, batch)
     assert out.loss.item() == pytest.approx(values.mean().item(), rel=1e-10)
-    torch.testing.assert_close(out.predictions, chosen.detach(), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(out.updates["chosen_reward"][0], chosen.detach(), rtol=1e-9, atol=1e-10)
     plain = huggingface(str(directory), "AutoModelForCausalLM").double()
     with frozen(model):
         reference = sequence_log_probs(model, {k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
@@ -158,25 +158,26 @@ def test_a_model_that_is_not_of_transformers_gives_the_same(directory):
 def test_epoch_figures_weigh_pairs_and_not_batches(directory):
     """Nor do figures that are all 0 before the first step stay one afterwards."""
     model, task = model_of(directory), PreferenceTuning()
-    task.update("val", StepOutput(torch.tensor(0.7), 2, torch.zeros(2), torch.zeros(2)))
+    task.update("val", StepOutput(torch.tensor(0.7), 2, updates=dict.fromkeys(FIGURES, (torch.zeros(2),))))
     task.reset("val")
     whole = batch_of(5)
     rewards = task.step(model, whole)
+    chosen, rejected = (rewards.updates[f"{name}_reward"][0] for name in ("chosen", "rejected"))
     for pairs in (range(0, 3), range(3, 5)):
         rows = [*pairs, *(5 + i for i in pairs)]
         metrics = task.update("val", task.step(model, {k: v[rows] for k, v in whole.items()}))
     expected = {
         "val/loss": rewards.loss.item(),
-        "val/accuracy": float((rewards.predictions > rewards.targets).double().mean()),
-        "val/margin": float((rewards.predictions - rewards.targets).mean()),
-        "val/chosen_reward": float(rewards.predictions.mean()),
-        "val/rejected_reward": float(rewards.targets.mean()),
+        "val/accuracy": float((chosen > rejected).double().mean()),
+        "val/margin": float((chosen - rejected).mean()),
+        "val/chosen_reward": float(chosen.mean()),
+        "val/rejected_reward": float(rejected.mean()),
     }
     assert {k: float(m.compute()) for k, m in metrics.items()} == pytest.approx(expected, rel=1e-5)
     assert set(metrics) == set(expected)
     said = task.predict(model, whole)
     assert said["chosen_preferred"].tolist() == (said["chosen_reward"] > said["rejected_reward"]).tolist()
-    torch.testing.assert_close(said["chosen_reward"], rewards.predictions)
+    torch.testing.assert_close(said["chosen_reward"], chosen)
 
 
 def test_orpo_stands_where_an_answer_is_certain():
