@@ -82,18 +82,13 @@ def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trai
         out = task.step(model, batch)
         return out.loss * out.weight
 
-    if init == "eva":
-        init_from_data(backbone, adapted_layers(backbone), init, [task.inputs(backbone, b) for b in batches], None)
-    else:
-        init_from_data(backbone, adapted_layers(backbone), init, batches, summed_loss)
+    inputs = [task.inputs(backbone, batch) for batch in batches] if init == "eva" else batches
+    init_from_data(backbone, adapted_layers(backbone), init, inputs, summed_loss)
     broadcast_from_first(adapter_tensors(backbone).values(), trainer)
 
 
 def share_subtracted_init(backbone: nn.Module, trainer: Trainer) -> None:
-    """Give all processes rank 0's subtracted init, A0 and B0.
-
-    It may be random, and DDP does not send buffers where `broadcast_buffers` is off.
-    """
+    """Give all processes rank 0's A0 and B0, which may be random; DDP sends buffers with `broadcast_buffers` alone."""
     factors = (tensor for _, layer in adapted_layers(backbone) for tensor in (layer.lora_A0, layer.lora_B0))
     broadcast_from_first((tensor for tensor in factors if tensor is not None), trainer)
 

@@ -42,11 +42,7 @@ class UnitMean:
         self._parts: list[tuple[Tensor, float]] = []
 
     def weigh(self, trainer: Trainer, loss: Tensor, units: float, batch_idx: int) -> Tensor:
-        """The value to call backward on, for a `loss` that is the mean over `units`.
-
-        Raises:
-            LoRAError: a batch without units has a loss that is not finite.
-        """
+        """The value to call backward on, for a `loss` that is the mean over `units`."""
         starts = batch_idx % trainer.accumulate_grad_batches == 0  # where Lightning sets gradients to zero
         self._parts = [*(() if starts else self._parts), (loss.detach(), units)]
         if not _has_parts(trainer):
@@ -62,11 +58,7 @@ class UnitMean:
         return loss * (units / self._share)
 
     def finish(self, trainer: Trainer, optimizer: Optimizer | LightningOptimizer) -> None:
-        """Turn the window's accumulated gradients into those of the mean over all units.
-
-        Raises:
-            LoRAError: there are no units in any process.
-        """
+        """Turn the window's accumulated gradients into those of the mean over all units."""
         self.mean = None
         if not self._parts:
             return
@@ -80,21 +72,15 @@ class UnitMean:
             self.mean = self._parts[-1][0]
             return
         # A batch without units adds nothing, whatever loss the task returned.
-        wide = [(loss.to(wide_dtype(loss)), n) for loss, n in self._parts]
-        total = torch.stack([loss * n if n else torch.zeros_like(loss) for loss, n in wide]).sum()
+        zero = torch.zeros_like(self._parts[0][0])
+        total = sum((loss.to(wide_dtype(loss)) * n for loss, n in self._parts if n), zero)
         if trainer.world_size > 1:
             total = trainer.strategy.reduce(total, reduce_op="sum")
         self.mean = total / units
         assert self._share is not None
         factor = self._share * trainer.accumulate_grad_batches * trainer.world_size / units
-        multiply_gradients(optimizer, factor)
-
-
-def multiply_gradients(optimizer: Optimizer | LightningOptimizer, factor: float) -> None:
-    """Multiply the gradients of the optimizer's parameters in place."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, factor)
+        if gradients := [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]:
+            torch._foreach_mul_(gradients, factor)
 
 
 def is_padding(trainer: Trainer, batch_idx: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,7 +13,6 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from lora_lightning.data import stage_of
 from lora_lightning.lora.config import LoRAConfig
@@ -49,11 +48,7 @@ from lora_lightning.training.strategies.base import ShardedStrategy, fingerprint
 
 
 def lora_module(module: LightningModule, user: object) -> LoRAModule:
-    """The module, where it is a LoRAModule.
-
-    Raises:
-        LoRAError: it is another one, which `user`, such as a callback, does not take.
-    """
+    """The module; raises where it is no LoRAModule, which `user`, such as a callback, takes alone."""
     if not isinstance(module, LoRAModule):
         raise LoRAError(f"{type(user).__name__} takes a LoRAModule, got {type(module).__name__}")
     return module
@@ -135,11 +130,11 @@ class LoRAModule(LightningModule):
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """The task's outputs, for callbacks."""
-        return vars(self._step(self._stage("val", dataloader_idx), batch))
+        return self._evaluate("val", batch, dataloader_idx)
 
     def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """The task's outputs, for callbacks."""
-        return vars(self._step(self._stage("test", dataloader_idx), batch))
+        return self._evaluate("test", batch, dataloader_idx)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
         refuse_too_long(self.backbone, batch)
@@ -149,13 +144,13 @@ class LoRAModule(LightningModule):
         """Run the model as an evaluation step does, without metrics, where another process has a batch more."""
         (self.task.predict if predicts else self.task.evaluate)(self.backbone, batch)
 
-    def _stage(self, stage: Stage, dataloader_idx: int) -> Stage:
-        """The stage that counts this loader's batches; the first of several is monitored."""
+    def _evaluate(self, stage: Stage, batch: Mapping[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Each loader is counted by a stage of its own; the first of several is monitored."""
         stage = stage_of(self.trainer.datamodule, stage, dataloader_idx)  # type: ignore[attr-defined]
         if stage not in self.task.stages(stage):
             self.task.add_stage(stage)
             self._metric_attributes = None  # Lightning caches the metrics that it finds
-        return stage
+        return vars(self._step(stage, batch))
 
     def _step(self, stage: Stage, batch: Mapping[str, Any]) -> StepOutput:
         if stage not in self._checked_stages:
@@ -194,32 +189,23 @@ class LoRAModule(LightningModule):
         optimizer = make_optimizer(self, self.optimizer, self.b_lr_ratio)  # type: ignore[arg-type]
         if self.lr_scheduler is None:
             return optimizer
-        scheduler = self.lr_scheduler(optimizer)
+        scheduler, trainer = self.lr_scheduler(optimizer), self.trainer
         entry = schedule_entry(
-            scheduler,
-            self.lr_interval,
-            self.task,
-            lambda: self.trainer.estimated_stepping_batches,
-            self.b_lr_ratio,
+            scheduler, self.lr_interval, self.task, lambda: trainer.estimated_stepping_batches, self.b_lr_ratio
         )
-        return {"optimizer": optimizer, "lr_scheduler": cast("dict[str, LRScheduler]", entry)}
+        return {"optimizer": optimizer, "lr_scheduler": entry}
 
     def configure_model(self) -> None:
         """Shard the backbone where the strategy does so, and fill one that was built on the meta device.
 
         Lightning calls this before each of its loops, and where a checkpoint is loaded without a trainer.
         """
-        if trainer_of(self) is not None:
-            self._shard()
+        strategy = None if (trainer := trainer_of(self)) is None else trainer.strategy
+        if isinstance(strategy, ShardedStrategy) and not is_sharded(self.backbone):
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                self._start_from_adapter()
+            strategy.shard_module(self)
         fill_from_files(self.backbone, self.device)
-
-    def _shard(self) -> None:
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, ShardedStrategy) or is_sharded(self.backbone):
-            return
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self._start_from_adapter()
-        strategy.shard_module(self)
 
     def _start_from_adapter(self) -> None:
         if self.init_adapter is not None and self.trainer.ckpt_path is None:
@@ -275,10 +261,8 @@ class LoRAModule(LightningModule):
 
     def _in_fit(self) -> bool:
         """Whether a fit is running: then W0 is unchanged since its start (law 2)."""
-        trainer = trainer_of(self)
-        if trainer is None:
-            return False
-        return trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
+        state = None if (trainer := trainer_of(self)) is None else trainer.state
+        return state is not None and (state.fn, state.status) == (TrainerFn.FITTING, TrainerStatus.RUNNING)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapter's tensors and plain settings; leave W0 out."""
@@ -296,8 +280,7 @@ class LoRAModule(LightningModule):
                 "this fit has no callback Resume, so it goes on from the checkpoint, and not bit for bit as if it had"
                 " not been interrupted: dropout and shuffling draw other numbers"
             )
-        fields = checkpoint[CHECKPOINT_KEY]
-        self._w0 = fingerprint(self.backbone)
+        fields, self._w0 = checkpoint[CHECKPOINT_KEY], fingerprint(self.backbone)
         made_on = Fingerprint.from_json(fields["base"])
         try:
             refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)

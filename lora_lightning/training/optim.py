@@ -21,16 +21,13 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     Vectors are biases, norms' weights and DoRA's magnitudes, whose size is no sign of overfitting. Groups carry a
     `name`: matrices, B or vectors; empty ones are left out.
     """
-    groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "B": {}, "vectors": {}}
+    groups: dict[str, dict[str, Any]] = {name: {"params": [], "name": name} for name in ("matrices", "B", "vectors")}
+    groups["vectors"]["weight_decay"] = 0.0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_b = name.rpartition(".")[2] == "lora_B"
-            groups["B" if is_b else "vectors" if parameter.dim() < 2 else "matrices"][name] = parameter
-    return [
-        {"params": list(parameters.values()), "name": name} | ({"weight_decay": 0.0} if name == "vectors" else {})
-        for name, parameters in groups.items()
-        if parameters
-    ]
+            groups["B" if is_b else "vectors" if parameter.dim() < 2 else "matrices"]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
 def make_optimizer(
@@ -52,14 +49,13 @@ def make_optimizer(
     result = optimizer(parameter_groups(model))
     if b_lr_ratio == 1:
         return result  # also one that sets its rates itself, as transformers' Adafactor with relative_step
-    for group in result.param_groups:
-        if group.get("name") == "B":
-            if group["lr"] is None:
-                raise LoRAError(
-                    f"b_lr_ratio={b_lr_ratio} multiplies B's learning rate, and {type(result).__name__} sets its rates"
-                    " itself: give it lr, or leave b_lr_ratio at 1"
-                )
-            group["lr"] = group["lr"] * b_lr_ratio  # not in place: groups may share a tensor
+    for group in (group for group in result.param_groups if group.get("name") == "B"):
+        if group["lr"] is None:
+            raise LoRAError(
+                f"b_lr_ratio={b_lr_ratio} multiplies B's learning rate, and {type(result).__name__} sets its rates"
+                " itself: give it lr, or leave b_lr_ratio at 1"
+            )
+        group["lr"] = group["lr"] * b_lr_ratio  # not in place: groups may share a tensor
     return result
 
 

@@ -95,33 +95,25 @@ class HalfBase(MixedPrecision):
                 ) from error
 
 
-def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
-    """`bf16-mixed` where the hardware has bfloat16 products; on other CPUs it is slower than float32."""
+def multiplies_bfloat16(accelerator: str) -> bool:
+    """Whether the hardware has bfloat16 products; on other CPUs they are slower than float32's."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities()
-    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_tile") else "32-true"
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_tile"))
 
 
 def lightning_precision(word: Any, accelerator: str) -> Any:
-    """Lightning's value of `precision` for this word.
-
-    Raises:
-        LoRAError: Lightning would then take the adapter out of float32.
-    """
+    """Lightning's value of `precision` for this word; raises where it would take the adapter out of float32."""
     if word in REFUSED:
         raise LoRAError(f"precision {word} {REFUSED[word]}")
-    if word == "auto":
-        return best_precision(accelerator)
-    return "32-true" if word == "float32" else "bf16-mixed" if word in get_args(BaseWord) else word
+    if word in ("auto", "float32"):
+        return "bf16-mixed" if word == "auto" and multiplies_bfloat16(accelerator) else "32-true"
+    return "bf16-mixed" if word in get_args(BaseWord) else word
 
 
 def narrow_base(trainer: Trainer, word: BaseWord) -> None:
-    """Put `HalfBase` in the place of the trainer's bfloat16 autocast.
-
-    Raises:
-        LoRAError: the strategy handles dtypes itself.
-    """
+    """Put `HalfBase` in the place of the trainer's bfloat16 autocast, unless the strategy handles dtypes itself."""
     plugin = trainer.precision_plugin
     if type(plugin) is not MixedPrecision:
         raise LoRAError(
@@ -135,9 +127,6 @@ def convert(module: LightningModule, plugin: Precision) -> None:
     """Let the precision plugin cast the module before anything reads W0.
 
     Lightning does so only after a checkpoint was compared with W0; its second cast changes nothing.
-
-    Raises:
-        LoRAError: the plugin replaced adapted layers.
     """
     before = len(grafted_modules(module))
     plugin.convert_module(module)
@@ -178,32 +167,24 @@ def load_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     dtypes: dict[str, torch.dtype] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if not is_a(module, HF_MODEL) or path.startswith(inside):
-            continue
-        inside = (*inside, f"{path}." if path else "")
-        dtypes |= {full_name(path, key): expected for key, expected in _dtype_exceptions(module, dtype).items()}
+        if is_a(module, HF_MODEL) and not path.startswith(inside):
+            inside = (*inside, f"{path}." if path else "")
+            dtypes |= {full_name(path, key): expected for key, expected in _dtype_exceptions(module, dtype).items()}
     return dtypes
 
 
 def _dtype_exceptions(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    patterns: set[str] = set(model._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        patterns |= set(model._keep_in_fp32_modules or ())
-    other = {key: t.dtype for key, t in _meta_state(model, dtype).items() if t.is_floating_point() and t.dtype != dtype}
-    if not patterns:
-        return other
-    wide = re.compile("|".join(pattern.replace("*", ".*") for pattern in sorted(patterns)))
-    return other | {key: torch.float32 for key in model.state_dict() if wide.search(key)}
-
-
-def _meta_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state dict on the meta device of this model as transformers makes it in `dtype`."""
+    """By the model that transformers makes in `dtype` from the config, on the meta device, and by its patterns."""
     config = copy.deepcopy(model.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
-        config.__dict__.pop(name, None)
+        vars(config).pop(name, None)
     try:
         with torch.device("meta"):
-            empty: nn.Module = own_class(type(model))._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
+            made: nn.Module = own_class(type(model))._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
     except Exception:  # a class that is not made from a config
-        return {}
-    return empty.state_dict()
+        made = nn.Module()
+    other = {key: t.dtype for key, t in made.state_dict().items() if t.is_floating_point() and t.dtype != dtype}
+    patterns = [*(model._keep_in_fp32_modules_strict or ())]
+    patterns += (model._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
+    wide = [re.compile(pattern.replace("*", ".*")) for pattern in patterns]
+    return other | {key: torch.float32 for key in model.state_dict() if any(p.search(key) for p in wide)}

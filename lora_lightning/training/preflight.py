@@ -65,6 +65,27 @@ def _class_refusal(kind: type) -> str | None:
     return next((why for known, why in INSTEAD.items() if issubclass(kind, known)), None)
 
 
+def refuse_unsupported_name(strategy: Any) -> None:
+    """Raise for a strategy's name or class path before Lightning builds it, and asks for a GPU or a package in vain."""
+    if not isinstance(strategy, str) or strategy.lower() == "auto":
+        return
+    name, short = strategy.lower(), strategy.rpartition(".")[2]
+    registered = {known: StrategyRegistry[known]["strategy"] for known in StrategyRegistry.available_strategies()}
+    if "." in strategy or short in strategies.__all__:
+        why = _class_refusal(getattr(strategies, short, object))
+    elif name in registered:
+        why = _class_refusal(registered[name])
+    elif (why := FORMER.get(name)) is None:
+        names = ["auto", *(known for known, kind in registered.items() if _class_refusal(kind) is None)]
+        usual = [known for known in names if not re.search("find_unused|notebook|xla|tpu", known)]
+        raise LoRAError(
+            f"no strategy '{strategy}'{did_you_mean(name, names)} (there are {', '.join(usual)}, and the overlays in"
+            " configs/strategy/)"
+        )
+    if why:
+        raise LoRAError(f"strategy {strategy}: {why}")
+
+
 def refuse_arguments(strategy: Any, precision: Any, devices: Any, accelerator: Any) -> None:
     """Raise for a Trainer's arguments on which Lightning would fail with other words.
 
@@ -77,11 +98,11 @@ def refuse_arguments(strategy: Any, precision: Any, devices: Any, accelerator: A
             f"precision {precision} is not for fsdp2: load the model itself in float64 and leave precision out, or"
             " train with --trainer.strategy ddp"
         )
-    listed = list(devices) if isinstance(devices, list | tuple) else None
-    if listed and (str(accelerator) == "cpu" or (str(accelerator) == "auto" and not torch.accelerator.is_available())):
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    if on_cpu and devices and isinstance(devices, list | tuple):
         raise LoRAError(
-            f"trainer.devices {listed} names GPUs one by one, and this run is on a CPU, where processes are counted:"
-            f" trainer.devices {len(listed)}"
+            f"trainer.devices {list(devices)} names GPUs one by one, and this run is on a CPU, where processes are"
+            f" counted: trainer.devices {len(devices)}"
         )
 
 
@@ -95,36 +116,6 @@ def warn_of_few_cores(trainer: Trainer) -> None:
         )
 
 
-def refuse_unsupported_name(strategy: Any) -> None:
-    """Raise for a strategy's name before Lightning builds it and asks for a GPU or a package in vain.
-
-    Args:
-        strategy: a Trainer's argument; anything but a name or the path of a class passes.
-
-    Raises:
-        LoRAError: the name is unknown, or the strategy is not supported.
-    """
-    if not isinstance(strategy, str) or strategy.lower() == "auto":
-        return
-    known = StrategyRegistry.available_strategies()
-    short = strategy.rpartition(".")[2]
-    if "." in strategy or short in strategies.__all__:
-        why = _class_refusal(getattr(strategies, short, object))
-    elif strategy.lower() in FORMER:
-        why = FORMER[strategy.lower()]
-    elif strategy.lower() in known:
-        why = _class_refusal(StrategyRegistry[strategy.lower()]["strategy"])
-    else:
-        names = ["auto", *(name for name in known if _class_refusal(StrategyRegistry[name]["strategy"]) is None)]
-        usual = [name for name in names if not re.search("find_unused|notebook|xla|tpu", name)]
-        raise LoRAError(
-            f"no strategy '{strategy}'{did_you_mean(strategy.lower(), names)} (there are {', '.join(usual)}, and the"
-            " overlays in configs/strategy/)"
-        )
-    if why:
-        raise LoRAError(f"strategy {strategy}: {why}")
-
-
 def refuse_contradictions(config: Any, trainer: Trainer, module: LoRAModule, data: Any) -> None:
     """Raise where the config, the model and the data contradict each other, before anything is trained."""
     refuse_other_count(config, data)
@@ -132,41 +123,39 @@ def refuse_contradictions(config: Any, trainer: Trainer, module: LoRAModule, dat
     refuse_unlogged(trainer, module, config.get("model.lr_scheduler.init_args"))
 
 
-OF_THE_RUN = re.compile(r"epoch|step|train/loss_step|lr(/.+)?|grad_norm/.+|(samples|tokens)/s|(throughput|memory)/.+")
-"""Metrics that Lightning and the default callbacks log."""
-OURS = ("lora_lightning.",)
-OF_A_FURTHER_SET = re.compile(r"val_[^/]+/.+")
-"""Metrics of further validation sets, which are known only once the data are read."""
+OF_THE_RUN = re.compile(
+    r"epoch|step|train/loss_step|lr(/.+)?|grad_norm/.+|(samples|tokens)/s|(throughput|memory)/.+|val_[^/]+/.+"
+)
+"""Metrics that Lightning and the default callbacks log, and those of further validation sets, which are known only once
+the data are read."""
+OURS = "lora_lightning."
 
 
 def refuse_unlogged(trainer: Trainer, module: LoRAModule, schedule: Mapping[str, Any] | None = None) -> None:
-    """Compare what callbacks and a schedule monitor with what the task logs.
+    """Raise where a callback or schedule monitors what nothing logs, or with a mode that takes the worst for the best.
+
+    Where the user's code may log the metric, it is a warning.
 
     Args:
         schedule: the arguments of the learning rate's schedule; a ReduceLROnPlateau has `monitor` and `mode`.
-
-    Raises:
-        LoRAError: nothing can log a metric, or the mode takes the worst for the best. Where the user's code may log
-            it, it is a warning.
     """
     for who, monitor, mode in _monitored_metrics(trainer, schedule or {}):
-        if (near := why_unlogged(monitor, module)) is None:
-            if (better := module.task.better(monitor)) not in (None, mode):
-                raise LoRAError(
-                    f"{who} monitors '{monitor}' with mode {mode}, which takes the worst for the best: set mode to"
-                    f" {better}"
-                )
-            continue
-        if user_class := _may_log(trainer, module):
-            rank_zero_warn(f"{who} monitors '{monitor}', which is not logged, unless {user_class} does{near}")
-        else:
+        better, near = module.task.better(monitor), why_unlogged(monitor, module)
+        user_class = user_metrics_class(module) or _user_callback(trainer)
+        if near is None and better not in (None, mode):
+            raise LoRAError(
+                f"{who} monitors '{monitor}' with mode {mode}, which takes the worst for the best: set mode to {better}"
+            )
+        if near is not None and not user_class:
             raise LoRAError(f"{who} monitors '{monitor}', which is not logged{near}")
+        if near is not None:
+            rank_zero_warn(f"{who} monitors '{monitor}', which is not logged, unless {user_class} does{near}")
 
 
 def why_unlogged(metric: str, module: LoRAModule) -> str | None:
     """None where the metric is logged; else the end of an error: near misses and the names that are logged."""
     known = [name for stage in ("val", "train") for name in module.task.logged(stage)]
-    if metric in known or OF_THE_RUN.fullmatch(metric) or OF_A_FURTHER_SET.fullmatch(metric):
+    if metric in known or OF_THE_RUN.fullmatch(metric):
         return None
     return f"{did_you_mean(metric, known)} (logged are {', '.join(known)})"
 
@@ -182,14 +171,6 @@ def _monitored_metrics(trainer: Trainer, schedule: Mapping[str, Any]) -> Iterato
         yield "ReduceLROnPlateau", schedule["monitor"], schedule.get("mode") or "min"
 
 
-def _may_log(trainer: Trainer, module: LoRAModule) -> str | None:
-    """The class of a module, task or callback whose metrics are unknown here; None without one."""
-    kinds = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    foreign = [kind for kind in kinds if not kind.__module__.startswith((*OURS, "lightning.pytorch."))]
-    foreign += [kind for kind in kinds if issubclass(kind, LearningRateMonitor)]
-    return user_metrics_class(module) or next((kind.__name__ for kind in foreign), None)
-
-
 def user_metrics_class(module: LoRAModule) -> str | None:
     """The user's class, of the module or the task, that may log other metrics."""
     for owner, where in ((module, type(module).__module__), (module.task, type(module.task).update.__module__)):
@@ -198,41 +179,40 @@ def user_metrics_class(module: LoRAModule) -> str | None:
     return None
 
 
+def _user_callback(trainer: Trainer) -> str | None:
+    """The class of a callback whose metrics are unknown here; None without one."""
+    for kind in map(type, trainer.callbacks):  # type: ignore[attr-defined]
+        known = kind.__module__.startswith((OURS, "lightning.pytorch."))
+        if not known or issubclass(kind, LearningRateMonitor):
+            return kind.__name__
+    return None
+
+
 def refuse_other_count(config: Any, data: Any) -> None:
-    """Raise where a config's `num_classes` contradicts the data, whose count would win silently.
+    """Raise where a config's `num_classes`, of the task or the backbone, contradicts the data, whose count would win.
 
     Only this package's classes are compared: a user's class may have a default, which is in the config too.
-
-    Raises:
-        LoRAError: another `num_classes` of the task or the backbone than the data have labels.
     """
+    count = getattr(data, "num_classes", None)  # data may not know their labels before setup
     for part in ("task", "backbone"):
         configured = config.get(f"model.{part}.init_args.num_classes")
-        ours = str(config.get(f"model.{part}.class_path")).startswith("lora_lightning.")
-        if not ours or configured is None:
-            continue  # data may not know their labels before setup
-        count = getattr(data, "num_classes", None)
-        if count is not None and configured != count:
+        is_ours = str(config.get(f"model.{part}.class_path")).startswith(OURS)
+        if is_ours and None not in (configured, count) and configured != count:
             raise LoRAError(
                 f"model.{part}.init_args.num_classes is {configured}, and the data have {count} labels: leave it out"
             )
 
 
 def refuse_other_size(backbone: Any, task: Task, data: Any = None) -> None:
-    """Compare the size of a transformers model's head with what the task needs.
+    """Raise where the head of a transformers model has another size than the task needs.
 
     Other backbones, and heads whose layers do not tell their size, are checked on the first batch.
 
     Args:
         data: the message lists its label names.
-
-    Raises:
-        LoRAError: the sizes differ, with both numbers.
     """
     count = task.wanted_outputs()
-    if count is None or not is_a(backbone, HF_MODEL):
-        return
-    sizes = _sizes_beside_the_body(backbone)
+    sizes = [] if count is None or not is_a(backbone, HF_MODEL) else _sizes_beside_the_body(backbone)
     if not sizes or count in sizes:
         return
     label_names = getattr(data, "label_names", None) or ()
@@ -246,10 +226,7 @@ def refuse_other_size(backbone: Any, task: Task, data: Any = None) -> None:
 
 def _sizes_beside_the_body(backbone: Any) -> list[int]:
     """Output sizes of the head's layers, in order; empty for a model without a head."""
-    body = f"{backbone.base_model_prefix}."
-    modules = dict(backbone.named_modules())
-    if body.rstrip(".") not in modules:
-        return []
-    head = [module for name, module in modules.items() if not f"{name}.".startswith(body)]
+    modules, body = dict(backbone.named_modules()), backbone.base_model_prefix
+    head = [m for name, m in modules.items() if body in modules and not f"{name}.".startswith(f"{body}.")]
     layers = [module for module in head if isinstance(module, nn.Linear | nn.Conv2d)]
     return [layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels for layer in layers]

@@ -148,13 +148,11 @@ class LoRATrainer(Trainer):
         folder = run.run_of_checkpoint(checkpoint)
         target = Path(output_dir) if output_dir else folder / run.EXPORT
         model.to(self.strategy.root_device)
-        batch = None if datamodule is None else self._probe(model, datamodule)
+        if datamodule is not None:
+            datamodule.prepare_data()
+            datamodule.setup("fit")
+        batch = None if datamodule is None else first_batch(loaders_of(datamodule), model)
         options = {"formats": formats, "dtype": dtype, "max_shard_size": max_shard_size, "serving": serving}
         result = export_module(model, datamodule, folder, target, batch, Console(), scale=scale, **options)
         log_export(self.loggers, folder, target)
         return result
-
-    def _probe(self, model: LoRAModule, datamodule: LightningDataModule) -> dict[str, Any] | None:
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        return first_batch(loaders_of(datamodule), model)

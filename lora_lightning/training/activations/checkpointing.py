@@ -44,17 +44,16 @@ class Recomputation:
     @contextmanager
     def on(self) -> Iterator[None]:
         """Within the block, forward stores only the blocks' inputs."""
-        before = {name: vars(block).get("forward") for name, block in self.blocks.items()}
+        before = {block: vars(block).get("forward") for block in self.blocks.values()}
         try:
             for name, block in self.blocks.items():
-                block.__dict__["forward"] = self._forward_of(name, block)
+                vars(block)["forward"] = self._forward_of(name, block)
             with without_cache(self.backbone):
                 yield
         finally:
-            for name, block in self.blocks.items():
-                block.__dict__.pop("forward", None)
-                if before[name] is not None:
-                    block.__dict__["forward"] = before[name]
+            for block, forward in before.items():
+                vars(block).pop("forward", None)
+                vars(block).update({} if forward is None else {"forward": forward})
 
     def _forward_of(self, name: str, block: nn.Module) -> Callable[..., Any]:
         """The checkpointed forward, the same object in each step: torch.compile would compile anew for another."""

@@ -7,7 +7,7 @@ and a tensor that several operations save, such as the input of query, key and v
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora_lightning.lora.frozen.fingerprint import count_writes
 
@@ -60,25 +61,23 @@ class Offload:
         """Within the block, tensors that operations save for backward are moved, unless all the model is on the CPU."""
         if all(p.device.type in self.stays_on for p in self.model.parameters()):
             if not self._has_warned:
-                self._has_warned = True
                 rank_zero_info("offload_activations: this run is on a CPU already, so that nothing has to be moved")
+            self._has_warned = True
             yield
             return
         tensors = (*self.model.parameters(), *self.model.buffers())
         weights = {tensor.untyped_storage().data_ptr() for tensor in tensors if _is_plain(tensor)}
-        # By the tensor's id: the reference says whether it is still the same tensor.
-        seen: dict[int, tuple[weakref.ref[Tensor], int, Waiting]] = {}
+        seen: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()  # how often it was written into, and its copy
         self.moved = 0
 
         def pack(tensor: Tensor) -> Any:
             if not self._is_moved(tensor, weights):
                 return tensor
-            known = seen.get(id(tensor))
-            if known is not None and known[0]() is tensor and known[1] == count_writes(tensor):
-                return known[2]
-            waiting = Waiting(tensor)
-            seen[id(tensor)] = (weakref.ref(tensor), count_writes(tensor), waiting)
-            self.moved += tensor.nbytes
+            writes, waiting = seen.get(tensor, (None, None))
+            if writes != count_writes(tensor):
+                waiting = Waiting(tensor)
+                seen[tensor] = count_writes(tensor), waiting
+                self.moved += tensor.nbytes
             return waiting
 
         def unpack(packed: Any) -> Tensor:
@@ -86,7 +85,6 @@ class Offload:
 
         with saved_tensors_hooks(pack, unpack):
             yield
-        seen.clear()
 
     def _is_moved(self, tensor: Tensor, weights: set[int]) -> bool:
         if not _is_plain(tensor) or tensor.device.type in self.stays_on or tensor.nbytes < self.small:

@@ -58,12 +58,7 @@ class ExportAtEnd(Callback):
         self.options = {"formats": wanted, "dtype": dtype, "max_shard_size": max_shard_size, "serving": serving}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raise before the fit where the export would fail after it; nothing is wrapped or sharded yet.
-
-        Raises:
-            LoRAError: the module is no LoRAModule, the target is a folder that is no export, or the server does not
-                take the adapter.
-        """
+        """Raise before the fit where the export would fail after it; nothing is wrapped or sharded yet."""
         if stage != "fit":
             return
         backbone = lora_module(pl_module, self).backbone

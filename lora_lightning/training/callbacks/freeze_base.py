@@ -121,11 +121,7 @@ def freeze(backbone: nn.Module) -> None:
 
 
 def refuse_lost(report: InjectionReport, backbone: nn.Module) -> None:
-    """Raise where an injected adapter is gone, or token rows no longer train.
-
-    Raises:
-        LoRAError: names what was replaced, as `resize_token_embeddings` replaces a head.
-    """
+    """Raise where an injected adapter is gone, or token rows no longer train."""
     present = {layer.lora_name(path) for path, layer in adapted_layers(backbone)}
     present |= {name for name, _ in grafted_modules(backbone, SavedCopy)}
     present |= {name for name, rows in grafted_modules(backbone, TokenRows) if rows.lora_tokens.requires_grad}
@@ -138,11 +134,7 @@ def refuse_lost(report: InjectionReport, backbone: nn.Module) -> None:
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
-    """Raise unless the optimizers have all trainable parameters and no others.
-
-    Raises:
-        LoRAError: names the first that is missing or frozen.
-    """
+    """Raise unless the optimizers have all trainable parameters and no others."""
     optimized = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in optimized]
     surplus = [name for name, p in module.named_parameters() if not p.requires_grad and id(p) in optimized]
@@ -157,9 +149,6 @@ def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
 
     Args:
         finite: also require finite gradients.
-
-    Raises:
-        LoRAError: with the list.
     """
     trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     without = [name for name, p in trainable if p.grad is None] or _missed_shards(trainable)

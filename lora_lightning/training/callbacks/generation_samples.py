@@ -59,11 +59,7 @@ class Samples(Callback):
         self.samples = list(state_dict["samples"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raise before the fit where no samples can be made.
-
-        Raises:
-            LoRAError: a backbone that does not generate, or data without prompts.
-        """
+        """Raise before the fit where no samples can be made."""
         if stage != "fit":
             return
         if not isinstance(pl_module, LoRAModule) or not isinstance(pl_module.backbone, GenerationMixin):

@@ -20,32 +20,22 @@ class StepFigures(Callback):
     group's; other groups, such as B's in LoRA+, are logged as `lr/NAME` where their rate differs.
     """
 
-    def __init__(self) -> None:
-        self._other_rates: set[str] = set()
-
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if not trainer.loggers or not (is_logged(trainer) or trainer.should_stop):
             return
-        layers = [layer for _, layer in adapted_layers(pl_module)]
+        layers, (first, *others) = [layer for _, layer in adapted_layers(pl_module)], optimizer.param_groups
+        figures: dict[str, Any] = {"lr": float(first["lr"])}
+        for i, group in enumerate(others, 1):
+            if any(group.get(key) != first.get(key) for key in ("lr", "initial_lr")):
+                figures[f"lr/{group.get('name', f'group_{i}')}"] = float(group["lr"])
         parts = {
             "A": [layer.lora_A for layer in layers],
             "B": [layer.lora_B for layer in layers],
             "all": [parameter for group in optimizer.param_groups for parameter in group["params"]],
         }
-        figures = self._rates(optimizer)
         for name, parameters in parts.items():
             if gradients := [p.grad for p in parameters if p.grad is not None]:
                 norm = torch.nn.utils.get_total_norm(gradients)
                 # Of sharded gradients all processes must gather it.
                 figures[f"grad_norm/{name}"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
         pl_module.log_dict(figures, batch_size=1)
-
-    def _rates(self, optimizer: Optimizer) -> dict[str, Any]:
-        groups = [(group.get("name", f"group_{i}"), group) for i, group in enumerate(optimizer.param_groups)]
-        first = groups[0][1]
-        for name, group in groups[1:]:
-            if any(group.get(key) != first.get(key) for key in ("lr", "initial_lr")):
-                self._other_rates.add(name)
-        return {"lr": float(first["lr"])} | {
-            f"lr/{name}": float(group["lr"]) for name, group in groups if name in self._other_rates
-        }

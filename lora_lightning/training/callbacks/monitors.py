@@ -151,11 +151,7 @@ class DriftMonitor(Monitor):
         self._names: list[str] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raise before the fit where the drift cannot be measured.
-
-        Raises:
-            LoRAError: a module that is no LoRAModule; texts without a tokenizer, or a file that cannot be read.
-        """
+        """Raise before the fit where the drift cannot be measured."""
         if stage == "fit":
             task, data = lora_module(pl_module, self).task, trainer.datamodule  # type: ignore[attr-defined]
             _, self._texts = choose_texts(self.texts, task, data, column=self.text_column, most=self.count)

@@ -58,11 +58,7 @@ class PredictionWriter(BasePredictionWriter):
             Console().print(f"{len(lines)} predictions in {file}", soft_wrap=True)
 
     def _columns(self, trainer: Trainer, index: int) -> Mapping[str, Sequence[Any]]:
-        """The columns to write beside the predictions of the set with this number.
-
-        Raises:
-            LoRAError: the data have no such column.
-        """
+        """The columns to write beside the predictions of the set with this number."""
         data, wanted = trainer.datamodule, getattr(trainer, "predict_columns", None)  # type: ignore[attr-defined]
         if (table := table_of(data)) is not None:
             return table.columns_to_join(index, wanted)

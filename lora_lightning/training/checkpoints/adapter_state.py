@@ -65,14 +65,7 @@ RESUME_FIELDS: Fields = {
 
 
 def refuse_damaged_fields(checkpoint: Mapping[str, Any], *, resumes: bool) -> None:
-    """Raise unless a checkpoint has the fields above, with their types.
-
-    Args:
-        resumes: whether a fit resumes from it, which needs more than its weights.
-
-    Raises:
-        AdapterError: the first field that is missing or has another type.
-    """
+    """Raise unless a checkpoint has the fields above, with their types; a fit that resumes needs more than weights."""
     if CHECKPOINT_KEY not in checkpoint:
         raise AdapterError("this checkpoint was not written by lora_lightning: it has no adapter in it")
     if resumes and "optimizer_states" not in checkpoint:
@@ -83,23 +76,20 @@ def refuse_damaged_fields(checkpoint: Mapping[str, Any], *, resumes: bool) -> No
     wanted = {**FIELDS, **(FIT_FIELDS if resumes else {})}
     wanted |= RESUME_FIELDS if resumes and RESUME_KEY in checkpoint else {}
     for path, kind in wanted.items():
+        name, expected = path.replace("/", "."), kind if isinstance(kind, type) else kind[0]
         try:
             value = functools.reduce(operator.getitem, path.split("/"), checkpoint)
         except (KeyError, TypeError):
-            raise AdapterError(_damage_line(f"no '{path.replace('/', '.')}'")) from None
+            raise _damage(f"no '{name}'") from None
         if not isinstance(value, kind):
-            name = kind.__name__ if isinstance(kind, type) else kind[0].__name__
-            what = f"{value!r:.40} as '{path.replace('/', '.')}', where a {name} is expected"
-            raise AdapterError(_damage_line(what))
-    if resumes:
-        states = checkpoint["optimizer_states"]
-        if not states or not all(isinstance(state, dict) and state.get("param_groups") for state in states):
-            what = f"{states!r:.40} as 'optimizer_states', where the state of an optimizer is expected"
-            raise AdapterError(_damage_line(what))
+            raise _damage(f"{value!r:.40} as '{name}', where a {expected.__name__} is expected")
+    states = checkpoint["optimizer_states"] if resumes else []
+    if resumes and not (states and all(isinstance(state, dict) and state.get("param_groups") for state in states)):
+        raise _damage(f"{states!r:.40} as 'optimizer_states', where the state of an optimizer is expected")
 
 
-def _damage_line(what: str) -> str:
-    return f"the checkpoint is damaged: it has {what}; take an older one, or its NAME.ckpt.previous"
+def _damage(what: str) -> AdapterError:
+    return AdapterError(f"the checkpoint is damaged: it has {what}; take an older one, or its NAME.ckpt.previous")
 
 
 def adapter_only(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,11 +105,7 @@ def frozen_keys_of(module: nn.Module) -> set[str]:
 
 
 def refuse_other_config(checkpoint: Mapping[str, Any], config: LoRAConfig) -> None:
-    """Raise where the checkpoint's adapter has another config; only dropout may differ.
-
-    Raises:
-        AdapterError: the first field that differs, with both values.
-    """
+    """Raise where the checkpoint's adapter has another config; only dropout may differ."""
     trained, here = checkpoint[CHECKPOINT_KEY]["config"], config.to_dict()
     for name in dict.fromkeys([*here, *trained]):
         if trained.get(name) != here.get(name) and name not in {"dropout", "dropout_pattern"}:
@@ -130,15 +116,7 @@ def refuse_other_config(checkpoint: Mapping[str, Any], config: LoRAConfig) -> No
 
 
 def refuse_other_tensors(module: nn.Module, expected: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Raise unless a checkpoint's tensors fit the adapter by keys and shapes.
-
-    Args:
-        expected: the module's state dict.
-        state: the checkpoint's.
-
-    Raises:
-        AdapterError: a list of keys that are missing, left over or wrongly shaped.
-    """
+    """Raise unless a checkpoint's tensors `state` fit the adapter in a module's state `expected` by keys and shapes."""
     state = {plain_name(module, key): value for key, value in state.items()}
     frozen = frozen_keys_of(module)
     named = {plain_name(module, key): value for key, value in expected.items()}

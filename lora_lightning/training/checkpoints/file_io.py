@@ -85,11 +85,7 @@ def _keep_previous(path: Path) -> None:
 
 
 def check_whole(path: Path) -> None:
-    """Raise unless every entry of the file matches its checksum.
-
-    Raises:
-        DamagedCheckpointError: names the first damage.
-    """
+    """Raise unless every entry of the file matches its checksum."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():

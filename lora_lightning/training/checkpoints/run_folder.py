@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -28,9 +28,8 @@ except ImportError:  # on Windows
 CONFIG, REPORT, PAGE = html.CONFIG, html.REPORT, html.PAGE
 CHECKPOINTS, EXPORT = "checkpoints", "export"
 LOCK = ".lock"
-HELD = "LORA_LIGHTNING_RUN_FOLDERS"
-"""The environment variable with the run folders that this process has locked, which its spawned and forked ranks read:
-closing a second handle of a file would release its lock."""
+HELD: set[Path] = set()
+"""The run folders that this process has locked: closing a second handle of a file would release its lock."""
 
 
 def run_dir(trainer: Trainer) -> Path | None:
@@ -54,12 +53,8 @@ def lock_run(folder: Path | None) -> Iterator[None]:
     """Within the block no other process, on this machine or one that shares the disk, trains in this run folder.
 
     The system's lock on the file `.lock` ends with the process, however that ends.
-
-    Raises:
-        LoRAError: another process has the lock, with its id.
     """
-    held = str(folder) in os.environ.get(HELD, "").split(os.pathsep)
-    if folder is None or fcntl is None or held:
+    if folder is None or fcntl is None or folder in HELD:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,12 +74,11 @@ def lock_run(folder: Path | None) -> Iterator[None]:
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
-        before = os.environ.get(HELD, "")
-        os.environ[HELD] = os.pathsep.join([before, str(folder)])
+        HELD.add(folder)
         try:
             yield
         finally:
-            os.environ[HELD] = before
+            HELD.remove(folder)
             file.unlink(missing_ok=True)
 
 
@@ -117,15 +111,16 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
         LoRAError: there is no checkpoint, with what there is.
     """
     path = Path(path)
-    if path.is_file() and not (is_zipfile(path) or _previous_file(path).exists()):
-        raise LoRAError(f"'{path}' is not a whole checkpoint{_format_hint(path)}")
+    previous = path.with_name(path.name + PREVIOUS)
     if path.is_dir() and (path.suffix == ".ckpt" or (path / ".metadata").is_file()):
         raise LoRAError(
             f"'{path}' is a checkpoint in parts, and files are read here: go on from it, or export it, with the version"
             " of lora_lightning that wrote it"
         )
-    if path.is_file() or (path.suffix == ".ckpt" and _previous_file(path).exists()):
+    if is_zipfile(path) or previous.exists():
         return path
+    if path.is_file():
+        raise LoRAError(f"'{path}' is not a whole checkpoint{_format_hint(path)}")
     if not path.is_dir():
         near = similar_names(path) or did_you_mean(str(path), ("best", "last"))
         raise LoRAError(f"no checkpoint or run folder '{path}'{near}")
@@ -162,10 +157,6 @@ def similar_names(path: Path) -> str:
     return suggestion(path.parent / name for name in near)
 
 
-def _previous_file(checkpoint: Path) -> Path:
-    return checkpoint.with_name(checkpoint.name + PREVIOUS)
-
-
 def _checkpoints(folder: Path) -> list[Path]:
     """A folder's checkpoints, oldest first, also those of which only the `.previous` file exists."""
     times = {file.with_suffix(""): file.stat().st_mtime for file in folder.glob(f"*.ckpt{PREVIOUS}")}
@@ -182,10 +173,7 @@ def newest_checkpoint(runs: Path) -> Path | None:
 
 
 def continued_version(checkpoint: Path, runs: Path) -> int | None:
-    """The version of `runs` that a fit from this checkpoint continues: the checkpoint is the newest state there.
-
-    A fit from an older checkpoint, or from another run's, makes a new version (None).
-    """
+    """The version of `runs` whose newest state this checkpoint is, so that a fit goes on there; else None."""
     folder = run_of_checkpoint(checkpoint)
     version = _number(folder.name)
     is_of_runs = version >= 0 and folder.resolve() == (runs / f"version_{version}").resolve()
@@ -222,13 +210,7 @@ def _pick(files: list[Path], which: str) -> Path:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint's content, tensors and plain data only, on the CPU.
-
-    Where it is damaged, the one before it is read, with a warning.
-
-    Raises:
-        LoRAError: it is missing or damaged, or contains anything else.
-    """
+    """A checkpoint's tensors and plain data, on the CPU; of a damaged one the file before it, with a warning."""
     try:
         content = read_checkpoint(Path(path))
     except FileNotFoundError as error:
@@ -242,12 +224,10 @@ def read_report(file: Path) -> dict[str, Any]:
     """A report's content; a file that cannot be read is renamed, for an error would end a finished fit."""
     if not file.is_file():
         return {}
-    try:
+    with suppress(ValueError):
         content = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             return content
-    except ValueError:
-        pass
     aside = file.with_name(f"{file.name}.damaged")
     file.replace(aside)
     rank_zero_warn(f"'{file}' is no JSON object and is now '{aside.name}'; the report begins anew")

@@ -29,6 +29,7 @@ from torchmetrics import Metric
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.tasks.base import StepOutput, Task
+from lora_lightning.tasks.positions import in_evaluation
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.collectives import gather
@@ -73,11 +74,7 @@ class Standing:
 
 
 def parse_rungs(texts: Sequence[str]) -> list[Fraction]:
-    """Shares of all steps, ascending.
-
-    Raises:
-        LoRAError: a text is no share, or the shares do not ascend.
-    """
+    """Shares of all steps, ascending."""
     try:
         shares = [Fraction(text.strip()) for text in texts]
     except (ValueError, ZeroDivisionError):
@@ -154,12 +151,11 @@ def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standin
         LoRAError: there is no validation set, or it is too small for a standard error.
     """
     loaders: Any = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-    loaders = loaders if isinstance(loaders, list) else [loaders]
-    if not loaders:
+    loader = loaders if not isinstance(loaders, list) else loaders[0] if loaders else None
+    if loader is None:
         raise LoRAError(
             "halving compares members on the validation set, and the data have none: give data.split a share"
         )
-    loader = loaders[0]
     task = copy.deepcopy(module.task)
     task.reset("val")  # a task that generates texts reads which stage began last
     outputs = _outputs(trainer, module, task, loader)
@@ -183,20 +179,15 @@ def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standin
 
 @torch.no_grad()
 def _outputs(trainer: Trainer, module: LoRAModule, task: Task, loader: Any) -> list[StepOutput]:
-    """The task's output of each batch, on the CPU."""
-    before, modes = random_state(), {inner: inner.training for inner in module.modules()}
-    module.eval()
-    limit, outputs = trainer.limit_val_batches, []
-    count = limit if isinstance(limit, int) else None if limit == 1.0 else int(len(loader) * limit)  # as Lightning's
-    try:
+    """The task's output of each batch, on the CPU; as in Lightning's validation, with its share of the batches."""
+    before, limit, outputs = random_state(), trainer.limit_val_batches, []
+    count = limit if isinstance(limit, int) else None if limit == 1.0 else int(len(loader) * limit)
+    with in_evaluation(module):
         for read in islice(loader, count):
             batch = trainer.strategy.batch_to_device(read, module.device)
             with trainer.precision_plugin.val_step_context():
                 outputs.append(move_data_to_device(task.evaluate(module.backbone, batch), "cpu"))
-    finally:
-        for inner, mode in modes.items():
-            inner.training = mode
-        set_random_state(before)
+    set_random_state(before)
     return outputs
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,6 +83,15 @@ class Member:
         """Whether its fit has ended, in whatever way: a dropped member's ends with a validation."""
         return not self.is_left and (self.turns is None or self.turns.is_over)
 
+    def fit(self, datamodule: LightningDataModule) -> None:
+        """Fit it; Lightning would move W0 off the device at the end, also for the other members."""
+        self.module.cpu = lambda: self.module  # type: ignore[method-assign]
+        try:
+            self.trainer.fit(self.module, datamodule=datamodule, ckpt_path=self.ckpt_path)
+        finally:
+            vars(self.module).pop("cpu")
+            vars(self.module.task).pop("evaluate", None)  # see `replay`
+
 
 class _TakeTurns(Callback):
     """Pauses a member's fit after each batch, and evaluates the member at rungs."""
@@ -94,28 +105,23 @@ class _TakeTurns(Callback):
         if population.halving is not None:
             refuse_metric(self.member.module, population.metric)
             population.rungs = rung_steps(population.halving.rungs, population.steps)
-        self._stand(trainer)
-        self.turns.pause()
+        self.on_train_batch_end(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if not is_between_steps(trainer):
-            self._stand(trainer)
-        self.turns.pause()
-
-    def _stand(self, trainer: Trainer) -> None:
-        """At a rung that is not decided yet: evaluate the member, and wait for all others."""
+        """At a rung that is not decided yet, evaluate the member, and wait for all others."""
         member, population = self.member, self.population
-        for rung, step in enumerate(population.rungs):
-            if trainer.global_step < step or rung < len(population.decisions):
-                continue
-            member.standing, outputs = standing(trainer, member.module, population.metric)
-            member.rung = rung
-            self.turns.pause()
-            member.rung = None
-            if member.state == "dropped":
-                replay(member.module, outputs)
-                trainer.should_stop = True
-                return
+        if not is_between_steps(trainer):
+            for rung, step in enumerate(population.rungs):
+                if trainer.global_step >= step and rung == len(population.decisions):
+                    member.standing, outputs = standing(trainer, member.module, population.metric)
+                    member.rung = rung
+                    self.turns.pause()
+                    member.rung = None
+                    if member.state == "dropped":
+                        replay(member.module, outputs)
+                        trainer.should_stop = True
+                        break
+        self.turns.pause()
 
 
 class Population:
@@ -196,15 +202,19 @@ class Population:
         """
         with in_all_processes(self.members[0].trainer, unless=(Interrupted,)):
             self._take_turns(datamodule, say)
-            for member in self.members:
-                member.module.__dict__.pop("cpu", None)  # see _turns
             errors = [member.turns.error for member in self.members if member.turns and member.state == "failed"]
-            if errors and errors[0] is not None and len(errors) == len(self.members):
+            if len(errors) == len(self.members) and errors[0] is not None:
                 raise errors[0]
 
     def _take_turns(self, datamodule: LightningDataModule, say: Callable[[Population], None]) -> None:
         """Give members their turns in the same order in all processes, so that their collectives match."""
-        fits = {member.name: (member, self._begin(member, datamodule)) for member in self.members if member.is_left}
+        fits: dict[str, tuple[Member, Turns]] = {}
+        for member in self.members:
+            if member.is_left:
+                member.state, fit = "fits", functools.partial(member.fit, datamodule)
+                member.turns = turns = Turns(fit, member.random, member.log)
+                member.trainer.callbacks.insert(0, _TakeTurns(member, turns, self))  # type: ignore[attr-defined]
+                fits[member.name] = member, turns
         signum: int | None = None  # of a signal to any process
         with _record_signals() as received:
             while fits:
@@ -217,7 +227,7 @@ class Population:
                     turns.resume()
                     if turns.is_over:
                         del fits[member.name]
-                        self._close(member, turns.error)
+                        _close(member, turns.error)
                 if signum is None:
                     self._decide()
                     signum = next((number for numbers in gather(received[:1]) for number in numbers), None)
@@ -225,56 +235,36 @@ class Population:
         if signum is not None:
             raise Interrupted(signum)
 
-    def _begin(self, member: Member, datamodule: LightningDataModule) -> Turns:
-        """Make a member's fit, which waits for its first turn."""
-        member.state = "fits"
-        # Lightning calls it at a fit's end: it would move W0 off the device, also for the other members.
-        member.module.cpu = lambda: member.module  # type: ignore[method-assign]
-
-        def fit() -> None:
-            member.trainer.fit(member.module, datamodule=datamodule, ckpt_path=member.ckpt_path)
-
-        member.turns = turns = Turns(fit, member.random, member.log)
-        member.trainer.callbacks.insert(0, _TakeTurns(member, turns, self))  # type: ignore[attr-defined]
-        return turns
-
-    def _close(self, member: Member, error: BaseException | None) -> None:
-        if isinstance(error, PreemptedError):
-            member.state = "waits"
-            return
-        if error is not None and not all_arrive():
-            raise error  # in this process alone: the others wait in the middle of the member's turn
-        member.module.task.__dict__.pop("evaluate", None)  # see `replay`
-        if error is not None:
-            member.state, member.reason = "failed", f"{type(error).__name__}: {error}"
-        elif member.state == "fits":
-            member.state = "complete"
-
     def _decide(self) -> None:
         """Drop members once all remaining ones have reached the next rung."""
         left = {member.name: member for member in self.members if member.is_left}
         if self.halving is None or not left or any(member.rung != len(self.decisions) for member in left.values()):
             return
         standings = {name: member.standing for name, member in left.items() if member.standing is not None}
-        keep, goal = -(-len(left) // self.halving.eta), self.goal
+        keep, goal = math.ceil(len(left) / self.halving.eta), self.goal
         why = run_in_first(lambda: choose_dropped(standings, keep, goal))
         share, trainer = str(self.halving.rungs[len(self.decisions)]), next(iter(left.values())).trainer
         for name, behind in why.items():
             at = f"at rung {share}, after {trainer.global_step} steps, {self.metric} {standings[name].value:.4f}"
             left[name].state, left[name].reason = "dropped", f"{at}: {behind}"
-        self.decisions.append(
-            {
-                "rung": share,
-                "step": trainer.global_step,
-                "metric": self.metric,
-                "values": {name: reached.value for name, reached in standings.items()},
-                "losses": {name: reached.loss for name, reached in standings.items()},
-                "dropped": {name: left[name].reason for name in why},
-            }
-        )
+        decision = {"rung": share, "step": trainer.global_step, "metric": self.metric}
+        decision["values"] = {name: reached.value for name, reached in standings.items()}
+        decision["losses"] = {name: reached.loss for name, reached in standings.items()}
+        decision["dropped"] = {name: left[name].reason for name in why}
+        self.decisions.append(decision)
         if self.folder is not None and trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_bytes(self.folder / DECISIONS, json.dumps(self.decisions, indent=2).encode())
+
+
+def _close(member: Member, error: BaseException | None) -> None:
+    if isinstance(error, PreemptedError):
+        member.state = "waits"
+    elif error is not None:
+        if not all_arrive():
+            raise error  # in this process alone: the others wait in the middle of the member's turn
+        member.state, member.reason = "failed", f"{type(error).__name__}: {error}"
+    elif member.state == "fits":
+        member.state = "complete"
 
 
 def refuse_strategy(trainer: Trainer) -> None:
@@ -311,11 +301,7 @@ def share_w0(first: Member, member: Member) -> None:
 
 
 def share_base(first: nn.Module, other: nn.Module) -> None:
-    """Let `other` use the tensors of `first` as its W0, which must be equal, or not yet filled.
-
-    Raises:
-        LoRAError: a tensor differs.
-    """
+    """Let `other` use the tensors of `first` as its W0, which must be equal, or not yet filled."""
     here = {place.name: place.tensor for place in iter_base(first)}
     for place in iter_base(other) if other is not first else ():
         shared = here.get(place.name)

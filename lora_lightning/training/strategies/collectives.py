@@ -41,37 +41,20 @@ def reduce_number(trainer: Trainer, local: float, operation: Literal["sum", "max
     return float(trainer.strategy.reduce(number, reduce_op=operation))
 
 
-def first_problem(local: str | None) -> str | None:
-    """The first problem of any process, in all of them; each must call it."""
-    return next((problem for problem in gather(local) if problem is not None), None)
-
-
 def run_in_all(run: Callable[[], T]) -> T:
-    """This process's result, once all have one.
-
-    Raises:
-        LoRAError: the first error of any process, in all of them.
-    """
-    error: Exception | None = None
+    """This process's result, once all have one; the first error of any process is a LoRAError in the others."""
     try:
         value = run()
-    except Exception as caught:  # the others must know of any error
-        error = caught
-    is_ours = isinstance(error, LoRAError)
-    problem = first_problem(None if error is None else str(error) if is_ours else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    if problem is not None:
+    except Exception as error:  # the others must know of any error
+        gather(str(error) if isinstance(error, LoRAError) else f"{type(error).__name__}: {error}")
+        raise
+    if problem := next(filter(None, gather(None)), None):
         raise LoRAError(problem)
     return value
 
 
 def run_in_first(run: Callable[[], T]) -> T:
-    """Process 0's result, in all of them.
-
-    Raises:
-        LoRAError: its error, in all of them.
-    """
+    """Process 0's result, or its error as a LoRAError, in all of them."""
     value = run_in_all(lambda: run() if rank() == 0 else None)
     if world_size() > 1:
         shared = [value]

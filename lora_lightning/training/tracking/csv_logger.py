@@ -14,25 +14,21 @@ from lightning.pytorch.utilities import rank_zero_only
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 
 
-class _ContinuedWriter(ExperimentWriter):
-    def __init__(self, log_dir: str) -> None:
+class _Writer(ExperimentWriter):
+    """Lightning's writer, which leaves an earlier log alone until there is a row, or goes on with it."""
+
+    def __init__(self, log_dir: str, goes_on: bool) -> None:
         super().__init__(log_dir)
-        self.metrics_keys = whole_rows(Path(self.metrics_file_path))[0]
-
-    def _check_log_dir_exists(self) -> None:
-        """Accept an existing folder, and delete nothing."""
-
-
-class _RepeatedWriter(ExperimentWriter):
-    _is_fresh = False
+        self.replaces = not goes_on
+        self.metrics_keys = whole_rows(Path(self.metrics_file_path))[0] if goes_on else []
 
     def _check_log_dir_exists(self) -> None:
         """Accept an existing folder, and delete nothing yet."""
 
     def save(self) -> None:
-        if self.metrics and not self._is_fresh:
+        if self.metrics and self.replaces:
             Path(self.metrics_file_path).unlink(missing_ok=True)
-            self._is_fresh = True
+            self.replaces = False
         super().save()
 
 
@@ -42,20 +38,20 @@ class RepeatedCSVLogger(CSVLogger):
     Lightning deletes it before it reads a checkpoint: a refused `test` would lose the last one's metrics.
     """
 
-    writer: type[ExperimentWriter] = _RepeatedWriter
+    goes_on = False
 
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         if self._experiment is None:
-            self._experiment = self.writer(self.log_dir)
+            self._experiment = _Writer(self.log_dir, self.goes_on)
         return self._experiment  # type: ignore[return-value]
 
 
 class ContinuedCSVLogger(RepeatedCSVLogger):
     """Lightning's CSVLogger, which appends to an existing file in place of deleting it."""
 
-    writer = _ContinuedWriter
+    goes_on = True
 
     @rank_zero_only
     def go_on_from(self, step: int) -> None:

@@ -79,8 +79,8 @@ class Tracking(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the report's values, and the run's adapters and export."""
-        folder, loggers = run.run_dir(trainer), wandb_loggers(trainer.loggers)
-        if folder is None or not loggers or not trainer.is_global_zero or not isinstance(pl_module, LoRAModule):
+        folder, loggers = run.dir_to_write(trainer), wandb_loggers(trainer.loggers)
+        if folder is None or not loggers or not isinstance(pl_module, LoRAModule):
             return
         report = log_report(loggers, folder)
         if not self.artifacts:
@@ -183,11 +183,11 @@ def prediction_table(trainer: Trainer, module: LoRAModule, count: int) -> tuple[
     names, tokenizer = getattr(data, "label_names", None), getattr(data, "tokenizer", None)
     size = min(count, *map(len, predictions.values()))
     table = []
-    for i, row in enumerate(rows([predictions], [range(size)], names)):  # type: ignore[list-item]
-        beside = {"input": input_of(batch, i, tokenizer), "target": _target(batch, i, names)}
+    for row in rows([predictions], [range(size)], names):
+        number = row.pop("row")  # in this batch, not in the set
+        beside = {"input": input_of(batch, number, tokenizer), "target": _target(batch, number, names)}
         table.append({name: value for name, value in beside.items() if value is not None} | row)
-    columns = [name for name in table[0] if name != "row"]  # its number in this batch, not in the set
-    return columns, [[_cell(row.get(name)) for name in columns] for row in table]
+    return list(table[0]), [[_cell(row.get(name)) for name in table[0]] for row in table]
 
 
 def _target(batch: Mapping[str, Any], row: int, names: list[str] | None) -> Any:

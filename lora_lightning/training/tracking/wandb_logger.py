@@ -87,11 +87,7 @@ def _kind(logger: Any) -> str:
 
 
 def refuse_no_key() -> None:
-    """Raise where a run is to be online and W&B would prompt for a key.
-
-    Raises:
-        LoRAError: with the three ways out.
-    """
+    """Raise where a run is to be online and W&B would prompt for a key."""
     if os.environ.get("WANDB_MODE") is None and not has_wandb_key():
         raise LoRAError(
             "W&B has no key here: run `wandb login`, set WANDB_API_KEY, or leave `offline` out: the run then stays on"

@@ -37,11 +37,11 @@ class AdapterCheckpoints(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The tensors that train, whole, in process 0 only."""
-        return _gather_state(adapter_only(self._module, self._module.state_dict()))
+        return _gather(adapter_only(self._module, self._module.state_dict()))  # type: ignore[no-any-return]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """An optimizer's state, whole, in process 0 only."""
-        return _gather_state(_plain_optimizer(optimizer).state_dict())
+        return _gather(_plain_optimizer(optimizer).state_dict())  # type: ignore[no-any-return]
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -65,11 +65,7 @@ class AdapterCheckpoints(ModelParallelStrategy):
         return run_in_all(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the adapter into the shards.
-
-        Raises:
-            AdapterError: keys are missing, left over or wrongly shaped; nothing was changed.
-        """
+        """Load the adapter into the shards, unless keys are missing, left over or wrongly shaped."""
         module, state = self._module, checkpoint["state_dict"]
         if strict:
             refuse_other_tensors(module, module.state_dict(), state)
@@ -97,23 +93,15 @@ def _plain_optimizer(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _gather_state(state: dict[str, Any]) -> dict[str, Any]:
-    """A nested state with its tensors gathered one by one, on the CPU, in process 0; {} in the others.
-
-    All processes must call it.
-    """
-    whole = {key: _gather_whole(value) for key, value in state.items()}
-    return whole if rank() == 0 else {}
-
-
-def _gather_whole(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _gather_whole(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_gather_whole(inner) for inner in value]
-    if not isinstance(value, Tensor):
-        return value
-    whole = value.full_tensor() if isinstance(value, DTensor) else value
+def _gather(state: Any) -> Any:
+    """A nested state with its tensors gathered one by one, on the CPU, in process 0, and without them in the others."""
+    if isinstance(state, dict):
+        return {key: _gather(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_gather(value) for value in state]
+    if not isinstance(state, Tensor):
+        return state
+    whole = state.full_tensor() if isinstance(state, DTensor) else state
     return whole.detach().cpu() if rank() == 0 else None
 
 

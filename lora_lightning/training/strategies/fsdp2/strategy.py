@@ -76,11 +76,7 @@ class FSDP2Strategy(AdapterCheckpoints, ShardedStrategy):
         super().setup_environment()
 
     def shard_module(self, module: LoRAModule) -> None:
-        """Shard the module's backbone; `LoRAModule.configure_model` calls this more than once.
-
-        Raises:
-            LoRAError: something cannot be sharded.
-        """
+        """Shard the module's backbone; `LoRAModule.configure_model` calls this more than once."""
         if is_sharded(module.backbone):
             return
         self._refuse(module)
@@ -132,11 +128,7 @@ class FSDP2Strategy(AdapterCheckpoints, ShardedStrategy):
         return super().training_step(*args, **kwargs)
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Raise unless all gradients were summed over the processes.
-
-        Raises:
-            LoRAError: the task's loss did not come through the backbone's own call.
-        """
+        """Raise unless all gradients were summed over the processes."""
         super().post_backward(closure_loss)
         left = [n for n, p in self._module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
         if left:

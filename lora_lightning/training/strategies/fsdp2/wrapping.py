@@ -83,11 +83,7 @@ def _refuse_quantized(backbone: nn.Module) -> None:
 
 
 def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Frozen parameters that cannot be sharded: scalars, and those that several blocks share.
-
-    Raises:
-        LoRAError: one of them trains; its gradients would not be summed over the processes.
-    """
+    """Frozen parameters that cannot be sharded: scalars, and those that several blocks share."""
     inside = {id(module) for block in blocks.values() for module in block.modules()}
     outside = [module for module in backbone.modules() if id(module) not in inside]
     places = Counter(id(p) for block in blocks.values() for p in block.parameters())
