@@ -189,9 +189,9 @@ class LoRAModule(LightningModule):
         optimizer = make_optimizer(self, self.optimizer, self.b_lr_ratio)  # type: ignore[arg-type]
         if self.lr_scheduler is None:
             return optimizer
-        scheduler, trainer = self.lr_scheduler(optimizer), self.trainer
+        scheduler = self.lr_scheduler(optimizer)
         entry = schedule_entry(
-            scheduler, self.lr_interval, self.task, lambda: trainer.estimated_stepping_batches, self.b_lr_ratio
+            scheduler, self.lr_interval, self.task, lambda: self.trainer.estimated_stepping_batches, self.b_lr_ratio
         )
         return {"optimizer": optimizer, "lr_scheduler": entry}
 
