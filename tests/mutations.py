@@ -28,11 +28,11 @@ HEAVY = ("torch", "lightning.pytorch.cli", "torchmetrics", "transformers", "data
 # After `==` the guard and its function; after `-` the lines that become those after `+`, or nothing; after `by` each
 # test that must then fail: `by lora/inject::test_x` is `tests/lora/test_inject.py::test_x`.
 TABLE = """
-== law 2: W0 at the end of a fit, in training.callbacks.freeze_base.FreezeBase.on_train_end
+== law 2: W0 at the end of a fit, in training.callbacks.guards.FreezeBase.on_train_end
 -        self._prove(pl_module)
 by training/guards::test_a_moved_w0_stops_the_fit[body.4.bias]
 by training/guards::test_a_moved_w0_stops_the_fit[body.1.running_mean]
-== law 2: W0 before a checkpoint is written, in training.callbacks.freeze_base.FreezeBase.on_save_checkpoint
+== law 2: W0 before a checkpoint is written, in training.callbacks.guards.FreezeBase.on_save_checkpoint
 -        if self.proves_at == "checkpoint" or best != scores:
 -            self._prove(pl_module)
 +        del best
@@ -42,7 +42,7 @@ by training/guards::test_no_checkpoint_is_written_over_a_good_one_once_w0_has_mo
 -        if (trainer := trainer_of(self)) is not None:
 +        if (trainer := trainer_of(self)) is not None:
 by training/module::test_a_second_fit_on_a_w0_that_was_written_to_starts_from_that
-== law 2: what someone thaws is frozen again, in training.callbacks.freeze_base.freeze
+== law 2: what someone thaws is frozen again, in training.callbacks.guards.freeze
 -            parameter.requires_grad_(False)
 +            pass
 by training/guards::test_a_parameter_that_someone_thaws_is_frozen_again
@@ -50,11 +50,11 @@ by training/guards::test_a_parameter_that_someone_thaws_is_frozen_again
 -mode, self.training = self.training, False
 +mode = self.training
 by training/guards::test_batch_statistics_hold_though_someone_wakes_the_norm
-== law 4: every adapter has a gradient, in training.callbacks.freeze_base.check_gradients
+== law 4: every adapter has a gradient, in training.callbacks.guards.check_gradients
 -    if without:
 +    if without and False:
 by training/guards::test_an_adapter_that_the_forward_bypasses_stops_the_run
-== law 4: the first gradient is finite, in training.callbacks.freeze_base.check_gradients
+== law 4: the first gradient is finite, in training.callbacks.guards.check_gradients
 -    if finite and infinite:
 +    if finite and infinite and False:
 by training/guards::test_a_gradient_that_is_not_finite_stops_the_run_but_for_a_loss_scalers_first_step
@@ -98,14 +98,14 @@ by training/resume::test_resumed_from_any_state_is_uninterrupted[plain]
 +pass
 by training/resume::test_resumed_from_any_state_is_uninterrupted[plain]
 == law 8: places of loaders that were made early, in training.checkpoints.resume.Resume.on_train_start
--        restore_loader_places(trainer)
+-        loop_state.restore_loader_places(trainer)
 by training/resume::test_resumed_from_any_state_is_uninterrupted[plain]
 == law 8: figures that training has gathered, in training.checkpoints.resume.Resume._put_back
 -            put_figures(module, process_state["figures"])
 by training/resume::test_resumed_from_any_state_is_uninterrupted[no validation]
 == law 8: an epoch that is over is not begun again, in training.checkpoints.resume.Resume.on_train_epoch_start
 -        self._put_back(trainer, pl_module)
--        begin_epoch_anew(trainer)
+-        loop_state.begin_epoch_anew(trainer)
 +        self._put_back(trainer, pl_module)
 by training/resume::test_resumed_from_any_state_is_uninterrupted[max_steps]
 == law 8: the steps that were logged, in training.checkpoints.loop_state.canonical_state
@@ -121,7 +121,7 @@ by training/resume::test_best_resumes_from_an_epochs_end_with_the_plateau_that_w
 +if other := []:
 by training/resume::test_another_order_is_refused_in_an_epochs_middle
 == law 8: a resume that cannot be exact is said, in training.checkpoints.resume.Resume.on_train_start
--        for sentence in reasons_against(self._loaded, trainer.world_size, restarting_loaders(trainer)):
+-        for sentence in reasons_against(self._loaded, trainer.world_size, loop_state.restarting_loaders(trainer)):
 +        for sentence in ():
 by training/resume::test_a_checkpoint_without_random_states_and_one_of_other_processes_are_named
 == law 8: the newest state is last.ckpt, not the best, in training.checkpoints.model_checkpoint.Checkpoints._save_newest
@@ -143,15 +143,15 @@ by data/sampler::test_all_examples_count_once_in_training_and_padding_for_nothin
 +            raise LoRAError(
 +                "nothing
 by training/averaging::test_a_step_that_trains_on_nothing_is_refused
-== law 10: nothing that trains is missing, in training.callbacks.freeze_base.check_optimizers
+== law 10: nothing that trains is missing, in training.callbacks.guards.check_optimizers
 -    if missing:
 +    if missing and False:
 by training/guards::test_an_optimizer_that_holds_too_much_or_too_little_is_refused_before_the_first_step
-== law 10: nothing frozen is held, in training.callbacks.freeze_base.check_optimizers
+== law 10: nothing frozen is held, in training.callbacks.guards.check_optimizers
 -    if surplus:
 +    if surplus and False:
 by training/guards::test_an_optimizer_that_holds_too_much_or_too_little_is_refused_before_the_first_step
-== law 10: it is looked at when a fit starts, in training.callbacks.freeze_base.FreezeBase.on_train_start
+== law 10: it is looked at when a fit starts, in training.callbacks.guards.FreezeBase.on_train_start
 -        check_optimizers(trainer.optimizers, pl_module)
 by training/guards::test_an_optimizer_that_holds_too_much_or_too_little_is_refused_before_the_first_step
 == files: by their own sums, in training.checkpoints.file_io.check_whole
@@ -190,20 +190,20 @@ by training/guards::test_sigterm_saves_after_the_step_and_ends_with_the_code_tha
 -        if due or self._leaves or self._steps == trainer.max_steps:
 +        if due or self._steps == trainer.max_steps:
 by training/guards::test_sigterm_saves_after_the_step_and_ends_with_the_code_that_asks_for_more
-== not finite: the loss, in training.callbacks.nan_guard.StopOnNonFinite.on_before_optimizer_step
+== not finite: the loss, in training.callbacks.guards.StopOnNonFinite.on_before_optimizer_step
 -for x in (*self._losses, norm)])
 +for x in (torch.zeros(()), norm)])
 by training/guards::test_what_is_not_finite_stops_the_fit_by_name_and_leaves_the_last_good_checkpoint[loss]
 by training/guards::test_with_a_loss_scaler_gradients_may_overflow_and_the_loss_may_not
-== not finite: a gradient, in training.callbacks.nan_guard.StopOnNonFinite.on_before_optimizer_step
+== not finite: a gradient, in training.callbacks.guards.StopOnNonFinite.on_before_optimizer_step
 -for x in (*self._losses, norm)])
 +for x in self._losses])
 by training/guards::test_what_is_not_finite_stops_the_fit_by_name_and_leaves_the_last_good_checkpoint[overflow]
-== not finite: a loss scaler may overflow, in training.callbacks.nan_guard.StopOnNonFinite.on_before_optimizer_step
+== not finite: a loss scaler may overflow, in training.callbacks.guards.StopOnNonFinite.on_before_optimizer_step
 -            named = []
 +            pass
 by training/guards::test_with_a_loss_scaler_gradients_may_overflow_and_the_loss_may_not
-== not finite: the rows and the first bad layer are named, in training.callbacks.nan_guard.first_bad_layer
+== not finite: the rows and the first bad layer are named, in training.callbacks.guards.first_bad_layer
 -    return bad_layers[0] if bad_layers else None
 +    return None
 by training/guards::test_what_is_not_finite_stops_the_fit_by_name_and_leaves_the_last_good_checkpoint[nan]

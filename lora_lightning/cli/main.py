@@ -21,13 +21,10 @@ from lora_lightning.cli.exit_codes import chain, is_raised_by_user
 from lora_lightning.cli.parser import OneLine
 from lora_lightning.cli.trained_run import resolve_checkpoint, use_run_data, with_run_config
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.callbacks.freeze_base import FreezeBase
-from lora_lightning.training.callbacks.gradient_norms import StepFigures
-from lora_lightning.training.callbacks.nan_guard import StopOnNonFinite
+from lora_lightning.training.callbacks.guards import FreezeBase, StopOnNonFinite
 from lora_lightning.training.callbacks.prediction_writer import PredictionWriter
-from lora_lightning.training.callbacks.progress_bar import Progress
 from lora_lightning.training.callbacks.run_report import RunReport
-from lora_lightning.training.callbacks.throughput import Throughput
+from lora_lightning.training.callbacks.steps import Progress, StepFigures, Throughput
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints

@@ -46,9 +46,6 @@ def start_from_adapter(backbone: nn.Module, path: str, config: LoRAConfig, *, al
     Args:
         path: a PEFT directory, an export that holds one, a run folder (its best checkpoint) or a checkpoint.
         config: what `backbone` was injected with.
-
-    Raises:
-        LoRAError: nothing is there, it does not fit this model and this config, or W0 is not filled yet.
     """
     if any(p.is_meta for p in backbone.parameters()):
         raise LoRAError(
@@ -69,10 +66,7 @@ def start_from_adapter(backbone: nn.Module, path: str, config: LoRAConfig, *, al
 
 
 def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trainer) -> None:
-    """Compute the init `init` of a freshly injected backbone from the first training batches.
-
-    All processes take rank 0's adapter.
-    """
+    """Compute the init of a freshly injected backbone from the first training batches; all processes take rank 0's."""
     device = next(backbone.parameters()).device
     loaders: Any = trainer.train_dataloader
     batches = [trainer.strategy.batch_to_device(batch, device) for batch in islice(iter(loaders), BATCHES)]

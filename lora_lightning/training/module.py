@@ -22,25 +22,14 @@ from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import plain_name
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy
-from lora_lightning.lora.meta.empty_model import fill_from_files, inject_anywhere
+from lora_lightning.lora.meta.fill import fill_from_files
+from lora_lightning.lora.meta.inject import inject_anywhere
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.tasks.positions import refuse_long_rows, refuse_too_long
+from lora_lightning.training import initialization
 from lora_lightning.training.activations.compilation import TrainingForward
-from lora_lightning.training.checkpoints.adapter_state import (
-    CHECKPOINT_KEY,
-    adapter_only,
-    refuse_damaged_fields,
-    refuse_other_config,
-    refuse_other_tensors,
-)
+from lora_lightning.training.checkpoints import adapter_state
 from lora_lightning.training.checkpoints.resume import Resume
-from lora_lightning.training.initialization import (
-    MEASURED,
-    share_subtracted_init,
-    start_from_adapter,
-    start_from_batches,
-    warn_of_frozen_new_head,
-)
 from lora_lightning.training.loss_weighting import UnitMean, is_padding
 from lora_lightning.training.optim import make_optimizer, schedule_entry
 from lora_lightning.training.precision import convert, explain_by_precision, precision_of, trainer_of
@@ -104,14 +93,14 @@ class LoRAModule(LightningModule):
         self.b_lr_ratio = b_lr_ratio
         self.backbone_mode = backbone_mode
         self.allow_other_base, self.init_adapter = allow_other_base, init_adapter
-        if init_adapter is not None and lora.init in MEASURED:
+        if init_adapter is not None and lora.init in initialization.MEASURED:
             raise LoRAError(f"init_adapter and lora.init={lora.init} are two starts: leave one of them out")
         # An init that is measured on data waits for `on_train_start`; a checkpoint brings its factors.
-        self.report = inject_anywhere(backbone, lora, run_init=lora.init not in MEASURED)
+        self.report = inject_anywhere(backbone, lora, run_init=lora.init not in initialization.MEASURED)
         self.training_forward = TrainingForward(
             backbone, checkpointing=activation_checkpointing, offload=offload_activations, compile=compile
         )
-        warn_of_frozen_new_head(backbone)
+        initialization.warn_of_frozen_new_head(backbone)
         self._w0: Fingerprint | None = None
         self._mean = UnitMean()
         self._checked_stages: set[Stage] = set()
@@ -209,7 +198,7 @@ class LoRAModule(LightningModule):
 
     def _start_from_adapter(self) -> None:
         if self.init_adapter is not None and self.trainer.ckpt_path is None:
-            warm_start = start_from_adapter(
+            warm_start = initialization.start_from_adapter(
                 self.backbone, self.init_adapter, self.lora, allow_other_base=self.allow_other_base
             )
             rank_zero_info(f"init_adapter {self.init_adapter}: {warm_start}")
@@ -217,13 +206,13 @@ class LoRAModule(LightningModule):
     def on_fit_start(self) -> None:
         if not is_sharded(self.backbone):
             self._start_from_adapter()
-            share_subtracted_init(self.backbone, self.trainer)
+            initialization.share_subtracted_init(self.backbone, self.trainer)
         self.set_modes()
 
     def on_train_start(self) -> None:
         """Compute an init that is measured on data, unless this fit resumes from a checkpoint."""
-        if self.lora.init in MEASURED and self.trainer.ckpt_path is None:
-            start_from_batches(self.backbone, self.task, self.lora.init, self.trainer)
+        if self.lora.init in initialization.MEASURED and self.trainer.ckpt_path is None:
+            initialization.start_from_batches(self.backbone, self.task, self.lora.init, self.trainer)
             self.set_modes()
 
     def on_train_epoch_start(self) -> None:
@@ -266,21 +255,21 @@ class LoRAModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapter's tensors and plain settings; leave W0 out."""
-        checkpoint["state_dict"] = adapter_only(self, checkpoint["state_dict"])
+        checkpoint["state_dict"] = adapter_state.adapter_only(self, checkpoint["state_dict"])
         base = self.w0_fingerprint() if self._in_fit() else fingerprint(self.backbone)
         fields = {"config": self.lora.to_dict(), "base": base.to_json(), "precision": precision_of(self)}
-        checkpoint[CHECKPOINT_KEY] = fields
+        checkpoint[adapter_state.CHECKPOINT_KEY] = fields
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another adapter or of another W0 before anything is loaded."""
-        refuse_damaged_fields(checkpoint, resumes=self._in_fit())
-        refuse_other_config(checkpoint, self.lora)
+        adapter_state.refuse_damaged_fields(checkpoint, resumes=self._in_fit())
+        adapter_state.refuse_other_config(checkpoint, self.lora)
         if self._in_fit() and not any(isinstance(c, Resume) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
             rank_zero_warn(
                 "this fit has no callback Resume, so it goes on from the checkpoint, and not bit for bit as if it had"
                 " not been interrupted: dropout and shuffling draw other numbers"
             )
-        fields, self._w0 = checkpoint[CHECKPOINT_KEY], fingerprint(self.backbone)
+        fields, self._w0 = checkpoint[adapter_state.CHECKPOINT_KEY], fingerprint(self.backbone)
         made_on = Fingerprint.from_json(fields["base"])
         try:
             refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
@@ -296,7 +285,7 @@ class LoRAModule(LightningModule):
         """
         current = self.state_dict()
         if strict:
-            refuse_other_tensors(self, current, state_dict)
+            adapter_state.refuse_other_tensors(self, current, state_dict)
         keys = {plain_name(self, key): key for key in current}
         renamed = {keys.get(plain_name(self, key), key): value for key, value in state_dict.items()}
         return super().load_state_dict(renamed, strict=False, assign=assign)

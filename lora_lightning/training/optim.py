@@ -40,9 +40,6 @@ def make_optimizer(
 
     Args:
         optimizer: called with `parameter_groups`; the rate that it gives is A's.
-
-    Raises:
-        LoRAError: the ratio is not positive, or the optimizer has no rate to multiply.
     """
     if not b_lr_ratio > 0 or math.isinf(b_lr_ratio):
         raise LoRAError(f"b_lr_ratio must be a number above 0 (LoRA+ takes about 16), got {b_lr_ratio}")
@@ -70,10 +67,6 @@ def schedule_entry(
 
     Args:
         count_steps: returns the optimizer steps of the whole fit; called for `WarmupDecay` alone.
-
-    Raises:
-        LoRAError: `WarmupDecay`, in a fit whose number of steps is not known; a schedule with rates of its own, which
-            would undo LoRA+.
     """
     if b_lr_ratio != 1:
         starts = {group.get("name"): float(group.get("initial_lr", 0)) for group in scheduler.optimizer.param_groups}

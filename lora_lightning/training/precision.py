@@ -62,11 +62,7 @@ class HalfBase(MixedPrecision):
         self.precision = word  # type: ignore[assignment]
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Cast W0 in place.
-
-        Raises:
-            LoRAError: the word is `nf4-base` and nothing is quantized.
-        """
+        """Cast W0 in place; for `nf4-base` something must be quantized."""
         if self.precision == "nf4-base" and not any(scheme(m) == "bitsandbytes 4-bit" for m in module.modules()):  # type: ignore[comparison-overlap]
             raise LoRAError(
                 "precision nf4-base is for a backbone that is quantized as it is loaded, and this one is not: name"

@@ -8,24 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, strategies
+from lightning.pytorch import Callback, Trainer, callbacks, strategies
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    EarlyStopping,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-    StrategyRegistry,
-)
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -38,13 +23,13 @@ from lora_lightning.training.strategies.base import ShardedStrategy
 TAKE = "take --trainer.strategy fsdp2 (or ddp, where W0 fits on one device)"
 COPY = "it keeps another copy of all of W0 and writes it into the checkpoints: leave it out"
 INSTEAD: dict[type[Strategy | Callback], str] = {
-    FSDPStrategy: f"it gathers all of W0 into its checkpoints, and torch no longer develops FSDP1: {TAKE}",
-    DeepSpeedStrategy: f"it steps on means of micro-batch means, and saves past our checkpoints: {TAKE}",
-    ModelParallelStrategy: f"it leaves the sharding to us, and without it adds up no gradients: {TAKE}",
-    StochasticWeightAveraging: COPY,
-    WeightAveraging: COPY,
-    BackboneFinetuning: "it unfreezes all of W0, which LoRA leaves as it is: leave it out",
-    ModelPruning: "it writes zeros into W0, which LoRA leaves as it is: prune the model before, or leave it out",
+    strategies.FSDPStrategy: f"it gathers all of W0 into its checkpoints, and torch no longer develops FSDP1: {TAKE}",
+    strategies.DeepSpeedStrategy: f"it steps on means of micro-batch means, and saves past our checkpoints: {TAKE}",
+    strategies.ModelParallelStrategy: f"it leaves the sharding to us, and without it adds up no gradients: {TAKE}",
+    callbacks.StochasticWeightAveraging: COPY,
+    callbacks.WeightAveraging: COPY,
+    callbacks.BackboneFinetuning: "it unfreezes all of W0, which LoRA leaves as it is: leave it out",
+    callbacks.ModelPruning: "it writes zeros into W0, which LoRA leaves as it is: prune before, or leave it out",
 }
 """Lightning's own strategies and callbacks that are refused, and why."""
 FORMER = dict.fromkeys(("fsdp1", "zero2", "zero3"), f"it is gone: {TAKE}")
@@ -163,8 +148,8 @@ def why_unlogged(metric: str, module: LoRAModule) -> str | None:
 def _monitored_metrics(trainer: Trainer, schedule: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Who monitors a metric, which, and with which mode."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        waits = isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0
-        waits = waits or (isinstance(callback, EarlyStopping) and callback.strict)
+        waits = isinstance(callback, callbacks.ModelCheckpoint) and callback.save_top_k != 0
+        waits = waits or (isinstance(callback, callbacks.EarlyStopping) and callback.strict)
         if waits and callback.monitor not in (None, "auto"):
             yield type(callback).__name__, callback.monitor, callback.mode
     if schedule.get("monitor") is not None:
@@ -183,7 +168,7 @@ def _user_callback(trainer: Trainer) -> str | None:
     """The class of a callback whose metrics are unknown here; None without one."""
     for kind in map(type, trainer.callbacks):  # type: ignore[attr-defined]
         known = kind.__module__.startswith((OURS, "lightning.pytorch."))
-        if not known or issubclass(kind, LearningRateMonitor):
+        if not known or issubclass(kind, callbacks.LearningRateMonitor):
             return kind.__name__
     return None
 
@@ -207,9 +192,6 @@ def refuse_other_size(backbone: Any, task: Task, data: Any = None) -> None:
     """Raise where the head of a transformers model has another size than the task needs.
 
     Other backbones, and heads whose layers do not tell their size, are checked on the first batch.
-
-    Args:
-        data: the message lists its label names.
     """
     count = task.wanted_outputs()
     sizes = [] if count is None or not is_a(backbone, HF_MODEL) else _sizes_beside_the_body(backbone)

@@ -29,8 +29,8 @@ from lora_lightning.training.tracking.wandb_callback import log_export
 
 def single_process_options(accelerator: Any) -> dict[str, Any]:
     """Trainer options of an export: one device, however the run was trained."""
-    options = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
-    return {**options, "accelerator": "cpu" if str(accelerator) == "cpu" else "auto"}
+    device = "cpu" if str(accelerator) == "cpu" else "auto"
+    return {"devices": 1, "num_nodes": 1, "strategy": "auto", "accelerator": device}
 
 
 def logging_interval(steps: float) -> int:

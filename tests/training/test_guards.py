@@ -22,8 +22,7 @@ from lora_lightning import (
     StopOnNonFinite,
 )
 from lora_lightning.cli.main import LoRACLI
-from lora_lightning.training.callbacks.freeze_base import W0MovedError, check_gradients, check_optimizers
-from lora_lightning.training.callbacks.nan_guard import NotFiniteError
+from lora_lightning.training.callbacks.guards import NotFiniteError, W0MovedError, check_gradients, check_optimizers
 from lora_lightning.training.checkpoints import file_io as checkpoint_io
 from lora_lightning.training.checkpoints.file_io import PREVIOUS, WholeFiles, read_checkpoint, write_checkpoint
 from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError

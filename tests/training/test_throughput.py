@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from lora_lightning import LoRAConfig, StepFigures, Throughput
 from lora_lightning.tasks.base import examples_in, tokens_in
-from lora_lightning.training.callbacks import throughput
+from lora_lightning.training.callbacks import steps
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from tests.command.process import run
 from tests.training.conftest import by_step, finished
@@ -54,7 +54,7 @@ class Clock(Callback):
 
 def test_time_is_that_of_training_alone(tmp_path, make_module, monkeypatch):
     meter, clock = Throughput(), Clock()
-    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(steps, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     own = {"logger": ContinuedCSVLogger(tmp_path, name="run", version=0), "log_every_n_steps": 2, "max_epochs": 2}
     trainer = trainer_of(tmp_path, callbacks=[meter, clock], **own)
     trainer.fit(make_module(Vision(), LoRAConfig(r=2)), loader(), loader(8))

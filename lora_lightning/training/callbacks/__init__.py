@@ -1,4 +1,4 @@
-"""Callbacks: guards of W0 and of gradients, metrics of steps, samples, the export at the end, the report.
+"""Callbacks: `guards` of W0 and of gradients, `monitors` and figures of `steps`, samples, export at the end, report.
 
-Each file has one callback. Imports `module`, `checkpoints`, `strategies.base`, export and reports.
+Imports `module`, `checkpoints`, `strategies.base`, export and reports.
 """

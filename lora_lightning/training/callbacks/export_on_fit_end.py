@@ -94,10 +94,7 @@ class ExportAtEnd(Callback):
 def export_module(
     module: LoRAModule, datamodule: Any, folder: Path, target: Path, batch: Any, console: Console, **options: Any
 ) -> ExportReport:
-    """Export the module's backbone, with the DataModule's tokenizer, image processor and labels beside it.
-
-    The figures go into the report of the run in `folder`, which is shown.
-    """
+    """Export the backbone with the DataModule's preprocessing beside it; show and record the figures."""
     names = ("tokenizer", "image_processor", "label_names")
     preprocessing: dict[str, Any] = {name: getattr(datamodule, name, None) for name in names}
     w0, example = module.w0_fingerprint(), module.example_input_array
@@ -123,10 +120,7 @@ def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
 
 @contextmanager
 def best_in(trainer: Trainer, module: LoRAModule) -> Iterator[bool]:
-    """Within the block the module has the best checkpoint's adapter; afterwards again the last one.
-
-    Yields whether the two are equal.
-    """
+    """Within the block the module has the best checkpoint's adapter, then its last; yields whether both are equal."""
     last = {key: tensor.detach().clone() for key, tensor in adapter_tensors(module.backbone).items()}
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     try:

@@ -82,14 +82,10 @@ class Samples(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show one of the newest."""
         if self.samples and run.dir_to_write(trainer) is not None:
-            sample = self.newest()[0]
+            sample = next(sample for sample in self.samples if sample["step"] == self.samples[-1]["step"])
             titles = {"prompt": "prompt", "before": "before", f"after {sample['step']} steps": "after"}
             rows = [(title, sample[name]) for title, name in titles.items()]
             Console().print(Table(title="An answer", rows=rows))
-
-    def newest(self) -> list[dict[str, Any]]:
-        """The samples of the newest step."""
-        return [sample for sample in self.samples if sample["step"] == self.samples[-1]["step"]]
 
     def _sample(self, trainer: Trainer, module: LightningModule) -> None:
         """All processes generate, since a sharded model needs them all; the first one writes."""
@@ -109,7 +105,7 @@ class Samples(Callback):
         ]
         if (folder := run.dir_to_write(trainer)) is None:
             return
-        page = page_of(self.newest())
+        page = page_of(self.samples[-len(prompts) :])
         write_bytes(folder / FILE, json_lines(self.samples))
         write_bytes(folder / PAGE, page.encode())
         for logger in trainer.loggers:
@@ -124,11 +120,7 @@ class Samples(Callback):
 def generate_answers(
     backbone: nn.Module, data: GivesPrompts, prompts: list[Prompt], max_new_tokens: int, what: str = "samples"
 ) -> list[str]:
-    """A transformers model's greedy answer to each prompt, one by one, so that padding changes nothing.
-
-    Args:
-        what: names the progress bar.
-    """
+    """A transformers model's greedy answer to each prompt, one by one, so that padding changes nothing."""
     device = next(backbone.parameters()).device
     options = {"max_new_tokens": max_new_tokens, "use_cache": True, "eos_token_id": stop_tokens(backbone, data) or None}
     texts = []

@@ -22,12 +22,12 @@ from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_bytes
 from lora_lightning.reports.classes import MOST_CLASSES, ClassCounts
-from lora_lightning.reports.console import adapted_rows, backbone_name, part_dtypes, show_data, show_report
+from lora_lightning.reports.console import BEFORE, adapted_rows, backbone_name, part_dtypes, show_data, show_report
 from lora_lightning.reports.html import CLASSES, write_page
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.classification import ImageClassification, SequenceClassification
-from lora_lightning.training.callbacks.freeze_base import FreezeBase
-from lora_lightning.training.callbacks.throughput import Throughput
+from lora_lightning.training.callbacks.guards import FreezeBase
+from lora_lightning.training.callbacks.steps import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import is_sharded
@@ -190,6 +190,38 @@ class RunReport(Callback):
         report = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
         write_page(folder)
         return report
+
+
+class MeasureBefore(Callback):
+    """Validates once before the first step: a fresh adapter changes nothing (law 1), so this measures the base.
+
+    Lightning's sanity check then runs over all of the validation set. Each metric goes to the run's report and to its
+    loggers as `val_..._before`. A resumed fit has no fresh adapter and measures nothing.
+    """
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.figures = {}
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.num_sanity_val_steps = float("inf")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the metrics of the sanity check, which Lightning drops."""
+        if trainer.sanity_checking:
+            self.figures = {f"{name}{BEFORE}": value for name, value in metrics_of(trainer, "val").items()}
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log them before training starts."""
+        if not self.figures or not trainer.is_global_zero:
+            return
+        text = ", ".join(f"{name[4 : -len(BEFORE)].replace('_', ' ')} {x:.4f}" for name, x in self.figures.items())
+        Console().print(f"before training: {text}", soft_wrap=True)
+        for logger in trainer.loggers:
+            logger.log_metrics({name.replace("_", "/", 1): x for name, x in self.figures.items()}, step=0)
+        if (folder := run.run_dir(trainer)) is not None:
+            run.update_report(folder, self.figures)
 
 
 def _of_other_data(trainer: Trainer) -> bool:

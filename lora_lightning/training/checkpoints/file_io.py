@@ -34,11 +34,7 @@ class DamagedCheckpointError(LoRAError):
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
-    """Write a whole file or none, and keep the earlier one as `NAME.previous`.
-
-    Raises:
-        LoRAError: the disk is full or the folder cannot be written. The earlier file is unchanged.
-    """
+    """Write a whole file, and keep the earlier one as `NAME.previous`; an error leaves the earlier one as it was."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
@@ -97,12 +93,7 @@ def check_whole(path: Path) -> None:
 
 
 def whole_file(path: Path) -> Path:
-    """The file itself, or with a warning the one before it, where it is damaged or missing.
-
-    Raises:
-        FileNotFoundError: neither exists.
-        DamagedCheckpointError: none of them is whole.
-    """
+    """The file itself, or with a warning the one before it, where it is damaged or missing."""
     before = path.with_name(path.name + PREVIOUS)
     try:
         check_whole(path)
@@ -116,12 +107,7 @@ def whole_file(path: Path) -> Path:
 
 
 def read_checkpoint(path: Path, *, weights_only: bool = True, map_location: Any = "cpu") -> Any:
-    """Read a checkpoint of `write_checkpoint` or plain Lightning, or the one before it where it is damaged.
-
-    Raises:
-        FileNotFoundError: no file exists.
-        DamagedCheckpointError: no file is whole, or it contains more than tensors and plain values.
-    """
+    """Read a checkpoint of `write_checkpoint` or plain Lightning, or the one before it where it is damaged."""
     file = whole_file(path)
     try:
         return torch.load(file, map_location=map_location, weights_only=weights_only)

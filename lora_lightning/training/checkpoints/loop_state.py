@@ -92,8 +92,7 @@ def _count(counts: dict[str, int], done: int, begun: int | None = None) -> None:
 def begin_epoch_anew(trainer: Trainer) -> None:
     """Let a fit that resumes between two epochs go on like an uninterrupted one; for `on_train_epoch_start`.
 
-    The loops forget that they were loaded. The loader's iteration begins again: Lightning began it before the sampler
-    had the epoch.
+    The loader's iteration begins again: Lightning began it before the sampler had the epoch.
     """
     forget_restart(trainer)
     trainer.fit_loop.epoch_loop.restarting = False
@@ -103,14 +102,12 @@ def begin_epoch_anew(trainer: Trainer) -> None:
 
 def restarting_loaders(trainer: Trainer) -> list[str]:
     """Class names of the loaders that cannot resume in an epoch's middle."""
-    loaders = trainer.fit_loop._combined_loader
-    return [] if loaders is None else [type(x).__name__ for x in loaders.flattened if not _keeps_place(x)]
-
-
-def _keeps_place(loader: Any) -> bool:
-    if isinstance(loader, ResumableLoader):
-        return loader.keeps_place
-    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+    combined, names = trainer.fit_loop._combined_loader, []
+    for loader in [] if combined is None else combined.flattened:
+        keeps_place = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        if not (loader.keeps_place if isinstance(loader, ResumableLoader) else keeps_place):
+            names.append(type(loader).__name__)
+    return names
 
 
 def repeat_epoch_start(trainer: Trainer) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -91,13 +90,10 @@ class Checkpoints(ModelCheckpoint):
         self._newest = (trainer.global_step, "")
         self._steps = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note_sigterm)  # Lightning restores the handler from before
+            signal.signal(signal.SIGTERM, self.ask_to_leave)  # Lightning restores the handler from before
 
-    def _note_sigterm(self, number: int, frame: FrameType | None) -> None:
-        self.ask_to_leave()
-
-    def ask_to_leave(self) -> None:
-        """Save after the running step, and end the fit as SIGTERM does."""
+    def ask_to_leave(self, *signal_and_frame: object) -> None:
+        """Save after the running step, and end the fit; the handler of SIGTERM."""
         self._sent_sigterm = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -146,11 +142,9 @@ class Checkpoints(ModelCheckpoint):
         """After Ctrl-C, say how to go on."""
         super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == TrainerFn.FITTING:
-            saved = (
-                f"the same command with --ckpt_path {self.last_model_path} goes on from step {self._newest[0]}"
-                if self.last_model_path
-                else "nothing is saved yet: --save_every N saves every N steps"
-            )
+            saved = "nothing is saved yet: --save_every N saves every N steps"
+            if self.last_model_path:
+                saved = f"the same command with --ckpt_path {self.last_model_path} goes on from step {self._newest[0]}"
             rank_zero_warn(f"stopped by Ctrl-C after step {trainer.global_step}; {saved}")
 
     def _save_newest(self, trainer: Trainer) -> None:

@@ -21,18 +21,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
 from lora_lightning.lora.errors import first_few
+from lora_lightning.training.checkpoints import loop_state
 from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
-from lora_lightning.training.checkpoints.loop_state import (
-    Place,
-    begin_epoch_anew,
-    canonical_state,
-    forget_restart,
-    logged_steps,
-    place_of,
-    repeat_epoch_start,
-    restarting_loaders,
-    restore_loader_places,
-)
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
 from lora_lightning.training.strategies.collectives import gather
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
@@ -58,17 +48,14 @@ class Resume(Callback):
         """Gather all processes' states; Lightning writes rank 0's checkpoint."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        place = place_of(trainer)
-        process_state = {
-            "random": random_state(),
-            "figures": dict(figures_of(pl_module)) if place.kind == "batch" else {},
-        }
-        checkpoint["loops"]["fit_loop"] = canonical_state(checkpoint["loops"]["fit_loop"], place)
+        place = loop_state.place_of(trainer)
+        figures = dict(figures_of(pl_module)) if place.kind == "batch" else {}
+        checkpoint["loops"]["fit_loop"] = loop_state.canonical_state(checkpoint["loops"]["fit_loop"], place)
         checkpoint[RESUME_KEY] = {
             "kind": place.kind,
             "at_step": place.at_step,
             "validates_next": place.validates_next,
-            "processes": gather(process_state),
+            "processes": gather({"random": random_state(), "figures": figures}),
             "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
             "plateaus": plateaus_due(trainer, place),
             "settings": self._settings,
@@ -90,16 +77,16 @@ class Resume(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn where the resume is not exact, and let the run's log go on from the checkpoint's step."""
-        restore_loader_places(trainer)
+        loop_state.restore_loader_places(trainer)
         if self._loaded is None:
             return
         trainer.callback_metrics.update(self._loaded["metrics"])
-        for sentence in reasons_against(self._loaded, trainer.world_size, restarting_loaders(trainer)):
+        for sentence in reasons_against(self._loaded, trainer.world_size, loop_state.restarting_loaders(trainer)):
             rank_zero_warn(f"{sentence}: the fit goes on, and not bit for bit as if it had not been interrupted")
         for sentence in overruled_settings(self._loaded["settings"], self._settings):
             rank_zero_info(f"resumed: the checkpoint's {sentence}")
         self._settings = self._settings | self._loaded["settings"]
-        steps = next_log_step(self._loaded, logged_steps(trainer))
+        steps = next_log_step(self._loaded, loop_state.logged_steps(trainer))
         for logger in trainer.loggers:
             if isinstance(logger, ContinuedCSVLogger):
                 logger.go_on_from(steps)
@@ -111,19 +98,19 @@ class Resume(Callback):
         for number, value in self._loaded["plateaus"].items():
             trainer.lr_scheduler_configs[number].scheduler.step(value)  # type: ignore[call-arg]
         self._put_back(trainer, pl_module)
-        begin_epoch_anew(trainer)
+        loop_state.begin_epoch_anew(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore in an epoch's middle, after the loader has begun."""
         if self._loaded is not None:
             self._put_back(trainer, pl_module)
-            repeat_epoch_start(trainer)
+            loop_state.repeat_epoch_start(trainer)
 
     def _put_back(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._loaded is not None
         states = self._loaded["processes"]
         self._loaded = None
-        forget_restart(trainer)  # else Lightning steps no ReduceLROnPlateau at this epoch's end
+        loop_state.forget_restart(trainer)  # else Lightning steps no ReduceLROnPlateau at this epoch's end
         if trainer.world_size == len(states):
             process_state = states[trainer.global_rank]
             put_figures(module, process_state["figures"])
@@ -139,7 +126,7 @@ def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
     """The task's training metrics by name."""
     task = getattr(module, "task", None)
     for kind in ("losses", "metrics"):
-        by_stage = getattr(task, kind, {})
+        by_stage = getattr(task, kind, None)
         metrics = by_stage["train_"] if isinstance(by_stage, nn.ModuleDict) and "train_" in by_stage else None
         if isinstance(metrics, MetricCollection):
             yield from ((f"{kind}.{name}", metric) for name, metric in metrics.items(keep_base=True, copy_state=False))
@@ -164,7 +151,7 @@ def put_figures(module: LightningModule, figures: Mapping[str, Any]) -> None:
             metric._computed = None
 
 
-def plateaus_due(trainer: Trainer, place: Place) -> dict[int, Any]:
+def plateaus_due(trainer: Trainer, place: loop_state.Place) -> dict[int, Any]:
     """The values that ReduceLROnPlateau schedules get at this epoch's end, by the schedules' numbers.
 
     Lightning steps them after the hook in which an epoch's checkpoint is written.
@@ -204,9 +191,8 @@ def settings_of(trainer: Trainer) -> dict[str, Any]:
         for group in optimizer.param_groups:
             values = {key: value for key, value in group.items() if key not in ("params", "name", "initial_lr")}
             values["lr"] = group.get("initial_lr", group["lr"])  # schedules do not change initial_lr
-            settings |= {
-                f"{key} of {group['name']}" if "name" in group else key: value for key, value in values.items()
-            }
+            of = f" of {group['name']}" if "name" in group else ""
+            settings |= {f"{key}{of}": value for key, value in values.items()}
     for config in trainer.lr_scheduler_configs:
         settings |= {f"schedule's {k}": v for k, v in config.scheduler.state_dict().items() if k not in MOVES}
     plain = ((key, _plain(value)) for key, value in settings.items())

@@ -106,9 +106,6 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     Args:
         path: `.../best.ckpt`, `runs/demo/version_3` or `runs/demo` (its newest version that has checkpoints).
         which: `best` or `last`, where the path leaves that open.
-
-    Raises:
-        LoRAError: there is no checkpoint, with what there is.
     """
     path = Path(path)
     previous = path.with_name(path.name + PREVIOUS)

@@ -74,7 +74,7 @@ class Standing:
 
 
 def parse_rungs(texts: Sequence[str]) -> list[Fraction]:
-    """Shares of all steps, ascending."""
+    """Shares of all steps, which must ascend."""
     try:
         shares = [Fraction(text.strip()) for text in texts]
     except (ValueError, ZeroDivisionError):
@@ -85,11 +85,7 @@ def parse_rungs(texts: Sequence[str]) -> list[Fraction]:
 
 
 def rung_steps(rungs: Sequence[Fraction], steps: float) -> list[int]:
-    """The optimizer step of each rung.
-
-    Raises:
-        LoRAError: the number of steps is unknown, or too small for distinct rungs.
-    """
+    """The optimizer step of each rung; raises where they are unknown, or too few for distinct rungs."""
     at = [math.ceil(share * int(steps)) for share in rungs] if math.isfinite(steps) else []
     if not at or len(set(at)) < len(at) or at[-1] >= steps:
         raise LoRAError(
@@ -100,36 +96,29 @@ def rung_steps(rungs: Sequence[Fraction], steps: float) -> list[int]:
 
 
 def choose_dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> dict[str, str]:
-    """The members that leave at a rung, each with a text that says how far behind it is.
-
-    Args:
-        keep: at least so many stay.
-        goal: whether the metric should become `max` or `min`.
-    """
+    """The members that leave at a rung where at least `keep` stay, each with a text that says how far behind it is."""
     sign = 1 if goal == "max" else -1
     lost = {name for name, reached in standings.items() if math.isnan(reached.value)}  # NaN has no place in an order
     order = sorted(standings, key=lambda name: (name in lost, -sign * standings[name].value, standings[name].loss))
-    reasons: dict[str, str] = {}
+    kept, last, reasons = order[keep - 1], standings[order[keep - 1]], dict[str, str]()
     for name in order[keep:]:
-        last, candidate = standings[order[keep - 1]], standings[name]
-        gap, error = _paired_difference(last.value, candidate.value, last.values, candidate.values)
-        further, loss_error = _paired_difference(candidate.loss, last.loss, candidate.losses, last.losses)
-        if name in lost and order[keep - 1] not in lost:
-            reasons[name] = f"behind '{order[keep - 1]}', which has a number"
+        candidate = standings[name]
+        gap, further = last.value - candidate.value, candidate.loss - last.loss
+        error = _standard_error(last.values, candidate.values)
+        loss_error = _standard_error(last.losses, candidate.losses)
+        if name in lost and kept not in lost:
+            reasons[name] = f"behind '{kept}', which has a number"
         elif gap and sign * gap > error:
-            reasons[name] = f"{abs(gap):.4f} behind '{order[keep - 1]}' (standard error {error:.4f})"
+            reasons[name] = f"{abs(gap):.4f} behind '{kept}' (standard error {error:.4f})"
         elif not gap and further > loss_error:
-            higher = f"a loss {further:.4f} higher (standard error {loss_error:.4f})"
-            reasons[name] = f"like '{order[keep - 1]}', with {higher}"
+            reasons[name] = f"like '{kept}', with a loss {further:.4f} higher (standard error {loss_error:.4f})"
     return reasons
 
 
-def _paired_difference(
-    a: float, b: float, without_a: Sequence[float], without_b: Sequence[float]
-) -> tuple[float, float]:
-    """`a - b`, and its jackknife standard error."""
+def _standard_error(without_a: Sequence[float], without_b: Sequence[float]) -> float:
+    """The jackknife's, of the difference of two metrics, from their values without each block."""
     each = torch.tensor(without_a, dtype=torch.float64) - torch.tensor(without_b, dtype=torch.float64)
-    return a - b, math.sqrt(len(each) - 1) * float(each.std(correction=0))
+    return math.sqrt(len(each) - 1) * float(each.std(correction=0))
 
 
 def refuse_metric(module: LoRAModule, metric: str) -> None:
@@ -146,9 +135,6 @@ def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standin
 
     The outputs are empty where each of several processes has seen all examples: Lightning validates on a share. Modes
     and random states are restored, and the task's metrics do not change.
-
-    Raises:
-        LoRAError: there is no validation set, or it is too small for a standard error.
     """
     loaders: Any = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     loader = loaders if not isinstance(loaders, list) else loaders[0] if loaders else None
@@ -170,7 +156,11 @@ def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standin
             "--halving compares members on blocks of validation batches, and there are fewer than two: a smaller"
             " data.init_args.eval_batch_size"
         )
-    _count_exactly(task)
+    task.cpu()
+    for part in task.modules():
+        if isinstance(part, Metric):  # summed in float64, without a reduction over processes
+            part.sync_on_compute = False
+            part.set_dtype(torch.float64)
     value, loss = _figures(task, metric, blocks)
     without = [_figures(task, metric, [*blocks[:number], *blocks[number + 1 :]]) for number in range(len(blocks))]
     reached = Standing(value=value, loss=loss, values=[v for v, _ in without], losses=[x for _, x in without])
@@ -189,15 +179,6 @@ def _outputs(trainer: Trainer, module: LoRAModule, task: Task, loader: Any) -> l
                 outputs.append(move_data_to_device(task.evaluate(module.backbone, batch), "cpu"))
     set_random_state(before)
     return outputs
-
-
-def _count_exactly(task: Task) -> None:
-    """Let a task's metrics sum in float64, without a reduction over processes."""
-    task.cpu()
-    for metric in task.modules():
-        if isinstance(metric, Metric):
-            metric.sync_on_compute = False
-            metric.set_dtype(torch.float64)
 
 
 def _figures(task: Task, metric: str, blocks: Sequence[Sequence[StepOutput]]) -> tuple[float, float]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.tensors import iter_base
-from lora_lightning.lora.meta.empty_model import fill_from_files
+from lora_lightning.lora.meta.fill import fill_from_files
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints.loop_state import is_between_steps
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints, PreemptedError
@@ -288,11 +287,7 @@ class Interrupted(Exception):
 
 
 def share_w0(first: Member, member: Member) -> None:
-    """Move a member to its precision and device, over the first member's W0; a second call changes nothing.
-
-    Raises:
-        LoRAError: the member has another W0.
-    """
+    """Move a member to its precision and device, over the first member's W0; a second call changes nothing."""
     device = member.trainer.strategy.root_device
     convert(member.module, member.trainer.precision_plugin)
     share_base(first.module.backbone, member.module.backbone)
@@ -335,13 +330,9 @@ def _ask_to_leave(member: Member) -> None:
 def _record_signals() -> Iterator[list[int]]:
     """Within the block SIGINT and SIGTERM are recorded, to be handled between two turns."""
     received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
     is_main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-    before = {number: signal.signal(number, note) for number in numbers}
+    before = {number: signal.signal(number, lambda n, frame: received.append(n)) for number in numbers}
     try:
         yield received
     finally:

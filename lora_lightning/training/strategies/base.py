@@ -27,11 +27,7 @@ class ShardedStrategy(ABC):
 
     @abstractmethod
     def shard_module(self, module: Any) -> None:
-        """Shard the backbone of a `LoRAModule` in place, from process 0's values.
-
-        Raises:
-            LoRAError: something cannot be sharded, by name.
-        """
+        """Shard the backbone of a `LoRAModule` in place, from process 0's values, or refuse it by name."""
 
 
 def is_sharded(model: nn.Module) -> bool:

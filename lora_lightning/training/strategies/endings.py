@@ -125,12 +125,7 @@ def in_all_processes(trainer: Trainer, unless: tuple[type[BaseException], ...] =
 
 @contextmanager
 def end_together(trainer: Trainer, unless: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
-    """Within the block, an error in one process ends all.
-
-    Args:
-        trainer: the processes are those of its strategy.
-        unless: exceptions with which all processes leave by themselves.
-    """
+    """Within the block, an error in one process ends all; with one of `unless` all leave by themselves."""
     if not isinstance(trainer.strategy, ParallelStrategy):
         yield
         return
@@ -154,12 +149,12 @@ def leave_on_sigterm(trainer: Trainer) -> None:
 
     Lightning's handler runs a collective, which meets the other processes in the middle of another one.
     """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
     if isinstance(trainer.strategy, ParallelStrategy) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _leave)  # Lightning restores the handler from before
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+        signal.signal(signal.SIGTERM, leave)  # Lightning restores the handler from before
 
 
 class _EndingLauncher(_MultiProcessingLauncher):
@@ -169,12 +164,7 @@ class _EndingLauncher(_MultiProcessingLauncher):
     """
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
-        """Run `function` in all processes.
-
-        Raises:
-            SystemExit: a child's exit code, such as that of a pre-empted fit.
-            LoRAError: a child's error, or a child was killed.
-        """
+        """Run `function` in all processes; a child's exit code is raised as SystemExit, its error as a LoRAError."""
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, self._pass_on) if is_main else None
         try:

@@ -55,11 +55,7 @@ class ContinuedCSVLogger(RepeatedCSVLogger):
 
     @rank_zero_only
     def go_on_from(self, step: int) -> None:
-        """Drop what an interrupted fit wrote after its last checkpoint, which the fit writes again.
-
-        Args:
-            step: the number under which the next step is logged.
-        """
+        """Drop what an interrupted fit wrote from `step`, which the fit logs next, on."""
         self.save()
         keep_before(Path(self.experiment.metrics_file_path), step)
 

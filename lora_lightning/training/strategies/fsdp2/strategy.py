@@ -6,31 +6,34 @@ before each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.optim import Optimizer
 
 from lora_lightning.lora.errors import LoRAError, first_few
-from lora_lightning.training.checkpoints.file_io import WholeFiles
+from lora_lightning.training.checkpoints.adapter_state import adapter_only, refuse_other_tensors
+from lora_lightning.training.checkpoints.file_io import WholeFiles, is_remote, whole_file
 from lora_lightning.training.initialization import MEASURED
 from lora_lightning.training.strategies.base import ShardedStrategy, is_sharded
-from lora_lightning.training.strategies.collectives import gather
-from lora_lightning.training.strategies.fsdp2.checkpointing import AdapterCheckpoints
+from lora_lightning.training.strategies.collectives import gather, rank, run_in_all, run_in_first
 from lora_lightning.training.strategies.fsdp2.wrapping import read_as_stored, shard
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
 
 
-class FSDP2Strategy(AdapterCheckpoints, ShardedStrategy):
+class FSDP2Strategy(ModelParallelStrategy, ShardedStrategy):
     """Lightning's `ModelParallelStrategy`, with the sharding, the checkpoints and the guards that LoRA needs.
 
     Args:
@@ -63,6 +66,11 @@ class FSDP2Strategy(AdapterCheckpoints, ShardedStrategy):
         self._checkpoint_io = WholeFiles()
         self._most: Sequence[int] = ()
         """The largest number of batches of any process, for each loader of the running evaluation."""
+
+    @property
+    def _module(self) -> LoRAModule:
+        module: Any = self.lightning_module
+        return module  # type: ignore[no-any-return]
 
     @property
     def _root(self) -> Any:
@@ -138,11 +146,7 @@ class FSDP2Strategy(AdapterCheckpoints, ShardedStrategy):
             )
 
     def on_validation_start(self) -> None:
-        """Agree on the number of batches.
-
-        Raises:
-            LoRAError: a process has none, or does not know how many.
-        """
+        """Agree on the number of batches, of which each process must have some."""
         loaders = list(zip(*gather(self._batches()), strict=True))
         if any(float("inf") in counts or (0 in counts and any(counts)) for counts in loaders):
             raise LoRAError(
@@ -188,6 +192,80 @@ class FSDP2Strategy(AdapterCheckpoints, ShardedStrategy):
         self._root.reshard()
 
     on_test_end = on_predict_end = on_validation_end
+
+    # ---- checkpoints: Lightning's code drops frozen keys, and then misses them
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Restore the optimizer after the module has checked the checkpoint, as with other strategies."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The tensors that train, whole, in process 0 only."""
+        return _gather(adapter_only(self._module, self._module.state_dict()))  # type: ignore[no-any-return]
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """An optimizer's state, whole, in process 0 only."""
+        return _gather(optimizer.state_dict())  # type: ignore[no-any-return]
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write the file in process 0; an error is raised in all."""
+        run_in_first(lambda: self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options))
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read the same file in every process; an error is raised in all."""
+        given = checkpoint_path
+        path = run_in_first(lambda: given if is_remote(given) else whole_file(Path(given)))
+        return run_in_all(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the adapter into the shards, unless keys are missing, left over or wrongly shaped."""
+        module, state = self._module, checkpoint["state_dict"]
+        if strict:
+            refuse_other_tensors(module, module.state_dict(), state)
+        current = adapter_only(module, module.state_dict())
+        shards = {key: _shard_like(value, current[key]) for key, value in state.items() if key in current}
+        with read_as_stored(module.backbone):
+            module.load_state_dict(shards, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Shard each optimizer's state like its parameters, and load it."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            in_order = [p for group in optimizer.param_groups for p in group["params"]]
+            numbers = [i for group in state["param_groups"] for i in group["params"]]
+            parameters = dict(zip(numbers, in_order, strict=False))
+            shards = {
+                i: {name: _shard_like(value, parameters[i]) for name, value in values.items()}
+                for i, values in state["state"].items()
+                if values and i in parameters
+            }
+            optimizer.load_state_dict({"state": shards, "param_groups": state["param_groups"]})
+
+
+def _gather(state: Any) -> Any:
+    """A nested state with its tensors gathered one by one, on the CPU, in process 0, and without them in the others."""
+    if isinstance(state, dict):
+        return {key: _gather(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_gather(value) for value in state]
+    if not isinstance(state, Tensor):
+        return state
+    whole = state.full_tensor() if isinstance(state, DTensor) else state
+    return whole.detach().cpu() if rank() == 0 else None
+
+
+def _shard_like(value: Any, like: Any) -> Any:
+    """A whole tensor sharded like the parameter that it belongs to; scalars and other values unchanged.
+
+    A state of another shape, such as a row of a factored second moment, is replicated. Nothing is communicated.
+    """
+    if not isinstance(value, Tensor) or not isinstance(like, DTensor) or not value.dim():
+        return value
+    placements = like.placements if value.shape == like.shape else [Replicate()]
+    with torch.no_grad():
+        return distribute_tensor(value.to(like.device), like.device_mesh, placements, src_data_rank=None)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="W0 and the adapter in parts, one for each process")

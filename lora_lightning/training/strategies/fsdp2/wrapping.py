@@ -14,7 +14,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -46,17 +46,12 @@ def shard(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard a backbone over a mesh of one dimension in place, with process 0's values.
-
-    Args:
-        blocks: patterns of module names, in place of the repeated blocks; empty, the backbone is sharded as one.
-        reshard_after_forward: whether gathered blocks are freed between forward and backward.
-        cpu_offload: keep the shards in CPU memory.
-
-    Raises:
-        LoRAError: something in the backbone cannot be sharded, by name.
-    """
-    _refuse_quantized(backbone)
+    """Shard a backbone over a mesh of one dimension in place, with process 0's values; options as FSDP2Strategy's."""
+    if quantized := [name for name, module in backbone.named_modules() if scheme(module) is not None]:
+        raise LoRAError(
+            f"FSDP2 shards plain weights, and {first_few(quantized)} are quantized: load the backbone in bfloat16, or"
+            " train it with --trainer.strategy ddp"
+        )
     chosen = groups_of(backbone) if blocks is None else named_blocks(backbone, blocks)
     whole = parameters_left_whole(backbone, chosen)
     _report_blocks(backbone, chosen, whole, mesh.size())
@@ -67,19 +62,11 @@ def shard(
         broadcast_unsharded(module, device, done)
         fully_shard(module, reshard_after_forward=reshard_after_forward, **options)
     broadcast_unsharded(backbone, device, done)
-    root = fully_shard(backbone, reshard_after_forward=False, **options)
+    root: Any = fully_shard(backbone, reshard_after_forward=False, **options)
     # Parameters that one process's batch does not reach, such as an expert's, get zero gradients: else shapes differ.
     root.set_reduce_scatter_unused_params(True)
-    gather_before(root, "generate")
-
-
-def _refuse_quantized(backbone: nn.Module) -> None:
-    quantized = [name for name, module in backbone.named_modules() if scheme(module) is not None]
-    if quantized:
-        raise LoRAError(
-            f"FSDP2 shards plain weights, and {first_few(quantized)} are quantized: load the backbone in bfloat16, or"
-            " train it with --trainer.strategy ddp"
-        )
+    if callable(generate := getattr(root, "generate", None)):
+        root.generate = _gather_before(root, generate)
 
 
 def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -108,18 +95,15 @@ def broadcast_unsharded(module: nn.Module, device: torch.device, done: set[int])
             distributed.broadcast(tensor.data.reshape(-1).view(torch.uint8), src=0)
 
 
-def gather_before(root: Any, method: str) -> None:
-    """Gather what is outside of the blocks before a method of the backbone, which may call parts of the model."""
-    function = getattr(root, method, None)
-    if not callable(function):
-        return
+def _gather_before(root: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the backbone, which may call parts of it, behind the gathering of what is outside of the blocks."""
 
-    @functools.wraps(function)
+    @functools.wraps(method)
     def unshard_and_call(*args: Any, **kwargs: Any) -> Any:
         root.unshard()
-        return function(*args, **kwargs)
+        return method(*args, **kwargs)
 
-    setattr(root, method, unshard_and_call)
+    return unshard_and_call
 
 
 def _report_blocks(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[str, Any], count: int) -> None:
@@ -142,11 +126,7 @@ def groups_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def named_blocks(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules whose names match a pattern; `*` stands for anything.
-
-    Raises:
-        LoRAError: a pattern matches no module with parameters.
-    """
+    """The modules whose names match a pattern, which must fit one with parameters; `*` stands for anything."""
     modules = {name: m for name, m in model.named_modules() if name and next(m.parameters(), None) is not None}
     for pattern in patterns:
         if not fnmatch.filter(modules, pattern):

@@ -1,4 +1,4 @@
-"""How fast a fit goes, and how much memory it takes at most."""
+"""What is logged and shown of optimizer steps: rates, norms of gradients, speed and memory."""
 
 from __future__ import annotations
 
@@ -8,14 +8,46 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.tasks.base import examples_in, tokens_in
 from lora_lightning.training.checkpoints.loop_state import is_between_steps, is_logged, logged_steps
 from lora_lightning.training.loss_weighting import is_padding
 from lora_lightning.training.strategies.collectives import gather, reduce_number
 
 MIB = 2**20
+
+
+class StepFigures(Callback):
+    """Logs `lr`, `grad_norm/A`, `grad_norm/B` and `grad_norm/all` every `log_every_n_steps`, before clipping.
+
+    `grad_norm/all` is over everything that trains: what `gradient_clip_val` is compared with. `lr` is the first
+    group's; other groups, such as B's in LoRA+, are logged as `lr/NAME` where their rate differs.
+    """
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not trainer.loggers or not (is_logged(trainer) or trainer.should_stop):
+            return
+        layers, (first, *others) = [layer for _, layer in adapted_layers(pl_module)], optimizer.param_groups
+        figures: dict[str, Any] = {"lr": float(first["lr"])}
+        for i, group in enumerate(others, 1):
+            if any(group.get(key) != first.get(key) for key in ("lr", "initial_lr")):
+                figures[f"lr/{group.get('name', f'group_{i}')}"] = float(group["lr"])
+        parts = {
+            "A": [layer.lora_A for layer in layers],
+            "B": [layer.lora_B for layer in layers],
+            "all": [parameter for group in optimizer.param_groups for parameter in group["params"]],
+        }
+        for name, parameters in parts.items():
+            if gradients := [p.grad for p in parameters if p.grad is not None]:
+                norm = torch.nn.utils.get_total_norm(gradients)
+                # Of sharded gradients all processes must gather it.
+                figures[f"grad_norm/{name}"] = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
+        pl_module.log_dict(figures, batch_size=1)
 
 
 class Throughput(Callback):
@@ -118,3 +150,26 @@ def peak_mib(device: torch.device) -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / MIB if sys.platform == "darwin" else peak * 1024 / MIB  # Linux counts in KiB
+
+
+class Progress(RichProgressBar):
+    """Lightning's RichProgressBar (done, time passed, time left, batches per second) with short figures behind it.
+
+    `train/loss_step` is called loss, the version number is left out, and tokens per second are shown where there are
+    tokens, else samples per second. Metrics that a module logs with `prog_bar=True` follow under their names.
+    """
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:  # type: ignore[override]
+        """As text, since Lightning would give all of them three decimals."""
+        metrics = dict(super().get_metrics(trainer, pl_module))
+        if "train/loss_step" in metrics:
+            metrics["loss"] = metrics.pop("train/loss_step")
+        first = ["loss", "tokens/s" if "tokens/s" in metrics else "samples/s"]
+        names = [*first, *(name for name in metrics if name not in {*first, "v_num", "samples/s"})]
+        return {name: _short(metrics[name]) for name in names if name in metrics}
+
+
+def _short(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
