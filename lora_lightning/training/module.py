@@ -22,8 +22,7 @@ from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import plain_name
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy
-from lora_lightning.lora.meta.fill import fill_from_files
-from lora_lightning.lora.meta.inject import inject_anywhere
+from lora_lightning.lora.meta.empty_model import fill_from_files, inject_anywhere
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.tasks.positions import refuse_long_rows, refuse_too_long
 from lora_lightning.training import initialization
@@ -128,10 +127,6 @@ class LoRAModule(LightningModule):
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
         refuse_too_long(self.backbone, batch)
         return self.task.predict(self.backbone, batch)
-
-    def uncounted_step(self, batch: Mapping[str, Any], predicts: bool) -> None:
-        """Run the model as an evaluation step does, without metrics, where another process has a batch more."""
-        (self.task.predict if predicts else self.task.evaluate)(self.backbone, batch)
 
     def _evaluate(self, stage: Stage, batch: Mapping[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Each loader is counted by a stage of its own; the first of several is monitored."""

@@ -25,11 +25,7 @@ CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "ca
 
 
 class Recomputation:
-    """Runs the blocks of a backbone so that backward computes them again.
-
-    Raises:
-        LoRAError: the backbone has no repeated blocks.
-    """
+    """Runs the blocks of a backbone, which must have some, so that backward computes them again."""
 
     def __init__(self, backbone: nn.Module) -> None:
         self.backbone = backbone

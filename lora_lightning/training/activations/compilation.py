@@ -23,11 +23,7 @@ COMPILE_OPTIONS = ("backend", "dynamic", "fullgraph", "mode", "options")
 
 
 class TrainingForward:
-    """Three flags of `LoRAModule` that trade time for memory or for compilation, and change results by rounding alone.
-
-    Raises:
-        LoRAError: no blocks to checkpoint, or an unknown option of torch.compile.
-    """
+    """Three flags of `LoRAModule` that trade time for memory or compilation, and change results by rounding alone."""
 
     def __init__(
         self, backbone: nn.Module, *, checkpointing: bool, offload: bool, compile: bool | Mapping[str, Any]
@@ -87,11 +83,6 @@ class Compilation:
 def parts_to_compile(backbone: nn.Module) -> list[nn.Module]:
     """The body of a transformers language model, apart from its head; any other model whole."""
     head = backbone.get_output_embeddings() if is_a(backbone, HF_MODEL) else None  # type: ignore[operator]
-    if head is None:
-        return [backbone]
-    body = [
-        child
-        for child in backbone.children()
-        if next(child.children(), None) is not None and all(module is not head for module in child.modules())
-    ]
+    children = () if head is None else backbone.children()
+    body = [child for child in children if next(child.children(), None) is not None and head not in [*child.modules()]]
     return body or [backbone]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lora_lightning.lora.frozen.version_check import count_writes
+from lora_lightning.lora.frozen.fingerprint import count_writes
 
 SMALL = 2**20
 """Bytes below which a tensor stays on its device."""

@@ -27,14 +27,7 @@ HEADER = ["step", "layer", *rank.NAMES]
 
 
 class Monitor(Callback):
-    """Calls `measure`, which a subclass implements, in every process.
-
-    Args:
-        every_n_steps: optimizer steps between two measurements; by default one at each epoch's end.
-
-    Raises:
-        LoRAError: `every_n_steps` below 1.
-    """
+    """Logs the figures of `measure`, which a subclass implements; its arguments are `RankTelemetry`'s."""
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None and every_n_steps < 1:

@@ -226,9 +226,8 @@ class MeasureBefore(Callback):
 
 def _of_other_data(trainer: Trainer) -> bool:
     """Whether a test's metrics go to a folder beside the checkpoint's run."""
-    return trainer.ckpt_path is not None and run.test_dir(trainer) != run.run_of_checkpoint(
-        Path(str(trainer.ckpt_path))
-    )
+    path = trainer.ckpt_path
+    return path is not None and run.test_dir(trainer) != run.run_of_checkpoint(Path(str(path)))
 
 
 def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:

@@ -136,9 +136,8 @@ class WholeFiles(TorchCheckpointIO):
     ) -> dict[str, Any]:
         if is_remote(path):
             return super().load_checkpoint(path, map_location, weights_only)
-        only = True if weights_only is None else weights_only
-        loaded: dict[str, Any] = read_checkpoint(Path(path), weights_only=only, map_location=map_location)
-        return loaded
+        only = weights_only is not False
+        return read_checkpoint(Path(path), weights_only=only, map_location=map_location)  # type: ignore[no-any-return]
 
     def remove_checkpoint(self, path: str | Path) -> None:
         super().remove_checkpoint(path)

@@ -22,21 +22,14 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.tensors import iter_base
-from lora_lightning.lora.meta.fill import fill_from_files
+from lora_lightning.lora.meta.empty_model import fill_from_files
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints.loop_state import is_between_steps
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints, PreemptedError
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.population.halving import (
-    Halving,
-    Standing,
-    choose_dropped,
-    refuse_metric,
-    replay,
-    rung_steps,
-    standing,
-)
+from lora_lightning.training.population import halving as rules
+from lora_lightning.training.population.halving import Halving, Standing
 from lora_lightning.training.population.turns import Turns
 from lora_lightning.training.precision import convert
 from lora_lightning.training.strategies.base import ShardedStrategy
@@ -102,8 +95,8 @@ class _TakeTurns(Callback):
         population = self.population
         population.steps = trainer.estimated_stepping_batches
         if population.halving is not None:
-            refuse_metric(self.member.module, population.metric)
-            population.rungs = rung_steps(population.halving.rungs, population.steps)
+            rules.refuse_metric(self.member.module, population.metric)
+            population.rungs = rules.rung_steps(population.halving.rungs, population.steps)
         self.on_train_batch_end(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -112,12 +105,12 @@ class _TakeTurns(Callback):
         if not is_between_steps(trainer):
             for rung, step in enumerate(population.rungs):
                 if trainer.global_step >= step and rung == len(population.decisions):
-                    member.standing, outputs = standing(trainer, member.module, population.metric)
+                    member.standing, outputs = rules.standing(trainer, member.module, population.metric)
                     member.rung = rung
                     self.turns.pause()
                     member.rung = None
                     if member.state == "dropped":
-                        replay(member.module, outputs)
+                        rules.replay(member.module, outputs)
                         trainer.should_stop = True
                         break
         self.turns.pause()
@@ -241,7 +234,7 @@ class Population:
             return
         standings = {name: member.standing for name, member in left.items() if member.standing is not None}
         keep, goal = math.ceil(len(left) / self.halving.eta), self.goal
-        why = run_in_first(lambda: choose_dropped(standings, keep, goal))
+        why = run_in_first(lambda: rules.choose_dropped(standings, keep, goal))
         share, trainer = str(self.halving.rungs[len(self.decisions)]), next(iter(left.values())).trainer
         for name, behind in why.items():
             at = f"at rung {share}, after {trainer.global_step} steps, {self.metric} {standings[name].value:.4f}"

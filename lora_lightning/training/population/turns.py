@@ -21,13 +21,7 @@ from lora_lightning.training.population.heap import share_heap
 
 
 class Turns:
-    """One fit among several.
-
-    Args:
-        run: the fit; it calls `pause` where others may go on.
-        random: the random states that it begins with.
-        log: the file for its printed output; None leaves it on the screen.
-    """
+    """A fit `run`, which calls `pause` where others may go on, with its random states and the file that it prints to."""
 
     def __init__(self, run: Callable[[], object], random: dict[str, Any], log: Path | None = None) -> None:
         share_heap()

@@ -181,11 +181,13 @@ class FSDP2Strategy(ModelParallelStrategy, ShardedStrategy):
         output = step(batch, batch_idx, *((loader,) if loader else ()))
         count = int(self._batches()[loader])
         if batch_idx + 1 == count:
-            predicts = self._module.trainer.state.fn == TrainerFn.PREDICTING
+            module = self._module
+            predicts = module.trainer.state.fn == TrainerFn.PREDICTING
+            run = module.task.predict if predicts else module.task.evaluate
             for _ in range(self._most[loader] - count):
                 self._root.unshard()
                 with self.precision_plugin.forward_context():
-                    self._module.uncounted_step(batch, predicts)
+                    run(module.backbone, batch)
         return output
 
     def on_validation_end(self) -> None:
