@@ -21,7 +21,7 @@ from lora_lightning.training.population.heap import share_heap
 
 
 class Turns:
-    """A fit `run`, which calls `pause` where others may go on, with its random states and the file that it prints to."""
+    """A fit `run`, which calls `pause` where others may go on, with its random states and the file it prints to."""
 
     def __init__(self, run: Callable[[], object], random: dict[str, Any], log: Path | None = None) -> None:
         share_heap()
