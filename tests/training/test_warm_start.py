@@ -60,7 +60,7 @@ def test_the_body_is_the_earlier_runs_and_the_head_is_new(named, trained, other,
 
 def test_a_resumed_fit_goes_on_from_its_own_checkpoint(trained, other, tmp_path, monkeypatch):
     LoRACLI(args=[*other, "--model.init_adapter", str(trained)])
-    monkeypatch.setattr(module_file, "start_from_adapter", lambda *_, **__: pytest.fail("read again"))
+    monkeypatch.setattr(module_file.initialization, "start_from_adapter", lambda *_, **__: pytest.fail("read again"))
     config = str(tmp_path / "runs/other/version_0/config.yaml")
     resumed = ["--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "2"]
     assert LoRACLI(args=["fit", *resumed]).trainer.current_epoch == 2
