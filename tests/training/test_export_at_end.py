@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning import ExportAtEnd, FreezeBase, LoRAConfig, LoRAError
-from lora_lightning.training.trainer import LoRATrainer
+from lora_lightning.export.probe_batch import first_batch, loaders_of
 from tests.factories import export_of
 from tests.training.small import Vision, fit, loader, trainer_of
 
@@ -111,7 +111,8 @@ FOUND = {
 
 
 def probe_of(make_module, data):
-    return LoRATrainer(logger=False, accelerator="cpu")._probe(make_module(Vision(), LoRAConfig(r=2)), data)
+    data.setup("fit")
+    return first_batch(loaders_of(data), make_module(Vision(), LoRAConfig(r=2)))
 
 
 @pytest.mark.parametrize("case", FOUND)

@@ -66,12 +66,13 @@ class Throughput(Callback):
         self._samples = self._seconds = 0.0
         """Of this process since then."""
         self._tokens: Tensor | int = 0
+        self._device = torch.device("cpu")
         self._running_since: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew, before a resumed fit's totals are loaded."""
         if stage == "fit":
-            vars(self).update(vars(Throughput()))
+            vars(self).update(vars(Throughput()), _device=trainer.strategy.root_device)
 
     def state_dict(self) -> dict[str, Any]:
         return self._totals()
@@ -122,9 +123,8 @@ class Throughput(Callback):
 
     def _read_counts(self) -> tuple[float, float, float]:
         """Samples and tokens over all processes, and seconds, since the last log row."""
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # so that the clock is right
-        samples, tokens = map(sum, zip(*gather((self._samples, float(self._tokens))), strict=True))
+        tokens_here = float(torch.as_tensor(self._tokens, device=self._device))  # waits, so that the clock is right
+        samples, tokens = map(sum, zip(*gather((self._samples, tokens_here)), strict=True))
         if self._running_since is not None:
             now = time.perf_counter()
             self._seconds, self._running_since = self._seconds + now - self._running_since, now
