@@ -149,11 +149,11 @@ def test_dropout_drops_what_it_says_and_keeps_the_expectation(p):
 
 @dtypes
 @pytest.mark.parametrize(("m", "k"), [(1536, 384), (384, 1536), (768, 768), (192, 576), (37, 100)])
-@pytest.mark.parametrize("rows", [(1, 16), (4, 64), (2000,)])
+@pytest.mark.parametrize("rows", [(1, 16), (4, 64), (2000,), (64, 4, "transposed")])
 def test_a_fresh_adapter_changes_no_bit(rows, m, k, dtype):
-    """Law 1: with B = 0 the output and dX are the backbone's."""
-    model, x = nn.Sequential(nn.Linear(k, m)).to(dtype).requires_grad_(False), torch.randn(*rows, k).to(dtype)
-    x.requires_grad_()
+    """Law 1: with B = 0 the output and dX are the backbone's, whose product goes by the memory order of x."""
+    model, x = nn.Sequential(nn.Linear(k, m)).to(dtype).requires_grad_(False), torch.randn(*rows[:2], k).to(dtype)
+    x = (x.transpose(0, 1) if rows[2:] else x).requires_grad_()
     wanted = model(x)
     g = torch.randn_like(wanted)
     (dx,) = torch.autograd.grad(wanted, x, g)

@@ -15,7 +15,7 @@
 With B = 0 the output equals the backbone's, bit for bit. Everything for which `can_fuse` is false is computed in eager
 form.
 
-Shapes: n rows, k inputs, m outputs, rank r; x (n, k), W0 (m, k), A (r, k), B (m, r), z (n, r).
+Shapes: n rows, k inputs, m outputs, rank r; x (..., k), W0 (m, k), A (r, k), B (m, r), z (n, r).
 """
 
 from __future__ import annotations
@@ -84,9 +84,8 @@ def fused_linear(
     Args:
         dropout: a probability for which `drops_by_bytes` is true; the seed comes from torch's default generator.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    out: Tensor = FusedLinear.apply(rows, W0, bias, A, B, scale, round(256 * dropout))  # type: ignore[no-untyped-call]
-    return out.view(*x.shape[:-1], len(W0))
+    out: Tensor = FusedLinear.apply(x, W0, bias, A, B, scale, round(256 * dropout))  # type: ignore[no-untyped-call]
+    return out
 
 
 class FusedLinear(torch.autograd.Function):
@@ -100,23 +99,25 @@ class FusedLinear(torch.autograd.Function):
         ctx.seed = int(torch.randint(2**62, (), dtype=torch.int64)) if dropped else 0
         ctx.folds = not dropped and _pays_to_fold(x, W0, A, B)
         cast, b, z = x.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype), None
-        if ctx.folds:
-            out = F.linear(cast, _folded(W0, A, B, scale), b)
-        else:
-            out, a = F.linear(cast, W0.to(ctx.dtype), b), A.to(ctx.dtype) * ctx.scale
-            z = _dropped_product(cast, a, dropped, ctx.seed) if dropped else _thin_product(cast, a)
-            out.addmm_(z, B.to(ctx.dtype).t())
+        # The product takes x in its own shape, by which torch chooses how it rounds. Its data are no view, which an
+        # autograd function may not return where the output is written into.
+        out = F.linear(cast, _folded(W0, A, B, scale) if ctx.folds else W0.to(ctx.dtype), b).data
+        if not ctx.folds:
+            rows, a = cast.reshape(-1, x.shape[-1]), A.to(ctx.dtype) * ctx.scale
+            z = _dropped_product(rows, a, dropped, ctx.seed) if dropped else _thin_product(rows, a)
+            out.view(-1, len(W0)).addmm_(z, B.to(ctx.dtype).t())
         ctx.save_for_backward(x, W0, A, B, z)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """By operations that can themselves be differentiated, for `create_graph=True`."""
-        (x, W0, A, B, z), (g,) = ctx.saved_tensors, grads
+        x, W0, A, B, z = ctx.saved_tensors
+        g = grads[0].reshape(-1, len(W0))
         needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         dX: Tensor | None = None
         with torch.autocast(x.device.type, enabled=False):
-            cast, a, b = x.to(ctx.dtype), A.to(ctx.dtype) * ctx.scale, B.to(ctx.dtype)
+            rows, a, b = x.to(ctx.dtype).reshape(-1, x.shape[-1]), A.to(ctx.dtype) * ctx.scale, B.to(ctx.dtype)
             if needs_x:
                 dX = torch.mm(g, _folded(W0, A, B, ctx.scale) if ctx.folds else W0.to(ctx.dtype))
             if torch.is_grad_enabled():
@@ -124,17 +125,17 @@ class FusedLinear(torch.autograd.Function):
             wide = torch.promote_types(ctx.dtype, torch.float32)
             dA = a.new_zeros(a.shape, dtype=wide) if needs_A else None
             dB = b.new_zeros(b.shape[::-1], dtype=wide) if needs_B else None  # transposed
-            for part, mask in _blocks(cast, ctx.dropped, ctx.seed):
+            for part, mask in _blocks(rows, ctx.dropped, ctx.seed):
                 dz = _thin_product(g[part], b.t())
                 if dX is not None and not ctx.folds:
                     _add_product_(dX[part], dz, a, mask)
-                seen = cast[part] if mask is None else mask * cast[part]
+                seen = rows[part] if mask is None else mask * rows[part]
                 if dA is not None:
                     _add_product_(dA, dz.t(), seen)
                 if dB is not None:
                     _add_product_(dB, (_thin_product(seen, a) if z is None else z[part]).t(), g[part])
             return (
-                None if dX is None else dX.to(x.dtype),
+                None if dX is None else dX.to(x.dtype).view(x.shape),
                 None,
                 g.sum(0) if needs_bias else None,
                 None if dA is None else (dA * ctx.scale).to(A.dtype),
@@ -158,7 +159,7 @@ def _pays_to_fold(x: Tensor, W0: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether two thin products with n rows cost more than folding, which is exact enough in wide dtypes only."""
     m, k = W0.shape
     is_wide = W0.dtype.itemsize >= 4 and {_product_dtype(x), x.dtype, A.dtype, B.dtype} == {W0.dtype}
-    return is_wide and len(x) * (m + k) >= 3 * m * k
+    return is_wide and x.numel() // k * (m + k) >= 3 * m * k
 
 
 def _folded(W0: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
