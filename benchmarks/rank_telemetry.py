@@ -20,7 +20,7 @@ from torch import nn
 from benchmarks.measure import RESULTS
 from lora_lightning import LoRAConfig, inject
 from lora_lightning.analysis.measures import base_norm, measures_of, whole_base
-from lora_lightning.lora.frozen.spectrum import update_pairs
+from lora_lightning.analysis.spectra import update_pairs
 from lora_lightning.lora.inject import adapted_layers
 
 LAYERS, MEASURED, TOKENS = 224, 16, 2048

@@ -17,11 +17,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from lora_lightning.analysis.spectra import matrix_pair
 from lora_lightning.lora.errors import AdapterError, first_few
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS, find_alphas, possible_ranks
 from lora_lightning.lora.formats.peft.keys import A_ENDS, PREFIX, WRAPPER, canonical_keys
 from lora_lightning.lora.formats.peft.load import AdapterFiles
-from lora_lightning.lora.frozen.spectrum import Pair, matrix_pair, spectrum
+from lora_lightning.lora.frozen.spectrum import Pair, spectrum
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.layers.functional import stack_factors
 from lora_lightning.lora.targets.patterns import matches

@@ -8,10 +8,11 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lora_lightning.analysis.adapters import Factors
+from lora_lightning.analysis.spectra import weight_matrices
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats.peft.load import Read
 from lora_lightning.lora.frozen.quantization import plain_weight
-from lora_lightning.lora.frozen.spectrum import subtract_init, weight_matrices
+from lora_lightning.lora.frozen.spectrum import subtract_init
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.init.from_weight import factors_from_weight, is_from_weight
 

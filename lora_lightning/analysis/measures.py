@@ -13,9 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_lightning.analysis.adapters import Adapter, Factors, places
 from lora_lightning.analysis.base_weights import Weights
-from lora_lightning.lora.frozen.spectrum import (
-    Pair,
-    Spectrum,
+from lora_lightning.analysis.spectra import (
     base_matrices,
     energy,
     expected_norm,
@@ -23,10 +21,10 @@ from lora_lightning.lora.frozen.spectrum import (
     projection_norm,
     sampled_norm,
     smallest_rank,
-    spectrum,
     stable_rank,
     top_norm,
 )
+from lora_lightning.lora.frozen.spectrum import Pair, Spectrum, spectrum
 from lora_lightning.lora.layers import AdaptedLayer
 from lora_lightning.lora.layers.functional import wide_dtype
 

@@ -13,10 +13,10 @@ import torch
 
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures
 from lora_lightning.analysis.similarity import LayerSimilarity, PairSimilarity
+from lora_lightning.analysis.spectra import similarity
 from lora_lightning.analysis.strength import Strengths
 from lora_lightning.analysis.truncation import Truncation
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.frozen.spectrum import similarity
 from lora_lightning.reports.figures import COLORS, COLUMN, PAGE, Drawing, figure, plot_style, rank_ticks, ticks
 
 if TYPE_CHECKING:

@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_lightning.analysis.adapters import Adapter, Factors, places
-from lora_lightning.lora.frozen.spectrum import (
-    accumulate_similarity,
-    directions,
-    random_similarity,
-    spectrum,
-)
+from lora_lightning.analysis.spectra import accumulate_similarity, directions, random_similarity
+from lora_lightning.lora.frozen.spectrum import spectrum
 
 Side = Literal["A", "B", "update_in", "update_out"]
 SIDES: tuple[Side, ...] = ("A", "B", "update_in", "update_out")

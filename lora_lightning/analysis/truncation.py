@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from lora_lightning.lora.formats.atomic_dir import refuse_occupied, write_togeth
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.keys import PREFIX
 from lora_lightning.lora.formats.peft.save import ranks_and_alphas
+from lora_lightning.lora.formats.provenance import config_digests
 from lora_lightning.lora.formats.tensor_files import file_content
+from lora_lightning.lora.frozen.fingerprint import fingerprint_of_tensors
 from lora_lightning.lora.frozen.spectrum import Pair, pad_pair
 from lora_lightning.lora.init.from_weight import is_from_weight
 
@@ -84,7 +86,10 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
     config |= ranks_and_alphas(ranks, alphas)  # all of them, so that nothing depends on the order of patterns
     if is_from_weight(str(config.get("init_lora_weights"))):
         config["init_lora_weights"] = True  # the subtracted init is part of A and B
-    metadata = {"format": "pt"} if record is None else record.for_changed_file(tensors, settings, config).to_metadata()
+    metadata = {"format": "pt"}
+    if record is not None:  # the parts of fused layers are merged into A and B
+        digest, fields = fingerprint_of_tensors(tensors).digest, config_digests(config)
+        metadata = replace(record, adapter=digest, settings=settings, config=fields, slices={}).to_metadata()
     after = {name: rank for name, (rank, _, _) in settings.items()}
     write_together(
         directory,

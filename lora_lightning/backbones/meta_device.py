@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, modeling_utils
 from lora_lightning.backbones.key_mapping import groups_to_load
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.tensor_files import DTYPES
-from lora_lightning.lora.meta.key_mapping import Base, WeightFiles, keep_files
+from lora_lightning.lora.meta.key_mapping import Base, base_of, keep_files
 
 NOT_ON_META = (
     "random_weights", "add_tokens", "gguf_file", "quantization_config", "device_map", "key_mapping",
@@ -89,13 +89,14 @@ def finish_on_meta(model: PreTrainedModel, files: list[Path]) -> None:
             f"{type(model).__name__} was not built on the meta device: its weights are no safetensors files, or this"
             " version of transformers opens them in another way; leave on_meta out"
         )
-    weights = WeightFiles(list(dict.fromkeys(files)), groups_to_load)
-    keep_files(model, weights)
-    _tie_equal(model, weights.base(model))
+    keep_files(model, list(dict.fromkeys(files)), groups_to_load)
+    _tie_equal(model)
 
 
-def _tie_equal(model: PreTrainedModel, base: Base) -> None:
+def _tie_equal(model: PreTrainedModel) -> None:
     """Tie weights that the files hold equal under both names, as `PreTrainedModel.tie_weights` does in memory."""
+    base = base_of(model)
+    assert base is not None
     keys: dict[str, str] = model.all_tied_weights_keys
     untied = [pair for pair in keys.items() if model.get_parameter(pair[0]) is not model.get_parameter(pair[1])]
     equal = {target for target, source in untied if _same(model, base, target, source)}

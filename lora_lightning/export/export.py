@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from lora_lightning.export.model_files import is_transformers, processing_of, write_labels
 from lora_lightning.export.options import FORMATS, REPORT, check_target, parse_options
 from lora_lightning.export.probe_batch import probe_from
+from lora_lightning.export.staging import stage_folder
 from lora_lightning.export.verification import ExportReport, Proof
 from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.dtype import DType, float_dtype
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint

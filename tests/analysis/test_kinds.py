@@ -15,10 +15,10 @@ from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.analysis.adapters import Adapter, read_factors
 from lora_lightning.analysis.base_weights import Weights
 from lora_lightning.analysis.measures import common_rank, measure_adapter
+from lora_lightning.analysis.spectra import base_matrices, update_pairs
 from lora_lightning.analysis.truncation import truncate
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats.peft.load import AdapterFiles
-from lora_lightning.lora.frozen.spectrum import base_matrices, update_pairs
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
 from tests.lora.directories import edit_config, of_peft

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lightning.lora.frozen import spectrum as sp
+from lora_lightning.analysis import spectra as sp
+from lora_lightning.lora.frozen.spectrum import spectrum
 
 SHAPES = [(30, 20, 4), (20, 30, 4), (6, 40, 9), (40, 5, 8), (1, 7, 3), (64, 64, 1)]
 
@@ -20,7 +21,7 @@ def test_spectrum_is_that_of_the_dense_update(m, k, r, scale):
     A, B = rng.standard_normal((r, k)), rng.standard_normal((m, r))
     dense = scale * B @ A
     want = np.linalg.svd(dense, compute_uv=False)[: min(m, k, r)]
-    found = sp.spectrum(torch.tensor(A), torch.tensor(B), scale)
+    found = spectrum(torch.tensor(A), torch.tensor(B), scale)
     np.testing.assert_allclose(found.S, want, atol=1e-10 * want[0])
     np.testing.assert_allclose((found.U * found.S) @ found.V.mT, dense, atol=1e-10 * want[0])
     for frame in (found.U, found.V):
@@ -34,7 +35,7 @@ def test_the_smallest_rank_holds_a_share_and_a_zero_update_has_no_rank():
     cases = [([3, 1], 0.9, 1), ([3, 1], 0.91, 2), ([1] * 4, 0.75, 3), ([1] * 4, 1.0, 4), ([5], 0.1, 1)]
     for values, share, rank in cases:
         assert sp.smallest_rank(torch.tensor(values, dtype=torch.float64), share) == rank
-    found = sp.spectrum(torch.randn(4, 9), torch.zeros(7, 4))
+    found = spectrum(torch.randn(4, 9), torch.zeros(7, 4))
     assert (found.S.shape, found.U.shape) == ((0,), (7, 0))
     assert (sp.stable_rank(found.S), sp.smallest_rank(found.S, 0.9), sp.frobenius(found.S)) == (0.0, 0, 0.0)
 

@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
+from lora_lightning.export.staging import stage_folder
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats import atomic_dir
-from lora_lightning.lora.formats.atomic_dir import stage_folder, write_together
+from lora_lightning.lora.formats.atomic_dir import write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
 from tests.lora.directories import names
@@ -214,7 +215,7 @@ def test_what_fails_leaves_the_older_and_nothing_else(tmp_path, error, kind, mat
 KILLED_FOLDER = """
 import os, signal, sys
 from pathlib import Path
-from lora_lightning.lora.formats.atomic_dir import stage_folder
+from lora_lightning.export.staging import stage_folder
 if sys.argv[2] == "between the moves":
     real = Path.replace
     def replace(self, to):
@@ -232,7 +233,8 @@ with stage_folder(Path(sys.argv[1]), 1) as folder:
 @pytest.mark.parametrize("when", ["while writing", "between the moves"])
 def test_a_killed_process_leaves_no_half_and_the_next_clears_up(tmp_path, when):
     fill(tmp_path / "out", "one")
-    done = subprocess.run([sys.executable, "-c", KILLED_FOLDER, str(tmp_path / "out"), when], check=False)
+    command = [sys.executable, "-c", KILLED_FOLDER, str(tmp_path / "out"), when]
+    done = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
     assert done.returncode == -signal.SIGKILL
     left = [name for name in names(tmp_path) if name != "out"]
     assert left

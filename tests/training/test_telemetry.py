@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from lora_lightning import DriftMonitor, LoRAConfig, LoRAError, inject
 from lora_lightning.analysis.drift import measure_drift
 from lora_lightning.analysis.measures import RankMeasures, base_norm, measures_of, summary, whole_base, whole_layer
-from lora_lightning.lora.frozen.spectrum import update_pairs
+from lora_lightning.analysis.spectra import update_pairs
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.callbacks.monitors import FILE, HEADER, RankTelemetry

@@ -14,24 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lora_lightning.lora.bank.combine import (
-    Combination,
-    check_request,
-    combine_adapters,
-    config_of,
-    fill,
-    read_adapter,
-    report,
-)
-from lora_lightning.lora.bank.detached import (
-    Share,
-    find_adapter,
-    put_in,
-    refuse_replaced,
-    take_out,
-    to_device,
-    to_modules,
-)
+from lora_lightning.lora.bank import combine, detached
+from lora_lightning.lora.bank.combine import Combination
+from lora_lightning.lora.bank.detached import Share
 from lora_lightning.lora.bank.mixed_batch import Batch, mixed_batch
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.load import load_adapter
@@ -65,7 +50,7 @@ class AdapterBank:
         self._batch_first: set[str] = set()
         hold_packing(model)  # which would round the base, also while it is plain
         self._base = base_versions(model)
-        if find_adapter(model):
+        if detached.find_adapter(model):
             self.add(first)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,7 +92,7 @@ class AdapterBank:
         self._refuse_taken(name)
         with self._plain_model("load"):
             report = load_adapter(self.model, directory, allow_other_base=allow_other_base, alphas=alphas)
-            self._held[name] = take_out(self.model, self.device)
+            self._held[name] = detached.take_out(self.model, self.device)
         return report
 
     def save(
@@ -137,7 +122,7 @@ class AdapterBank:
         self._refuse_taken(name)
         self._refuse_within("add")
         refuse_moved(self.model, self._base)
-        held = find_adapter(self.model)
+        held = detached.find_adapter(self.model)
         if not held:
             raise LoRAError("the model has no adapter to add: inject(model, config) first, or load a directory")
         if self._active is not None and self._in_place(self._active):
@@ -193,12 +178,12 @@ class AdapterBank:
             self._switch(None if several else names[0])
             try:
                 for held in sources.values():
-                    to_modules(held)
+                    detached.to_modules(held)
                 with self._block("rows"), mixed_batch(self.model, sources, Batch(names, repeats, self._batch_first)):
                     yield
             finally:
                 for held in sources.values():
-                    to_device(held, self.device)
+                    detached.to_device(held, self.device)
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the bank; if it was active, the model is the plain base."""
@@ -230,21 +215,21 @@ class AdapterBank:
             LoRAError: there is no such adapter, or these cannot be combined so. The bank is then unchanged.
         """
         self._refuse_taken(name)
-        check_request(weights, self.names, method, rank, removed)
+        combine.check_request(weights, self.names, method, rank, removed)
         with self._plain_model("combine"):
             sources = {}
             for source in weights:
                 self._switch(source)
-                sources[source] = read_adapter(source, self.model)
+                sources[source] = combine.read_adapter(source, self.model)
             self._switch(None)
-            combined = combine_adapters(sources, weights, rank)
-            inject(self.model, config_of(combined), run_init=False, any_rank=True)
+            combined = combine.combine_adapters(sources, weights, rank)
+            inject(self.model, combine.config_of(combined), run_init=False, any_rank=True)
             try:
-                fill(self.model, combined)
+                combine.fill(self.model, combined)
             finally:
-                held = take_out(self.model, self.device)
+                held = detached.take_out(self.model, self.device)
             self._held[name] = held
-        return report(combined, method)
+        return combine.report(combined, method)
 
     def __contains__(self, name: object) -> bool:
         return name in self._held
@@ -284,18 +269,18 @@ class AdapterBank:
         if name == self._active:
             return
         if name is not None:
-            refuse_replaced(self.model, self._held[name])  # before the active adapter is taken out
+            detached.refuse_replaced(self.model, self._held[name])  # before the active adapter is taken out
         before, self._active = self._active, None
         if before is not None:
-            self._held[before] = take_out(self.model, self.device)
+            self._held[before] = detached.take_out(self.model, self.device)
         if name is None:
             return
         try:
-            put_in(self.model, self._held[name])
+            detached.put_in(self.model, self._held[name])
         except BaseException:
-            to_device(self._held[name], self.device)
+            detached.to_device(self._held[name], self.device)
             if before is not None:
-                put_in(self.model, self._held[before])
+                detached.put_in(self.model, self._held[before])
                 self._active = before
             raise
         self._active = name

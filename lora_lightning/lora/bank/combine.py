@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,14 +40,12 @@ Loss = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """The errors and the ranks of a combination."""
+    """The ranks of a combination, and ||exact - combined||_F / ||exact||_F, by module and over all together."""
 
     method: str
-    errors: dict[str, float] = field(default_factory=dict)
-    """By module, ||exact - combined||_F / ||exact||_F: the error of the chosen rank."""
-    ranks: dict[str, int] = field(default_factory=dict)
-    error: float = 0.0
-    """The same over all modules together."""
+    errors: dict[str, float]
+    ranks: dict[str, int]
+    error: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +85,13 @@ def check_request(
     """Raise a ConfigError unless this asks for a valid weighted sum; `removed` holds arguments of removed methods."""
     if method in REMOVED or removed:
         in_peft = REMOVED.get(method)
+        what, name = (f"method {method!r}", f" ({in_peft!r})") if in_peft else (", ".join(removed), "")
         raise ConfigError(
-            f"{f'method {method!r}' if in_peft else ', '.join(removed)} was removed: take 'concat' or 'svd', or let"
-            f" PEFT combine the saved adapters{f' ({in_peft!r})' if in_peft else ''} by add_weighted_adapter, and load"
-            " that"
+            f"{what} was removed: take 'concat' or 'svd', or let PEFT combine the saved adapters{name} and load that"
         )
     if method not in METHODS:
-        raise ConfigError(
-            f"method must be one of {', '.join(METHODS)}, got {method!r}{did_you_mean(str(method), METHODS)}"
-        )
+        near = did_you_mean(str(method), METHODS)
+        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}{near}")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(f"rank must be a whole number of at least 1, got {rank!r}")
     if method == "svd" and rank is None:
@@ -106,9 +102,8 @@ def check_request(
         raise ConfigError(f"weights must map names of adapters to numbers, such as {{'a': 0.7}}, got {weights!r}")
     for name, weight in weights.items():
         if name not in names:
-            raise ConfigError(
-                f"no adapter '{name}' here, there are {', '.join(names) or 'none'}{did_you_mean(str(name), names)}"
-            )
+            known = f"{', '.join(names) or 'none'}{did_you_mean(str(name), names)}"
+            raise ConfigError(f"no adapter '{name}' here, there are {known}")
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ConfigError(f"the weight of '{name}' must be a finite number, got {weight!r}")
 
@@ -189,15 +184,12 @@ def _common_heads(sources: Mapping[str, Source], layers: Mapping[str, Layer]) ->
             other, there = heads.setdefault(path, (name, state))
             if any(not torch.equal(tensor, there[key]) for key, tensor in state.items()):
                 raise LoRAError(
-                    f"'{other}' and '{name}' both saved '{path}' in full, with different values, and a head has no"
-                    f" update to add: combine adapters that share it, or save them without it"
+                    f"'{other}' and '{name}' both saved '{path}' in full, with different values, which have no sum:"
+                    " combine adapters that share it, or save them without it"
                 )
     for path, (name, _) in heads.items():
         if adapted := [layer.name for layer in layers.values() if f"{layer.name}.".startswith(f"{path}.")]:
-            raise LoRAError(
-                f"'{name}' saved '{path}' in full, and another adapts '{adapted[0]}' by A and B: combine adapters that"
-                f" train it in one way"
-            )
+            raise LoRAError(f"'{name}' saved '{path}' in full, and another adapts '{adapted[0]}' by A and B: no sum")
     return {path: state for path, (_, state) in heads.items()}
 
 

@@ -6,7 +6,6 @@ holds them as data, and any number of adapters can be stored beside one W0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,18 +29,21 @@ class Share:
     path: str
     module: nn.Module
     """The module, which alone has the W0 that the adapter belongs to."""
-    plain: type[nn.Module]
     grafted: type[nn.Module]
-    """The module's classes without and with the adapter."""
+    """The module's class with the adapter."""
     stores: dict[str, dict[str, Any]]
     """The adapter's entries in the module's parameters, buffers, children and attributes."""
 
-    def tensors(self) -> Iterator[Tensor]:
+    def holder(self) -> nn.Module:
+        """A module with this share's parameters, buffers and children alone."""
+        holder = nn.Module()
+        holder.__dict__.update({store: self.stores[store] for store in STORES})
+        return holder
+
+    def tensors(self) -> list[Tensor]:
         """Every tensor of this share."""
-        for store in ("_parameters", "_buffers"):
-            yield from (tensor for tensor in self.stores[store].values() if tensor is not None)
-        for child in self.stores["_modules"].values():
-            yield from (*child.parameters(), *child.buffers())
+        holder = self.holder()
+        return [*holder.parameters(), *holder.buffers()]
 
     def holds_same(self) -> bool:
         """Whether the module still has this adapter, and no other."""
@@ -67,11 +69,8 @@ class Share:
 
     def move(self, device: torch.device) -> None:
         """Move the adapter's tensors as `nn.Module.to` does: parameters stay the same objects."""
-        if all(tensor.device == device for tensor in self.tensors()):
-            return
-        holder = nn.Module()
-        holder.__dict__.update({store: self.stores[store] for store in STORES})
-        holder.to(device)
+        if any(tensor.device != device for tensor in self.tensors()):
+            self.holder().to(device)
 
 
 def twin_of(module: nn.Module, share: Share | None) -> Any:
@@ -93,15 +92,12 @@ def find_adapter(model: nn.Module) -> list[Share]:
             store: {name: entry for name, entry in getattr(module, store).items() if name.startswith("lora_")}
             for store in (*STORES, "__dict__")
         }
-        shares.append(Share(path, module, class_swap.own_class(type(module)), type(module), stores))
+        shares.append(Share(path, module, type(module), stores))
     return shares
 
 
 def take_out(model: nn.Module, device: torch.device | None = None) -> list[Share]:
-    """Take the adapter out of the model, which is then plain, and move it to `device`, if given.
-
-    Unlike after `remove`, a 4-bit base is not repacked, which would round the adapter's W0.
-    """
+    """Take the adapter out of the model, and move it to `device`, if given; a 4-bit W0 is not repacked (rounded)."""
     held = find_adapter(model)
     for share in held:
         class_swap.take_out(share.module)
@@ -126,10 +122,7 @@ def to_device(held: list[Share], device: torch.device | None) -> None:
 
 
 def put_in(model: nn.Module, held: list[Share]) -> None:
-    """Put the adapter into the plain `model`, on the device of each module that it changes.
-
-    After an error, such as too little memory on the device, the model is plain.
-    """
+    """Put the adapter into the plain `model`, on its modules' devices; after an error the model is plain."""
     hold_packing(model)
     try:
         to_modules(held)
@@ -146,7 +139,8 @@ def refuse_replaced(model: nn.Module, held: list[Share]) -> None:
     """Raise an AdapterError where a module of the adapter is no longer in the model."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for share in held:
-        if modules.get(share.path) is not share.module or class_swap.own_class(type(share.module)) is not share.plain:
+        is_plain = class_swap.own_class(type(share.module)) is class_swap.own_class(share.grafted)
+        if modules.get(share.path) is not share.module or not is_plain:
             raise AdapterError(
                 f"'{share.path}' is not the module that the adapter belongs to: it was replaced since; make a new bank"
             )

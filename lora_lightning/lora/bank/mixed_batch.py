@@ -16,20 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora import layers
 from lora_lightning.lora.bank.detached import Share, twin_of
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.layers import (
-    AdaptedLayer,
-    Grafted,
-    LoRAConv1D,
-    LoRALinear,
-    ParameterHost,
-    SavedCopy,
-    TokenRows,
-    TrainedBias,
-    graft,
-    take_out,
-)
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, graft, take_out
 from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.layers.trained.token_rows import TokenFollower
 
@@ -50,9 +40,7 @@ class Batch:
     indices: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict)
 
     def groups(self, layer: str, x: Any, module: nn.Module) -> dict[str, Tensor]:
-        """The row numbers of each adapter; a LoRAError where the first dimension of x is not known to be that of the
-        rows.
-        """
+        """The row numbers of each adapter; a LoRAError where x is not known to have the rows first."""
         counts = {len(self.names), len(self.names) * self.repeats}
         shape = tuple(x.shape) if isinstance(x, Tensor) and not x.is_nested else ()
         least = module.weight.dim() if isinstance(module, CONVS) else 2  # with fewer there is no dimension of rows
@@ -69,8 +57,8 @@ class Batch:
             self.batch_first |= {layer} if is_sequence else set()
         elif layer not in self.batch_first:  # as many positions as rows: either dimension may be the rows
             raise LoRAError(
-                f"rows: '{layer}' sees {shape}, and whether its first or second dimension is that of the rows cannot be"
-                f" known: run a batch of another length first, pad this one by a position, or {ALONE}"
+                f"rows: '{layer}' sees {shape}, and which dimension is that of the rows cannot be known: run a batch of"
+                f" another length first, pad this one by a position, or {ALONE}"
             )
         key = (shape[0], x.device)
         if key not in self.indices:
@@ -103,12 +91,15 @@ class MixedForward(Grafted):
         if more or not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
             raise LoRAError(f"rows: '{self.lora_path}' takes or gives more than one tensor of rows: {ALONE}")
         for adapter, rows in groups.items():
-            twin = self.lora_twins.get(adapter)
-            if twin is not None and _adds_update(twin):
-                # In place, since copying all rows for each group would cost more than the update.
-                _add_update(out, rows, twin, x.index_select(0, rows))
-            elif twin is not None:
-                out = out.index_copy(0, rows, twin.forward(x.index_select(0, rows)))
+            twin: Any = self.lora_twins.get(adapter)
+            if twin is None:
+                continue
+            mine = x.index_select(0, rows)
+            if _adds_update(twin):  # in place, since copying all rows for each group would cost more than the update
+                update = twin.lora_update(mine).to(out.dtype)
+                out.index_copy_(0, rows, twin.lora_finish(out.index_select(0, rows) + update))
+            else:
+                out = out.index_copy(0, rows, twin.forward(mine))
         return out
 
     def _attend(self, out: tuple[Tensor, Tensor | None], arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -133,17 +124,9 @@ class MixedForward(Grafted):
 
 def _adds_update(twin: Grafted) -> bool:
     """Whether the adapted twin computes the plain module's output plus an update."""
-    has_update = isinstance(twin, AdaptedLayer) and isinstance(twin, (LoRALinear, LoRAConv1D, *CONVS))
+    has_update = isinstance(twin, AdaptedLayer) and isinstance(twin, (layers.LoRALinear, layers.LoRAConv1D, *CONVS))
     is_outermost = issubclass(type(twin).__bases__[0], Grafted)  # else a subclass changes the sum
-    return has_update and is_outermost and not isinstance(twin, TrainedBias | SavedCopy)
-
-
-def _add_update(out: Tensor, rows: Tensor, layer: Any, x: Tensor) -> None:
-    update = layer.lora_update(x).to(out.dtype)
-    if layer.lora_magnitude_vector is None and layer.lora_B_bias is None:
-        out.index_add_(0, rows, update)
-    else:  # B's bias and DoRA's factor come after the sum
-        out.index_copy_(0, rows, layer.lora_finish(out.index_select(0, rows) + update))
+    return has_update and is_outermost and not isinstance(twin, layers.TrainedBias | layers.SavedCopy)
 
 
 @contextmanager
@@ -182,7 +165,7 @@ def _twins(names: Mapping[nn.Module, str], sources: Mapping[str, list[Share]]) -
         shares = {share.module: share for share in held}
         for module, share in shares.items():
             _refuse(adapter, share)
-            if any(True for _ in share.tensors()):  # others, such as encoders, only host adapted modules
+            if share.tensors():  # others, such as encoders, only host adapted modules
                 unit = hosts.get(module, module)  # an attention reads the weights of its out_proj
                 twin = twins.setdefault(unit, {}).setdefault(adapter, twin_of(unit, shares.get(unit)))
                 if unit is not module:
@@ -196,17 +179,17 @@ def _see_batch_first(names: Mapping[nn.Module, str], batch: Batch) -> None:
         holder = module.self_attn if isinstance(module, LAYERS) else module
         if isinstance(holder, nn.MultiheadAttention | nn.RNNBase):
             if not holder.batch_first:
-                raise LoRAError(
-                    f"rows: '{name}' has batch_first=False, so that rows are not the first dimension of what it and its"
-                    f" neighbours see: {ALONE}"
-                )
+                raise LoRAError(f"rows: '{name}' has batch_first=False, so that rows do not come first in it: {ALONE}")
             batch.batch_first |= {names[inner] for inner in module.modules()}
 
 
 def _refuse(adapter: str, share: Share) -> None:
     reasons: list[tuple[bool, str]] = [
-        (issubclass(share.grafted, ParameterHost), "adapts a bare parameter, whose product the model takes itself"),
-        (issubclass(share.grafted, TokenRows | TokenFollower), "trains token rows"),
+        (
+            issubclass(share.grafted, layers.ParameterHost),
+            "adapts a bare parameter, which the model multiplies itself",
+        ),
+        (issubclass(share.grafted, layers.TokenRows | TokenFollower), "trains token rows"),
         ("expert" in share.path, "adapts an expert, which sees only the tokens that are sent to it"),
         (getattr(share.module, "max_norm", None) is not None, "adapts an embedding with max_norm"),
     ]

@@ -1,4 +1,4 @@
-"""Files: PEFT's adapters, loralib's checkpoints, adapters for vLLM, provenance, tensor files, atomic folders.
+"""Files: PEFT's adapters, loralib's checkpoints, provenance, tensor files, atomic folders.
 
 Imports `lora.inject` and `lora.frozen`.
 """

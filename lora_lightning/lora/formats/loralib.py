@@ -165,7 +165,7 @@ def _linear_factors(
         example = [True] * (count - 1) + [False] * (total - count) + [True]
         raise AdapterError(
             f"'{name}' is a MergedLinear with {count} of {total} parts adapted, and the file does not say which: pass"
-            f" enable_lora as the layer had it, such as {example} for the first and the last"
+            f" enable_lora as the layer had it, such as {example}"
         )
     flags = list(enabled) if enabled is not None else [True] * total
     if len(flags) != total or sum(map(bool, flags)) != count:
@@ -215,8 +215,10 @@ def _check_rest(
     allow_other_base: bool,
 ) -> Bias:
     """Compare the file's base weights with W0 (an AdapterError where they differ); returns which biases trained."""
-    state = plain_state(model)
-    rest = {k: t for k, t in rest.items() if not any(_is_within(k, name) for name in saved)}
+    state, rest = (
+        {key: tensor for key, tensor in each.items() if not any(f".{name}." in f".{key}" for name in saved)}
+        for each in (plain_state(model), rest)
+    )
     if strangers := [key for key in rest if key not in state]:
         hint = did_you_mean(strangers[0], state)
         raise AdapterError(f"the checkpoint has {len(strangers)} keys left over: {first_few(strangers, 10)}{hint}")
@@ -235,7 +237,7 @@ def _check_rest(
         )
     if others:
         warn_of_other_base(f"{len(others)} weights in the checkpoint are not this model's: {first_few(others)}")
-    if any(key not in rest and not any(_is_within(key, name) for name in saved) for key in state):
+    if state.keys() - rest.keys():
         warn_of_no_fingerprint()
     if not biases:
         return "none"
@@ -252,7 +254,3 @@ def _our_tensors(model: nn.Module, factors: Mapping[str, Factors], rest: Mapping
     if missing := [key for key in theirs.values() if key not in rest and key not in frozen]:
         raise AdapterError(f"the checkpoint lacks {len(missing)} tensors: {first_few(missing, 10)}")
     return ours | {key: rest.get(theirs[key], tensor) for key, tensor in others.items()}
-
-
-def _is_within(key: str, name: str) -> bool:
-    return key.startswith(f"{name}.") or f".{name}." in key

@@ -57,13 +57,6 @@ class Record:
                 f" download it again; {first_few(sorted(FREE), 8)} may be changed"
             )
 
-    def for_changed_file(
-        self, tensors: Mapping[str, Tensor], settings: dict[str, tuple[int, float, float]], config: Mapping[str, Any]
-    ) -> Record:
-        """The record of a file that was made from this one's for the same base, with the parts merged into A and B."""
-        adapter = fingerprint_of_tensors(tensors).digest
-        return replace(self, adapter=adapter, settings=settings, config=config_digests(config), slices={})
-
     def to_metadata(self) -> dict[str, str]:
         """The metadata of the file, with a checksum of the record itself."""
         text = json.dumps({"version": version("lora_lightning"), **asdict(self)}, sort_keys=True)
@@ -71,10 +64,7 @@ class Record:
 
 
 def config_digests(config: Mapping[str, Any]) -> dict[str, str]:
-    """The first 16 hexadecimal digits of each field's SHA-256.
-
-    A field that is null, false or empty counts as left out, and 3 equals 3.0.
-    """
+    """The start of each field's SHA-256; one that is null, false or empty counts as left out, and 3 equals 3.0."""
     stated = {n: v for n, v in config.items() if n not in FREE and not (v is None or v is False or v in ([], {}, ""))}
     plain = {name: json.loads(json.dumps(value), parse_int=float) for name, value in stated.items()}
     return {name: _sha256(json.dumps(value, sort_keys=True))[:16] for name, value in plain.items()}
@@ -113,10 +103,8 @@ def read_record(metadata: Mapping[str, str]) -> Record | None:
         record = json.loads(metadata[PROVENANCE])
         base = Fingerprint.from_json(json.dumps(record["base"]))
         if base.format != FORMAT:
-            raise ValueError(
-                f"it is of format {base.format} and this version reads format {FORMAT}; PEFT opens the adapter, and"
-                " what it saves opens here"
-            )
+            both = f"of format {base.format} and this version reads format {FORMAT}"
+            raise ValueError(f"it is {both}; PEFT opens the adapter, and what it saves opens here")
         if metadata.get(CHECKSUM) != _sha256(metadata[PROVENANCE]):
             raise ValueError("it was changed since it was saved")
         for name, spec in record["slices"].items():
@@ -135,10 +123,7 @@ def _sha256(text: str) -> str:
 def check_base(
     record: Record | None, model: nn.Module, *, allow_other_base: bool, replaced: Collection[str] = ()
 ) -> None:
-    """Raise where the plain `model` is another base than the adapter's; without a record of the base, warn.
-
-    Modules in `replaced` are not compared, since the adapter holds them whole.
-    """
+    """Refuse another base than the adapter's, but for modules in `replaced`, which it holds; warn without a record."""
     if record is None:
         warn_of_no_fingerprint()
     else:
@@ -148,10 +133,7 @@ def check_base(
 def refuse_other_base(
     made_on: Fingerprint, here: Fingerprint, *, allow_other_base: bool = False, replaced: Collection[str] = ()
 ) -> None:
-    """Raise an AdapterError where W0 is not the adapter's, with the tensors that differ in the model's order.
-
-    With `allow_other_base` it warns instead.
-    """
+    """Refuse a W0 that is not the adapter's, with the tensors that differ; with `allow_other_base` warn of it."""
     # Older records of a wrapped model have `_orig_mod.` or `module.` in their names.
     plain = {WRAPPERS.sub("", name): name for name in here.tensors}
     renamed = {n: n if n in here.tensors else plain.get(WRAPPERS.sub("", n), n) for n in made_on.tensors}

@@ -9,6 +9,7 @@ and not mapped, so that no more than the tensors in use takes memory.
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,11 @@ class Stored:
     """The file that holds it."""
     start: int = 0
     """The place of its first byte in the file."""
+
+    @classmethod
+    def of(cls, key: str, dtype: torch.dtype, shape: Sequence[int]) -> Stored:
+        """The entry of a tensor that will be written."""
+        return cls(key=key, dtype=NAMES[dtype], shape=tuple(shape), size=math.prod(shape) * dtype.itemsize)
 
     @property
     def width(self) -> int:
@@ -160,8 +166,7 @@ def file_pieces(
 
 def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
     """The entries of a file with these tensors, which may be on the meta device; sorted by width, then by name."""
-    named = sorted(tensors.items())
-    return sort_entries(Stored(key=k, dtype=NAMES[t.dtype], shape=tuple(t.shape), size=t.nbytes) for k, t in named)
+    return sort_entries(Stored.of(key, tensor.dtype, tensor.shape) for key, tensor in sorted(tensors.items()))
 
 
 def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
@@ -196,7 +201,10 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
     if not path.is_file():
         raise AdapterError(f"no file {path}")
     try:
-        _check_sums(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():  # torch writes checksums and does not compare them
+                    raise ValueError(f"'{damaged}' fails its checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn pickle fails in as many ways as there are opcodes
         raise AdapterError(
@@ -217,14 +225,6 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
                 f"{path} has a tensor of shape {tuple(value.shape)} under '{key}' and few numbers for it"
             )
     return {key: value.detach() for key, value in content.items()}
-
-
-def _check_sums(path: Path) -> None:
-    """Compare a zip's checksums, which torch writes but does not check; raise a ValueError where one differs."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"'{damaged}' fails its checksum")
 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -250,11 +250,8 @@ class Checkpoint:
             if twice := next((key for key in pieces if key in self.stored), None):
                 # transformers takes the last one, but the index names one file
                 named = f"; {INDEX} names {self.index['weight_map'].get(twice, 'neither')}" if self.index else ""
-                first = self.stored[twice].path.name
-                raise LoRAError(
-                    f"'{twice}' is in two files of {directory}, {first} and {name}{named}: download it again, or load"
-                    " the model and save it anew"
-                )
+                both = f"{self.stored[twice].path.name} and {name}"
+                raise LoRAError(f"'{twice}' is in two files of {directory}, {both}{named}: download it again")
             self.files[name] = list(pieces)
             self.stored |= pieces
         lost = sorted(set(self.index["weight_map"]) - self.stored.keys()) if self.index else []
@@ -274,10 +271,7 @@ def _read_index(directory: Path) -> dict[str, dict[str, str]] | None:
         hub = ": a model of the hub has to be downloaded first (hf download NAME)"
         raise LoRAError(f"no folder '{directory}'{near or hub}")
     if not path.is_file():
-        raise LoRAError(
-            f"'{directory}' holds neither {SINGLE} nor {INDEX}: name a model's directory in that layout; an older one"
-            f" takes it by from_pretrained and save_pretrained"
-        )
+        raise LoRAError(f"'{directory}' holds neither {SINGLE} nor {INDEX}: name such a directory (save_pretrained)")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         names = index["weight_map"].values()

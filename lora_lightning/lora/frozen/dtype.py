@@ -73,10 +73,7 @@ def cast_base(model: nn.Module, dtype: torch.dtype, other: Mapping[str, torch.dt
 
 
 def base_floats(model: nn.Module) -> Iterator[BaseTensor]:
-    """The frozen plain floating-point tensors without the buffers of a module that trains.
-
-    float8 and other dtypes below 16 bits are storage, not arithmetic, and are left out.
-    """
+    """The frozen plain floats without buffers of a module that trains, and without float8, which is mere storage."""
     training = {place.module for place in iter_base(model) if place.tensor.requires_grad}
     for place in _plain_floats(model):
         trains = place.tensor.requires_grad if place.is_parameter else place.module in training
@@ -85,10 +82,7 @@ def base_floats(model: nn.Module) -> Iterator[BaseTensor]:
 
 
 def cast(model: nn.Module, dtype: torch.dtype, *, widen: bool = False) -> None:
-    """Round W0 to `dtype`, in place. Ties stay; buffers that are not persistent do not change.
-
-    With `widen` nothing is rounded: W0 gets the dtype that holds both its values and those of `dtype`.
-    """
+    """Round W0 to `dtype` in place, or `widen` it to the dtype that holds both its values and those of `dtype`."""
     for place in _plain_floats(model):
         _set_tensor(place, place.tensor.to(torch.promote_types(place.tensor.dtype, dtype) if widen else dtype))
 

@@ -163,8 +163,7 @@ def refuse_moved(model: nn.Module, before: dict[str, Version]) -> None:
     for place in iter_base(model):
         if place.name not in before or not _fits(before[place.name], place):
             raise AdapterError(
-                f"W0 moved since the bank was made, first '{place.name}': a merge is the end of a bank, whose other"
-                f" adapters belong to the base as it was; load that and make a new bank"
+                f"W0 moved since the bank was made, first '{place.name}': a merge is the end of a bank, make a new one"
             )
 
 

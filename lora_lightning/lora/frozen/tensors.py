@@ -149,10 +149,7 @@ def full_name(*parts: str) -> str:
 def refuse_misfits(
     expected: Mapping[str, Any], tensors: Mapping[str, Any], what: str = "the adapter does not fit this model"
 ) -> None:
-    """Raise an AdapterError that lists all keys that are missing, left over, wrongly shaped or of another kind.
-
-    Of values that are no tensors only the keys are compared. The error begins with `what`.
-    """
+    """Refuse keys that are missing, left over, wrongly shaped or of another kind; other values need only be there."""
     problems = [f"missing '{key}'" for key in expected if key not in tensors]
     problems += [f"left over '{key}'{did_you_mean(key, expected)}" for key in tensors if key not in expected]
     pairs = {k: (t, tensors[k]) for k, t in expected.items() if k in tensors and isinstance(t, Tensor)}

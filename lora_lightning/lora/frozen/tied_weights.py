@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
 
-from lora_lightning.lora.frozen.tensors import named_modules
+from lora_lightning.lora.frozen.tensors import full_name, named_modules
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 
 Place = tuple[nn.Module, str]
@@ -47,15 +49,8 @@ def untie_config(model: nn.Module) -> None:
         for config in (module.config, module.config.get_text_config(decoder=True)):  # type: ignore[union-attr,operator]
             config.tie_word_embeddings = False  # type: ignore[union-attr]
         tied = module.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
-        _untie(module, {*tied, *tied.values()})
-
-
-def _untie(model: nn.Module, still_tied: set[str]) -> None:
-    """Copy shared parameters so that each place has its own, but for those that loading ties again."""
-    names = {module: name for name, module in named_modules(model)}
-    for group in shared_parameters(model).values():
-        loose = [(module, name) for module, name in group if f"{names[module]}.{name}".lstrip(".") not in still_tied]
-        for module, name in loose[len(loose) == len(group) :]:
-            parameter = module._parameters[name]
-            assert parameter is not None
-            module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        still_tied, names = {*tied, *tied.values()}, {inner: name for name, inner in named_modules(module)}
+        for group in shared_parameters(module).values():
+            loose = [(owner, key) for owner, key in group if full_name(names[owner], key) not in still_tied]
+            for owner, key in loose[len(loose) == len(group) :]:
+                owner._parameters[key] = copy.deepcopy(owner._parameters[key])

@@ -42,21 +42,18 @@ class WarmStart:
 
 
 def start_from_directory(model: nn.Module, directory: Path, *, allow_other_base: bool = False) -> WarmStart:
-    """Load a PEFT directory into the adapter that `model` already has.
-
-    An AdapterError as in `load_adapter`, or for another scale, part or token row than here; nothing is loaded then.
-    """
+    """Load a PEFT directory into the adapter of `model`; an AdapterError, and nothing loaded, where they differ."""
     files = AdapterFiles.read(directory)
     if (init := subtracted_init(files.peft)) != "gaussian":
         raise AdapterError(f"the adapter in {directory} counts on the start '{init}': start from its run's checkpoint")
     if with_init := [name for name, layer in adapted_layers(model) if layer.lora_A0 is not None]:
         raise AdapterError(
-            f"lora.init subtracts a start, in '{with_init[0]}', that an adapter in PEFT's format does not have: leave"
-            " lora.init out, or start from a checkpoint of a run with the same"
+            f"lora.init subtracts a start, in '{with_init[0]}', that PEFT's format does not have: leave lora.init out,"
+            " or start from a checkpoint of a run with the same"
         )
     # Without what this run trains in full, which may be more than the earlier run did.
     check_base(files.record, model, allow_other_base=allow_other_base, replaced=_head_names(model))
-    contents = resolve(files.peft, files.tensors, model, allow_other_base=allow_other_base)
+    contents = resolve(files, model, allow_other_base=allow_other_base)
     trained = config_for(contents, files.record, model, {})
     keys = {key: PREFIX + copy_key(key) for key in adapter_tensors(model)}
     tensors, left = _keep_own_heads(model, contents.tensors, keys)
@@ -108,10 +105,8 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], trained: LoRAConfig, 
         alpha = by_pattern("alpha_pattern", trained.alpha_pattern, [name], trained.scaling_alpha)
         there = trained.scale(here.r, alpha)
         if not math.isclose(there, here.scale, rel_tol=1e-9):
-            raise AdapterError(
-                f"the adapter was trained with a scale of {there:g} in '{name}', this run's is {here.scale:g}: set"
-                " lora.alpha (and use_rslora) as it was there"
-            )
+            ours = f"this run's is {here.scale:g}: set lora.alpha (and use_rslora) as it was there"
+            raise AdapterError(f"the adapter was trained with a scale of {there:g} in '{name}', {ours}")
     load_tensors(model, tensors)
     heads = tuple(f"{full_name(name, COPY)}." for name in left)
     return WarmStart(tensors=sum(not key.startswith(heads) for key in tensors), own_start=left)

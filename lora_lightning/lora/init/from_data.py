@@ -96,10 +96,7 @@ def _main_directions(model: nn.Module, layers: Layers, data: Iterable[Any]) -> d
 
 
 def _gradients(model: nn.Module, layers: Layers, data: Iterable[Any], loss: Loss | None) -> dict[str, Tensor]:
-    """The loss's gradient in each W0, (m, k), as `sum g x^T` from the layer's inputs and output gradients.
-
-    W0 itself needs no gradient.
-    """
+    """The loss's gradient in each W0, (m, k), as `sum g x^T` from the layer's inputs and output gradients."""
     total: dict[str, Tensor] = {}
 
     def watch(name: str, x: Tensor, out: Tensor) -> None:

@@ -97,10 +97,8 @@ def orthogonal(weight: Tensor, r: int, scale: float) -> Factors:
 def eva(directions: Tensor, weight: Tensor, r: int) -> Factors:
     """A is the r main directions (q, k) of the layer's inputs, B is zero (Paischer et al. 2024, arXiv 2410.07170)."""
     if directions.shape[0] < r:
-        raise LoRAError(
-            f"init 'eva' needs at least r={r} independent inputs of each layer, got {directions.shape[0]}: give more"
-            f" data"
-        )
+        got = directions.shape[0]
+        raise LoRAError(f"init 'eva' needs at least r={r} independent inputs of each layer, got {got}: give more data")
     return directions[:r], torch.zeros(weight.shape[0], r, dtype=weight.dtype, device=weight.device)
 
 

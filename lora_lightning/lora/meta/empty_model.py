@@ -26,7 +26,7 @@ from lora_lightning.lora.init.from_data import refuse_data
 from lora_lightning.lora.init.from_weight import is_from_weight
 from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
-from lora_lightning.lora.meta.key_mapping import ATTRIBUTE, WeightFiles, files_of, keep_files, names_by_tensor
+from lora_lightning.lora.meta.key_mapping import ATTRIBUTE, base_of, keep_files, names_by_tensor
 from lora_lightning.lora.report import InjectionReport
 
 
@@ -52,13 +52,13 @@ def on_meta(make: Callable[[], nn.Module], weights: str | Path) -> nn.Module:
         model = make()
     path = Path(weights)
     folder = path.parent if path.name == INDEX else path
-    files = WeightFiles([folder / name for name in Checkpoint(folder).files] if folder.is_dir() else [path])
-    _check(model, files.checkpoint, path)
+    files = [folder / name for name in Checkpoint(folder).files] if folder.is_dir() else [path]
+    stored = keep_files(model, files).stored
+    _check(model, stored, path)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
-            if name in files.checkpoint.stored:
-                buffer.copy_(files.checkpoint.stored[name].read())
-    keep_files(model, files)
+            if name in stored:
+                buffer.copy_(stored[name].read())
     return model.eval()
 
 
@@ -78,8 +78,8 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
 
 
-def _check(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
-    state, stored = model.state_dict(), checkpoint.stored
+def _check(model: nn.Module, stored: Mapping[str, Stored], path: Path) -> None:
+    state = model.state_dict()
     problems = [f"no '{names[0]}'" for names in names_by_tensor(model) if not any(name in stored for name in names)]
     problems += [f"'{key}', which the module has not" for key in stored if key not in state]
     problems += [
@@ -89,10 +89,6 @@ def _check(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
     ]
     if problems:
         raise LoRAError(f"{path} does not fit {type(model).__name__}: it has {first_few(problems)}")
-
-
-OF_W0 = ("lora_A0", "lora_B0")
-"""The factors that are in no file, since they are computed from W0."""
 
 
 def swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,11 +115,11 @@ def start_from_present(layer: AdaptedLayer) -> None:
     """Compute (A0, B0) of an init from W0, whose values are present; the loaded tensors do not change."""
     if not is_from_weight(layer.lora_settings.init):
         return
-    loaded = {name: tensor.clone() for name, tensor in layer.lora_tensors().items() if name not in OF_W0}
+    loaded = {name: tensor.clone() for name, tensor in layer.lora_tensors().items()}
     layer.reset_lora_parameters()
-    current = layer.lora_tensors()
-    for name, tensor in loaded.items():
-        current[name].copy_(tensor)
+    for name, tensor in layer.lora_tensors().items():
+        if name not in ("lora_A0", "lora_B0"):  # which are in no file
+            tensor.copy_(loaded[name])
 
 
 @torch.no_grad()
@@ -147,12 +143,11 @@ def inject_anywhere(model: nn.Module, config: LoRAConfig, *, run_init: bool = Tr
     are read for the moment. W0 stays on the meta device until `fill_from_files`. Within `torch.device("meta")` there
     are no values, and an init from W0 is not run.
     """
-    files = files_of(model)
-    if files is None:
+    base = base_of(model)
+    if base is None:
         return inject(model, config, run_init=run_init and not builds_bare())
     if run_init:
         refuse_data(config.init, None)
-    base = files.base(model)
     report = inject(model, config, run_init=False)
     try:
         make_adapter_real(model)
@@ -216,21 +211,18 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
             empty.setdefault(tensor, []).append(name)
     if not empty:
         return 0
-    files = files_of(model)
-    if files is None:
+    base = base_of(model)
+    if base is None:
         raise LoRAError(
             f"'{next(iter(empty.values()))[0]}' is on the meta device, and it is not known where its weights lie: build"
             " the model by lora_lightning.huggingface(..., on_meta=True) or lora_lightning.on_meta"
         )
-    base, checkpoint = files.base(model), files.checkpoint
     if without := [names[0] for names in empty.values() if base.of_name.keys().isdisjoint(names)]:
-        raise LoRAError(
-            f"{checkpoint.directory} has no values for {len(without)} tensors of {type(model).__name__} that are on the"
-            f" meta device: {first_few(without)}"
-        )
+        what = f"{len(without)} tensors of {type(model).__name__}"
+        raise LoRAError(f"{base.checkpoint.directory} has no values for {what}: {first_few(without)}")
     sources = {next(name for name in names if name in base.of_name): tensor for tensor, names in empty.items()}
     groups = {id(base.of_name[name]): base.of_name[name] for name in sources}.values()
-    stored, filled = checkpoint.stored, dict[Tensor, Tensor]()
+    stored, filled = base.checkpoint.stored, dict[Tensor, Tensor]()
     for group in sorted(groups, key=lambda g: (stored[g.stored[0]].path, stored[g.stored[0]].start)):
         wanted = {name: sources[name] for name in group.names if name in sources}
         whole: dict[str, Tensor] = {}
@@ -240,10 +232,8 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
         for name, tensor in wanted.items():
             got = tuple(whole[name].shape if whole else stored[group.stored[0]].shape)
             if got != tuple(tensor.shape):
-                raise LoRAError(
-                    f"'{name}' has shape {got} in the files and {tuple(tensor.shape)} in the model: they belong to"
-                    " another architecture, or to another config"
-                )
+                here = f"{tuple(tensor.shape)} in the model"
+                raise LoRAError(f"'{name}' has shape {got} in the files and {here}: they are of another config")
             filled[tensor], part, place = _allocate(tensor, device)
             if whole:
                 part.copy_(whole.pop(name)[place])

@@ -18,21 +18,20 @@ from lora_lightning.lora.frozen.tied_weights import shared_parameters
 Tensors = dict[str, Tensor]
 
 ATTRIBUTE = "weight_files"
-"""The attribute of a model that holds its `WeightFiles` until it is filled."""
+"""The attribute of a model that holds its `Checkpoint` and its function of groups until it is filled."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Tensors of the files that make up tensors of the model: one for one, or experts' matrices for their stack."""
+    """Tensors of the files that make up tensors of the model: one for one, or experts' matrices for their stack.
+
+    `load` makes the model's of the files', without arithmetic, and may empty its argument; `store` is its inverse.
+    """
 
     stored: tuple[str, ...]
-    """Keys in the files."""
     names: tuple[str, ...]
-    """Names in the model."""
     load: Callable[[Tensors], Tensors]
-    """From the files' tensors to the model's, without arithmetic. It may empty its argument."""
     store: Callable[[Tensors], Tensors]
-    """The inverse of `load`."""
     is_alone: bool = False
     """Whether the files hold one tensor as the model does, so that parts of it can be read."""
 
@@ -88,10 +87,6 @@ class Base:
             self._kept[id(group)] = group.load({key: self.checkpoint.stored[key].read() for key in group.stored})
         return self._kept[id(group)]
 
-    def has(self, group: Group) -> bool:
-        """Whether a group is in memory."""
-        return id(group) in self._kept
-
     def forget(self) -> None:
         """Free the last group."""
         self._kept.clear()
@@ -111,18 +106,14 @@ class Base:
         self.forget()
 
     def refuse_other_shapes(self, state: Mapping[str, Tensor], brought: Collection[str]) -> None:
-        """Raise a LoRAError where a file's tensor has another shape than the model's, but for those that are `brought`
-        whole.
-        """
+        """Refuse a file's tensor of another shape than the model's, but for those that are `brought` whole."""
         for name, group in self.of_name.items():
             if len(group.stored) > 1 or len(group.names) > 1 or name in brought:
                 continue
             got, wanted = self.checkpoint.stored[group.stored[0]].shape, tuple(state[name].shape)
             if got != wanted:
-                raise LoRAError(
-                    f"'{group.stored[0]}' has shape {got} in the base's files and the model that config.json describes"
-                    f" has {wanted}: name a base whose config fits its weights"
-                )
+                files = f"'{group.stored[0]}' has shape {got} in the base's files"
+                raise LoRAError(f"{files} and the model that config.json describes has {wanted}: name another base")
 
 
 def by_name(model: nn.Module, checkpoint: Checkpoint) -> list[Group]:
@@ -131,36 +122,25 @@ def by_name(model: nn.Module, checkpoint: Checkpoint) -> list[Group]:
     return [single_group(key, key) for key in checkpoint.stored if key in state]
 
 
-class WeightFiles:
-    """Safetensors files of one folder; `groups_of` decides which of their tensors make up which of a model's.
+def keep_files(model: nn.Module, files: Sequence[Path], groups_of: GroupsOf = by_name) -> Checkpoint:
+    """Record where a model's weights are until it is filled: in safetensors files of one folder.
 
-    A LoRAError where a file is missing, torn or no safetensors file.
+    `groups_of` decides which of their tensors make up which of the model's. A LoRAError where a file is missing, torn
+    or no safetensors file.
     """
-
-    def __init__(self, files: Sequence[Path], groups_of: GroupsOf = by_name) -> None:
-        wrong = next((file for file in files if file.suffix != ".safetensors"), None)
-        if wrong is not None:
-            raise LoRAError(
-                f"a model on the meta device is filled from safetensors files, got {wrong.name}: load it the ordinary"
-                " way and save it as safetensors, or leave on_meta out"
-            )
-        self.checkpoint = Checkpoint(files[0].parent, [file.name for file in files])
-        self.groups_of = groups_of
-
-    def base(self, model: nn.Module) -> Base:
-        """The model's W0, read on demand."""
-        return Base(self.checkpoint, self.groups_of(model, self.checkpoint), model)
+    if wrong := next((file.name for file in files if file.suffix != ".safetensors"), None):
+        raise LoRAError(f"on_meta reads safetensors files, got {wrong}: save it so, or leave on_meta out")
+    checkpoint = Checkpoint(files[0].parent, [file.name for file in files])
+    model.__dict__[ATTRIBUTE] = checkpoint, groups_of
+    return checkpoint
 
 
-def keep_files(model: nn.Module, files: WeightFiles) -> None:
-    """Record where the model's weights are."""
-    model.__dict__[ATTRIBUTE] = files
-
-
-def files_of(model: nn.Module) -> WeightFiles | None:
-    """The model's weight files; None for a model that is filled or was not built on the meta device."""
-    files = model.__dict__.get(ATTRIBUTE)
-    return files if isinstance(files, WeightFiles) else None
+def base_of(model: nn.Module) -> Base | None:
+    """The model's W0, read on demand; None for a model that is filled or was not built on the meta device."""
+    if ATTRIBUTE not in model.__dict__:
+        return None
+    checkpoint, groups_of = model.__dict__[ATTRIBUTE]
+    return Base(checkpoint, groups_of(model, checkpoint), model)
 
 
 class BaseCheck:
@@ -172,17 +152,17 @@ class BaseCheck:
         self.expected, self.base, self.buffers = expected, base, buffers
         self.allow_other_base, self.is_the_base = allow_other_base, True
         self.different: list[str] = []
-        self.seen: dict[str, bool] = {}
+        self.seen: set[str] = set()
         self.dtype: torch.dtype | None = None
 
     def see(self, group: Group) -> None:
         """Compare a group's tensors with the digests of the base that the adapter was made on."""
-        if all(name in self.seen for name in group.names):
+        if self.seen.issuperset(group.names):
             return
         for name, tensor in self.base.load(group).items():
             tied = [n for n in self.base.ties.get(name, [name]) if n == name or n not in self.base.of_name]
             recorded = [n for n in tied if n in self.expected]
-            self.seen |= dict.fromkeys([name, *tied], True)
+            self.seen |= {name, *tied}
             if recorded and not self._has_digest(tensor, {self.expected[n] for n in recorded}):
                 self.different += recorded
 
@@ -191,9 +171,8 @@ class BaseCheck:
 
         Once the `whole` of W0 was seen, tensors that were not seen are missing.
         """
-        different = list(self.different)
-        if whole:
-            different += [n for n in self.expected if n not in self.seen and n not in self.buffers]
+        unseen = [n for n in self.expected if n not in self.seen and n not in self.buffers] if whole else []
+        different = [*self.different, *unseen]
         if not different:
             return
         self.is_the_base = False

@@ -18,15 +18,7 @@ from lora_lightning.lora.errors import LoRAError, MergeError, first_few
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
 from lora_lightning.lora.formats.provenance import warn_of_no_fingerprint
-from lora_lightning.lora.formats.tensor_files import (
-    DTYPES,
-    NAMES,
-    Checkpoint,
-    Stored,
-    as_bytes,
-    file_pieces,
-    sort_entries,
-)
+from lora_lightning.lora.formats.tensor_files import DTYPES, Checkpoint, Stored, as_bytes, file_pieces, sort_entries
 from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
@@ -162,10 +154,8 @@ class StreamedMerge:
             elif isinstance(state[names[0]], nn.Parameter):
                 missing.append(names[0])
         if missing:
-            raise LoRAError(
-                f"the base's files have no values for {len(missing)} tensors of {type(self.plain).__name__}, and the"
-                f" adapter brings none: {first_few(missing)}"
-            )
+            without = f"{len(missing)} tensors of {type(self.plain).__name__}"
+            raise LoRAError(f"the base's files and the adapter have no values for {without}: {first_few(missing)}")
         self.base.refuse_other_shapes(state, brought=self.changed.keys())
         keys = {file: list(keys) for file, keys in self.checkpoint.files.items()}
         list(keys.values())[-1].extend(self.new)
@@ -186,8 +176,7 @@ class StreamedMerge:
         dtype = self._target_dtype(state[key].dtype if at is None else DTYPES[at.dtype])
         is_alone = group is not None and len(group.names) == len(group.stored) == 1 and self._is_changed(group)
         like = state[group.names[0]] if group is not None and is_alone else state[key] if at is None else at
-        size = torch.Size(like.shape).numel() * dtype.itemsize
-        return Stored(key=key, dtype=NAMES[dtype], shape=tuple(like.shape), size=size)
+        return Stored.of(key, dtype, like.shape)
 
     @property
     def size(self) -> int:
@@ -238,8 +227,8 @@ class StreamedMerge:
         if at is None:
             return self._value(key)
         if group is None or not self._is_changed(group):
-            if group is not None and self.base.has(group) and len(group.stored) == 1:
-                return group.store(self.base.load(group))[key]
+            if group is not None and self.check is not None and len(group.stored) == 1:
+                return group.store(self.base.load(group))[key]  # it is in memory
             dtype = DTYPES.get(at.dtype)
             return at.read_bytes() if dtype is None or self._target_dtype(dtype) == dtype else at.read()
         if key not in self.waiting:

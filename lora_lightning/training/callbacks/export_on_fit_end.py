@@ -17,8 +17,7 @@ from lora_lightning.export.export import export
 from lora_lightning.export.options import FORMATS, check_target, parse_options
 from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.export.verification import ExportReport
-from lora_lightning.lora.formats.peft.layout import layer_layouts
-from lora_lightning.lora.formats.vllm import fold_for_vllm, vllm_targets
+from lora_lightning.lora.formats.peft.layout import fold_for_vllm, layer_layouts, vllm_targets
 from lora_lightning.lora.frozen.dtype import DType
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.reports.console import show_report

@@ -12,9 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lora_lightning.analysis import measures as rank
 from lora_lightning.analysis.drift import Batch, measure_drift
 from lora_lightning.analysis.drift_inputs import choose_texts, run_batches, text_batches
+from lora_lightning.analysis.spectra import update_pairs
 from lora_lightning.export.probe_batch import loaders_of
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.frozen.spectrum import update_pairs
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.loop_state import is_between_steps, logged_steps

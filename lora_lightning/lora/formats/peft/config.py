@@ -181,8 +181,8 @@ def find_alphas(
         allowed = possible_ranks(peft, names[name])
         if rank and rank not in allowed:  # a rank of 0 is refused with the config
             raise AdapterError(
-                f"'{name}': lora_A has a shape of rank {rank}, and {CONFIG} says {' or '.join(map(str, allowed))}: its"
-                f" scale would be wrong; the two files are not of one adapter, or one was edited"
+                f"'{name}': lora_A has a shape of rank {rank}, and {CONFIG} says {' or '.join(map(str, allowed))}: the"
+                f" two files are not of one adapter, or one was edited"
             )
         entries = matching_entries(peft.get("alpha_pattern"), names[name])
         alphas[name] = float(next(iter(entries.values()), peft.get("lora_alpha", 8)))
@@ -200,9 +200,8 @@ def find_alphas(
         likely = [key for key in by_rank if key in doubtful[first]]
         evidence = f"; in rank_pattern '{likely[0]}' won, by the tensors' rank" if len(likely) == 1 else ""
         raise AdapterError(
-            f"alpha_pattern: {both} match '{first}'{evidence}; PEFT trained with the one that was written first and"
-            f" saves them in another order, so the file does not say which alpha counts: pass"
-            f" alphas={{'{first}': ...}}; in doubt: {first_few(unanswered, 10)}"
+            f"alpha_pattern: {both} match '{first}'{evidence}; PEFT trained with the one that was first, and its"
+            f" file has lost the order: pass alphas={{'{first}': ...}}; in doubt: {first_few(unanswered, 10)}"
         )
     return alphas | {name: float(alpha) for name, alpha in chosen.items()}
 
@@ -217,8 +216,8 @@ def subtracted_init(peft: Mapping[str, Any]) -> str:
         return str(init)
     if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal", "mica"):
         raise AdapterError(
-            f"the adapter's config has init_lora_weights '{init}', which changed the base that it belongs to in a way"
-            f" that cannot be computed again: save it in PEFT with path_initial_model_for_weight_conversion first"
+            f"the adapter's config has init_lora_weights '{init}', which changed the base in a way that cannot be"
+            " computed again: save it in PEFT with path_initial_model_for_weight_conversion first"
         )
     return "gaussian"
 

@@ -54,17 +54,13 @@ def canonical_keys(tensors: Mapping[str, Tensor], modules: Container[str] = ()) 
         plain = OTHER_WRAPPERS.sub("", key)
         plain = plain.removeprefix(PREFIX) if is_nested else plain
         for name in adapters:
-            plain = _without_adapter(plain, name)
+            plain = re.sub(rf"\.(lora_\w+|trainable_tokens_delta)\.{re.escape(name)}(?=\.|$)", r".\1", plain)
+            plain = plain.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+            plain = plain.replace(f".modules_to_save.{name}.", ".")
         if plain in renamed:
             raise AdapterError(f"the adapter has two tensors for '{plain}', one of them as '{key}'")
         renamed[plain] = tensor
     return renamed
-
-
-def _without_adapter(key: str, name: str) -> str:
-    key = re.sub(rf"\.(lora_\w+|trainable_tokens_delta)\.{re.escape(name)}(?=\.|$)", r".\1", key)
-    key = key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
-    return key.replace(f".modules_to_save.{name}.", ".")
 
 
 def strip_wrappers(path: str, modules: Container[str]) -> tuple[str, int]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError, did_you_mean, first_few, warn
+from lora_lightning.lora.formats.peft import keys
 from lora_lightning.lora.formats.peft.config import (
     CONFIG,
     PICKLED,
@@ -29,17 +30,7 @@ from lora_lightning.lora.formats.peft.config import (
     subtracted_init,
     token_ids,
 )
-from lora_lightning.lora.formats.peft.keys import (
-    A_ENDS,
-    OTHER_ENDS,
-    PREFIX,
-    TOKENS_END,
-    canonical_keys,
-    is_peft_copy,
-    is_trained_bias,
-    saved_module,
-    strip_wrappers,
-)
+from lora_lightning.lora.formats.peft.keys import PREFIX, strip_wrappers
 from lora_lightning.lora.formats.peft.layout import from_peft
 from lora_lightning.lora.formats.provenance import Record, check_base, read_record
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
@@ -91,21 +82,17 @@ def load_adapter(
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFiles:
-    """What an adapter's directory holds, read once."""
+    """What an adapter's directory holds, read once; there is no record where PEFT wrote it."""
 
     directory: Path
     peft: dict[str, Any]
     tensors: dict[str, Tensor]
     """By their keys in the file."""
     record: Record | None
-    """The record of `save_adapter`; None for a file that PEFT wrote."""
 
     @classmethod
     def read(cls, directory: Path) -> AdapterFiles:
-        """Read `adapter_model.safetensors`, or else the old `adapter_model.bin`.
-
-        An AdapterError where a file is missing, torn, changed since it was saved, or holds more than finite tensors.
-        """
+        """Read both files; an AdapterError where one is missing, torn, changed since, or not of finite tensors."""
         peft = read_config(directory / CONFIG)
         weights, pickled, metadata = directory / WEIGHTS, directory / PICKLED, dict[str, str]()
         if weights.exists():
@@ -152,7 +139,7 @@ def load_files(
 
     For a model on the meta device `read` reads W0's tensor with a name, and `make_real` allocates the adapter's memory.
     """
-    contents = resolve(files.peft, files.tensors, model, read, allow_other_base=allow_other_base)
+    contents = resolve(files, model, read, allow_other_base=allow_other_base)
     refuse_other_targets(contents, model)
     return inject_and_fill(
         model,
@@ -198,13 +185,10 @@ def inject_and_fill(
 
 @torch.no_grad()
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the adapter's tensors, by their names, into an adapted model; an AdapterError where they do not fit.
-
-    Copies of tied modules are tied here, but not in PEFT: where their values differ, they are untied.
-    """
+    """Copy the adapter's tensors, by their names, into an adapted model; an AdapterError where they do not fit."""
     current = adapter_tensors(model)
     refuse_misfits(current, tensors)
-    first: dict[int, str] = {}
+    first: dict[int, str] = {}  # copies of tied modules are tied here, but not in PEFT: unequal ones are untied
     for key, tensor in list(current.items()):
         twin = first.setdefault(id(tensor), key)
         if twin != key and not torch.equal(tensors[key], tensors[twin]):
@@ -222,27 +206,22 @@ Read = Callable[[str], Tensor | None]
 
 @dataclass
 class Contents:
-    """What an adapter's files adapt and train, by names in the backbone."""
+    """What an adapter's files adapt and train, by names in the backbone; modules and bare parameters with their rank.
+
+    `peft` is PEFT's config with every tied module that is saved in full, `tensors` are by canonical keys, without
+    copies of W0.
+    """
 
     peft: dict[str, Any]
-    """PEFT's config, with every tied module that is saved in full."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """By canonical keys, without copies of W0."""
     modules: dict[str, int] = field(default_factory=dict)
-    """Adapted modules, with PEFT's rank."""
     parameters: dict[str, int] = field(default_factory=dict)
-    """Adapted bare parameters, with the rank."""
     tokens: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
 
 
 def resolve(
-    peft: dict[str, Any],
-    tensors: Mapping[str, Tensor],
-    model: nn.Module,
-    read: Read | None = None,
-    *,
-    allow_other_base: bool = False,
+    files: AdapterFiles, model: nn.Module, read: Read | None = None, *, allow_other_base: bool = False
 ) -> Contents:
     """Sort a file's keys into what `model` adapts and trains.
 
@@ -256,26 +235,26 @@ def resolve(
     modules, state = dict(named_modules(model, remove_duplicate=False)), plain_state(model)
     head = modules[""].get_output_embeddings() if is_a(modules[""], HF_MODEL) else None  # type: ignore[operator]
     tables = {f"{name}.weight" for name, m in modules.items() if isinstance(m, nn.Embedding) or m is head}
-    keys = canonical_keys(tensors, modules)
-    if foreign := [key for key in keys if not key.startswith(PREFIX)]:
+    peft, by_key = files.peft, keys.canonical_keys(files.tensors, modules)
+    if foreign := [key for key in by_key if not key.startswith(PREFIX)]:
         raise AdapterError(f"adapter keys must start with '{PREFIX}', got {first_few(foreign, 10)}")
-    named = {key.removeprefix(PREFIX): tensor for key, tensor in keys.items()}
-    named = {name: tensor for name, tensor in named.items() if not is_peft_copy(name, modules)}
+    named = {key.removeprefix(PREFIX): tensor for key, tensor in by_key.items()}
+    named = {name: tensor for name, tensor in named.items() if not keys.is_peft_copy(name, modules)}
     listed, others = list(peft.get("modules_to_save") or []), list[str]()
     # With `ensure_weight_tying` PEFT trains one copy for two tied modules, lists one of them and writes both.
     ties = bool(peft.get("ensure_weight_tying"))
-    copies = [t for name, t in named.items() if ties and name.endswith(".weight") and saved_module(name, listed)]
+    copies = [t for name, t in named.items() if ties and name.endswith(".weight") and keys.saved_module(name, listed)]
     contents = Contents({**peft, "modules_to_save": listed})
     for name, tensor in named.items():
         plain, wrappers = strip_wrappers(name, modules)
-        end = next((end for end in (*A_ENDS, *OTHER_ENDS, TOKENS_END) if f".{name}".endswith(end)), "")
+        end = next((end for end in (*keys.A_ENDS, *keys.OTHER_ENDS, keys.TOKENS_END) if f".{name}".endswith(end)), "")
         path = f".{name}".removesuffix(end).removeprefix(".")  # empty for the model itself
-        if end in A_ENDS:
+        if end in keys.A_ENDS:
             _add_adapted(path, tensor, modules, contents)
-        elif end == TOKENS_END:
+        elif end == keys.TOKENS_END:
             contents.tokens.append(path)
-        elif not end and not is_trained_bias(name, peft, modules):
-            if plain in state and not saved_module(plain, listed):
+        elif not end and not keys.is_trained_bias(name, peft, modules):
+            if plain in state and not keys.saved_module(plain, listed):
                 if plain.endswith(".weight") and any(_is_equal(tensor, copy) for copy in copies):
                     listed.append(plain.removesuffix(".weight"))
                 else:
@@ -337,9 +316,9 @@ def _fitting_hint(unknown: list[str], modules: Collection[str]) -> str:
     return ""
 
 
-def _saved_modules(keys: list[str], listed: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+def _saved_modules(names: list[str], listed: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
     """Full names of the modules saved in full: the config lists them, and the keys are their tensors."""
-    holders = {key: saved_module(key, listed) for key in keys}
+    holders = {name: keys.saved_module(name, listed) for name in names}
     if strangers := [key for key, holder in holders.items() if holder is None]:
         raise AdapterError(
             f"the adapter does not fit this model ({len(strangers)} keys): left over {first_few(strangers, 10)}, which"
@@ -347,7 +326,7 @@ def _saved_modules(keys: list[str], listed: list[str], modules: Mapping[str, nn.
         )
     for entry in listed:
         for name in [entry] if entry in modules else [n for n in modules if n.endswith(f".{entry}")]:
-            if modules[name].state_dict() and not any(key.startswith(f"{name}.") for key in keys):
+            if modules[name].state_dict() and not any(key.startswith(f"{name}.") for key in holders):
                 raise AdapterError(f"{CONFIG} saves '{name}' in full and {WEIGHTS} has no tensors for it")
     return sorted({holder for holder in holders.values() if holder is not None})
 
@@ -382,9 +361,7 @@ def refuse_other_targets(contents: Contents, model: nn.Module) -> None:
 
 
 def refuse_other_arithmetic(contents: Contents, model: nn.Module) -> None:
-    """For a file that PEFT trained: an AdapterError where it trained another update than our layers compute, and an
-    AdapterWarning of its attentions, whose out_proj it computes with twice the update.
-    """
+    """Refuse a file in which PEFT trained another update than ours; warn of attentions, where it counts one twice."""
     modules = {name: get_module(model, name) for name in contents.modules}
     if unlike := [name for name, module in modules.items() if is_conv_unlike_peft(module)]:
         raise AdapterError(

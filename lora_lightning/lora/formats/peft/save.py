@@ -15,22 +15,13 @@ from torch import nn
 from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few, warn
 from lora_lightning.lora.formats.atomic_dir import write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
-from lora_lightning.lora.formats.peft.layout import LayerLayout, layer_layouts, to_peft
+from lora_lightning.lora.formats.peft.layout import LayerLayout, fold_for_vllm, layer_layouts, to_peft, vllm_targets
 from lora_lightning.lora.formats.peft.load import exact_patterns, refuse_meta
 from lora_lightning.lora.formats.provenance import write_record
 from lora_lightning.lora.formats.tensor_files import file_content, file_size
-from lora_lightning.lora.formats.vllm import fold_for_vllm, vllm_targets
 from lora_lightning.lora.frozen.tensors import get_module, named_modules
 from lora_lightning.lora.inject import grafted_modules
-from lora_lightning.lora.layers import (
-    LoRAConv1D,
-    LoRALinear,
-    LoRAParameter,
-    ParameterHost,
-    SavedCopy,
-    TokenRows,
-    TrainedBias,
-)
+from lora_lightning.lora.layers import LoRAConv1D, LoRAParameter, ParameterHost, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.layers.attention import OutProj
 from lora_lightning.lora.layers.conv import is_conv_unlike_peft
 from lora_lightning.lora.targets.bypass import bypassed_modules
@@ -192,7 +183,7 @@ def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str,
     yield "adapts one place of a module that stands in several", twice
     dropout, others = _dropouts(layouts)
     yield f"knows one dropout, {dropout:g}, and would train on with it in", [*others]
-    in_attention = [one.name for one in layouts if isinstance(one.layer, LoRALinear) and one.name != one.peft_name]
+    in_attention = [one.name for one in layouts if one.name != one.peft_name]
     yield "counts the update of an attention's out_proj twice (its issue 3774)", in_attention
     owners = {one.name: one.layer.lora_owner for one in layouts}
     convs = [name for name, module in owners.items() if is_conv_unlike_peft(module)]
@@ -201,17 +192,14 @@ def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str,
     read = {*bypassed_modules({module: [name] for name, module in named_modules(model)})}
     uncalled = [name for name, owner in parameters.items() if owner in read or isinstance(owner, OutProj)]
     yield "drops the update of a parameter whose module is read and not called", uncalled
-    yield "looks elsewhere for what is trained inside a module with adapted parameters", _inside_hosts(model, layouts)
+    # PEFT looks for them under that module's wrapper.
+    hosts = tuple(f"{name}." for name, _ in grafted_modules(model, ParameterHost) if name)
+    layers = [one.path.rpartition(".")[0] if one.name in parameters else one.path for one in layouts]
+    trained = [name for kind in (TrainedBias, TokenRows, SavedCopy) for name, _ in grafted_modules(model, kind)]
+    inside = list(dict.fromkeys(name for name in layers + trained if name.startswith(hosts)))
+    yield "looks elsewhere for what is trained inside a module with adapted parameters", inside
     fused = _names_fused_as_experts(model, owners)
     yield "may take these for fused experts as it reads the config, and drop their update", fused
-
-
-def _inside_hosts(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
-    """Trained modules inside a module with adapted parameters: PEFT looks for them under that module's wrapper."""
-    hosts = tuple(f"{name}." for name, _ in grafted_modules(model, ParameterHost) if name)
-    layers = [one.path.rpartition(".")[0] if isinstance(one.layer, LoRAParameter) else one.path for one in layouts]
-    others = [name for kind in (TrainedBias, TokenRows, SavedCopy) for name, _ in grafted_modules(model, kind)]
-    return list(dict.fromkeys(name for name in layers + others if name.startswith(hosts)))
 
 
 def _names_fused_as_experts(model: nn.Module, owners: Mapping[str, nn.Module]) -> list[str]:
