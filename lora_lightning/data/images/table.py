@@ -58,9 +58,10 @@ class ImageCells(TableData):
         """The tables with images as paths and bytes: `datasets` would decode each row on access."""
         tables = self.read_images()
         for split, table in tables.items():
-            for column in filter(table.features.get, self.image_columns):
-                feature = table.features[column]  # an image, its bytes, or the parts of an image
-                if feature == datasets.Value("binary") or isinstance(feature, datasets.Image | dict):
+            for column in self.image_columns:
+                feature = table.features.get(column)
+                parts = isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
+                if parts or feature == datasets.Value("binary") or isinstance(feature, datasets.Image):
                     tables[split] = tables[split].cast_column(column, datasets.Image(decode=False))
         return tables
 
