@@ -53,8 +53,15 @@ def on_meta(make: Callable[[], nn.Module], weights: str | Path) -> nn.Module:
     path = Path(weights)
     folder = path.parent if path.name == INDEX else path
     files = [folder / name for name in Checkpoint(folder).files] if folder.is_dir() else [path]
-    stored = keep_files(model, files).stored
-    _check(model, stored, path)
+    stored, state = keep_files(model, files).stored, model.state_dict()
+    problems = [f"no '{names[0]}'" for names in names_by_tensor(model) if stored.keys().isdisjoint(names)]
+    for key, at in stored.items():
+        if key not in state:
+            problems.append(f"'{key}', which the module has not")
+        elif at.shape != tuple(state[key].shape):
+            problems.append(f"'{key}' of shape {at.shape} instead of {tuple(state[key].shape)}")
+    if problems:
+        raise LoRAError(f"{path} does not fit {type(model).__name__}: it has {first_few(problems)}")
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name in stored:
@@ -76,19 +83,6 @@ def _parameters_on_meta() -> Iterator[None]:
 
     with patch.object(nn.Module, "register_parameter", without_numbers):
         yield
-
-
-def _check(model: nn.Module, stored: Mapping[str, Stored], path: Path) -> None:
-    state = model.state_dict()
-    problems = [f"no '{names[0]}'" for names in names_by_tensor(model) if not any(name in stored for name in names)]
-    problems += [f"'{key}', which the module has not" for key in stored if key not in state]
-    problems += [
-        f"'{key}' of shape {stored[key].shape} instead of {tuple(state[key].shape)}"
-        for key in stored
-        if key in state and stored[key].shape != tuple(state[key].shape)
-    ]
-    if problems:
-        raise LoRAError(f"{path} does not fit {type(model).__name__}: it has {first_few(problems)}")
 
 
 def swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -173,7 +173,8 @@ class StreamedMerge:
         at, group = self.checkpoint.stored.get(key), self.base.of_key.get(key)
         if at is not None and at.dtype not in DTYPES:
             return at
-        dtype = self._target_dtype(state[key].dtype if at is None else DTYPES[at.dtype])
+        dtype = state[key].dtype if at is None else DTYPES[at.dtype]
+        dtype = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
         is_alone = group is not None and len(group.names) == len(group.stored) == 1 and self._is_changed(group)
         like = state[group.names[0]] if group is not None and is_alone else state[key] if at is None else at
         return Stored.of(key, dtype, like.shape)
@@ -203,15 +204,13 @@ class StreamedMerge:
             files={file: list(entries) for file, entries in self.files.items()},
         )
 
-    def _target_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
-
     def _is_changed(self, group: Group | None) -> bool:
         return group is not None and any(name in self.changed for name in group.names)
 
     def _bytes(self, entries: Mapping[str, Stored], progress: Callable[[int], None], key: str) -> Tensor:
         """The bytes to write for a key."""
-        data, entry = self._tensor(key), entries[key]
+        entry = entries[key]
+        data = self._tensor(key, entry)
         if data.dtype != torch.uint8 or entry.dtype == "U8":
             refuse_overflow(f"'{key}'", data, DTYPES[entry.dtype])
             data = as_bytes(data.to(DTYPES[entry.dtype]))
@@ -219,7 +218,7 @@ class StreamedMerge:
         progress(entry.size)
         return data
 
-    def _tensor(self, key: str) -> Tensor:
+    def _tensor(self, key: str, entry: Stored) -> Tensor:
         """The tensor to write for a key; as bytes where it is copied."""
         group, at = self.base.of_key.get(key), self.checkpoint.stored.get(key)
         if group is not None and self.check is not None:
@@ -229,8 +228,7 @@ class StreamedMerge:
         if group is None or not self._is_changed(group):
             if group is not None and self.check is not None and len(group.stored) == 1:
                 return group.store(self.base.load(group))[key]  # it is in memory
-            dtype = DTYPES.get(at.dtype)
-            return at.read_bytes() if dtype is None or self._target_dtype(dtype) == dtype else at.read()
+            return at.read_bytes() if at.dtype == entry.dtype else at.read()
         if key not in self.waiting:
             self.waiting |= group.store({name: self._value(name) for name in group.names})
         return self.waiting.pop(key)
