@@ -39,7 +39,6 @@ def test_the_digest_is_sha256_over_names_and_tensors_and_these_over_their_pieces
         assert got.digest == sha(f"a={one}\nb={two}\nnone={three}\n".encode()).hexdigest()
         assert got.tensors == {"a": one[:16], "b": two[:16], "none": three[:16]}
         assert list(got.tensors) == ["b", "a", "none"], "in the model's own order"
-        assert got.digest.startswith(got.short)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -24,7 +24,6 @@ from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.layers.trained.token_rows import TokenFollower
 
 ATTENTION = inspect.signature(nn.MultiheadAttention.forward)
-LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 ALONE = "activate one adapter at a time"
 
 
@@ -176,7 +175,8 @@ def _twins(names: Mapping[nn.Module, str], sources: Mapping[str, list[Share]]) -
 def _see_batch_first(names: Mapping[nn.Module, str], batch: Batch) -> None:
     """Read from torch's modules whether rows come first; refuse those where they come second."""
     for module, name in names.items():
-        holder = module.self_attn if isinstance(module, LAYERS) else module
+        is_layer = isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)
+        holder = module.self_attn if is_layer else module
         if isinstance(holder, nn.MultiheadAttention | nn.RNNBase):
             if not holder.batch_first:
                 raise LoRAError(f"rows: '{name}' has batch_first=False, so that rows do not come first in it: {ALONE}")

@@ -65,7 +65,7 @@ def load_loralib(
     tensors = _read(Path(path), model)
     factors = _find_factors(tensors, model, r, enable_lora)
     rest = {key: tensor for key, tensor in tensors.items() if not key.endswith((".lora_A", ".lora_B"))}
-    for name in (name for name, pair in factors.items() if pair.is_conv):  # which hold the plain one as `conv`
+    for name in (name for name, pair in factors.items() if pair.A.dim() == 4):  # which hold the plain one as `conv`
         rest = {re.sub(rf"^{re.escape(name)}\.conv\.", f"{name}.", key): tensor for key, tensor in rest.items()}
     saved = modules_to_save or []
     bias = _check_rest(rest, factors, saved, model, allow_other_base=allow_other_base)
@@ -107,10 +107,6 @@ class Factors(NamedTuple):
     r: int
     slices: dict[str, Any] | None = None
     """The adapted parts of a `MergedLinear`."""
-
-    @property
-    def is_conv(self) -> bool:
-        return self.A.dim() == 4
 
 
 def _find_factors(
@@ -222,11 +218,7 @@ def _check_rest(
     if strangers := [key for key in rest if key not in state]:
         hint = did_you_mean(strangers[0], state)
         raise AdapterError(f"the checkpoint has {len(strangers)} keys left over: {first_few(strangers, 10)}{hint}")
-    moved = [
-        key
-        for key, tensor in rest.items()
-        if tensor.shape != state[key].shape or not torch.equal(tensor.to(state[key].dtype), state[key].cpu())
-    ]
+    moved = [k for k, tensor in rest.items() if not torch.equal(tensor.to(state[k].dtype), state[k].cpu())]
     biases = [key for key in moved if key.rpartition(".")[2] == "bias" and isinstance(state[key], nn.Parameter)]
     others = [key for key in moved if key not in biases]
     if others and not allow_other_base:
@@ -250,7 +242,7 @@ def _our_tensors(model: nn.Module, factors: Mapping[str, Factors], rest: Mapping
     others = {key: tensor for key, tensor in adapter_tensors(model).items() if key not in ours}
     theirs = {key: key.replace(".lora_copy.", ".").replace(".lora_trained_bias", ".bias") for key in others}
     # loralib's `lora_only` leaves the biases of convolutions frozen.
-    frozen = {f"{name}.bias" for name, pair in factors.items() if pair.is_conv}
+    frozen = {f"{name}.bias" for name, pair in factors.items() if pair.A.dim() == 4}
     if missing := [key for key in theirs.values() if key not in rest and key not in frozen]:
         raise AdapterError(f"the checkpoint lacks {len(missing)} tensors: {first_few(missing, 10)}")
     return ours | {key: rest.get(theirs[key], tensor) for key, tensor in others.items()}

@@ -147,7 +147,7 @@ def refuse_other_base(
     if not names:
         return
     why = (
-        f"the adapter was made on another base: W0 {made_on.short} there, {here.short} here;"
+        f"the adapter was made on another base: W0 {made_on.digest[:12]} there, {here.digest[:12]} here;"
         f" {len(names)} of {len(here.tensors.keys() | made_on.tensors)} tensors differ, first {first_few(names)}"
     )
     if not allow_other_base:

@@ -48,9 +48,6 @@ def base_dtypes(model: nn.Module) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-# W0 in another dtype.
-
-
 @torch.no_grad()
 def cast_base(model: nn.Module, dtype: torch.dtype, other: Mapping[str, torch.dtype] | None = None) -> None:
     """Round the frozen tensors to `dtype`, in place, one at a time; a second call changes nothing.
@@ -98,9 +95,6 @@ def _set_tensor(place: BaseTensor, value: Tensor) -> None:
         place.module._buffers[place.key] = value
     elif place.tensor.dtype != value.dtype:
         place.tensor.data = value  # so that modules that share the parameter still do
-
-
-# Refusals of values that a dtype cannot hold.
 
 
 def refuse_dtype(dtype: torch.dtype) -> None:

@@ -44,11 +44,6 @@ class Fingerprint:
     """By name, the first 16 hexadecimal digits of the tensor's digest, in the model's order."""
     format: int = FORMAT
 
-    @property
-    def short(self) -> str:
-        """Enough of `digest` to compare by eye."""
-        return self.digest[:12]
-
     def differences(self, other: Fingerprint) -> list[str]:
         """Names of tensors that differ or that only one has: in this one's order, then those of the other only."""
         names = [*self.tensors, *(name for name in other.tensors if name not in self.tensors)]

@@ -181,10 +181,6 @@ def _names_to_start(path: str, module: Grafted) -> list[str]:
     return names
 
 
-Place = tuple[slice, ...]
-"""A part of a tensor: a slice of each dimension."""
-
-
 @torch.no_grad()
 def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int:
     """Fill the tensors of `model` that are on the meta device; ties stay, and other tensors do not change.
@@ -239,8 +235,8 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
     return len(filled)
 
 
-def _allocate(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor, Place]:
-    """A tensor like the one on the meta device, the part of it that this process holds, and the part's place."""
+def _allocate(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor, tuple[slice, ...]]:
+    """A tensor like the one on the meta device, the part of it that this process holds, and the part's slices."""
     if type(tensor) in (Tensor, nn.Parameter):
         value = torch.empty_like(tensor, device=device)
         return value, value, tuple(map(slice, value.shape))
@@ -254,7 +250,7 @@ def _allocate(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, Tenso
     return sharded, sharded.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
-def _read_part(at: Stored, into: Tensor, place: Place) -> None:
+def _read_part(at: Stored, into: Tensor, place: tuple[slice, ...]) -> None:
     """Read the part of a tensor at `place` into `into`, block by block."""
     if not place:
         into.copy_(at.read())

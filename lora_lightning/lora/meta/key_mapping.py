@@ -36,10 +36,6 @@ class Group:
     """Whether the files hold one tensor as the model does, so that parts of it can be read."""
 
 
-GroupsOf = Callable[..., list[Group]]
-"""A function of (model, checkpoint) with an import path, so that a model can be pickled."""
-
-
 def single_group(key: str, name: str) -> Group:
     """The group of a tensor that the files hold as the model does."""
     return Group(
@@ -122,11 +118,11 @@ def by_name(model: nn.Module, checkpoint: Checkpoint) -> list[Group]:
     return [single_group(key, key) for key in checkpoint.stored if key in state]
 
 
-def keep_files(model: nn.Module, files: Sequence[Path], groups_of: GroupsOf = by_name) -> Checkpoint:
+def keep_files(model: nn.Module, files: Sequence[Path], groups_of: Callable[..., list[Group]] = by_name) -> Checkpoint:
     """Record where a model's weights are until it is filled: in safetensors files of one folder.
 
-    `groups_of` decides which of their tensors make up which of the model's. A LoRAError where a file is missing, torn
-    or no safetensors file.
+    `groups_of`, a function with an import path (for pickle), decides which of their tensors make up which of the
+    model's. A LoRAError where a file is missing, torn or no safetensors file.
     """
     if wrong := next((file.name for file in files if file.suffix != ".safetensors"), None):
         raise LoRAError(f"on_meta reads safetensors files, got {wrong}: save it so, or leave on_meta out")

@@ -255,7 +255,7 @@ def resolve(
             contents.tokens.append(path)
         elif not end and not keys.is_trained_bias(name, peft, modules):
             if plain in state and not keys.saved_module(plain, listed):
-                if plain.endswith(".weight") and any(_is_equal(tensor, copy) for copy in copies):
+                if plain.endswith(".weight") and any(torch.equal(tensor, copy) for copy in copies):
                     listed.append(plain.removesuffix(".weight"))
                 else:
                     here = read(plain) if read else state[plain]
@@ -274,7 +274,7 @@ def resolve(
 
 def _is_base_copy(name: str, tensor: Tensor, here: Tensor, is_written: bool, allow_other_base: bool) -> bool:
     """Whether a tensor is a copy of W0; an AdapterError where PEFT writes one there and it is another model's."""
-    if _is_equal(tensor.to(here.dtype), here.cpu()):
+    if torch.equal(tensor.to(here.dtype), here.cpu()):
         return True
     if is_written and not allow_other_base:
         raise AdapterError(
@@ -282,10 +282,6 @@ def _is_base_copy(name: str, tensor: Tensor, here: Tensor, is_written: bool, all
             " that it was made on (resized as it was there), or pass allow_other_base=True to keep this model's"
         )
     return is_written
-
-
-def _is_equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
 
 
 def _add_adapted(path: str, A: Tensor, modules: Mapping[str, nn.Module], contents: Contents) -> None:
