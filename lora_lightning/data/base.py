@@ -43,14 +43,7 @@ def encode_batch(rows: Any, *, function: Callable[..., Any], version: int, **opt
 
 
 class LoadsSets(LightningDataModule, ABC):
-    """Loaders of tables and streams, in an order of (seed, epoch) that processes share and a resumed fit goes on with.
-
-    Args:
-        batch_size: examples per batch and process in training.
-        eval_batch_size: the same in evaluation; `batch_size` by default.
-        num_workers: processes that prepare batches.
-        seed: of the order in training.
-    """
+    """Loaders of tables and streams, in an order of (seed, epoch) that processes share and a resumed fit keeps."""
 
     def __init__(self, batch_size: int, eval_batch_size: int | None, num_workers: int, seed: int) -> None:
         super().__init__()
@@ -94,13 +87,9 @@ class LoadsSets(LightningDataModule, ABC):
         ends: bool = True,
         **options: Any,
     ) -> DataLoader[Any]:
-        """Return a loader of one set; in training it is shuffled and can be resumed.
+        """Return a loader of rows or of this process's share of a stream; training's can be resumed.
 
-        Args:
-            data: rows with a length, or this process's share of a stream.
-            lengths: see `EpochSampler`, of which `order` is the class.
-            ends: see `StreamLoader`.
-            options: of torch's DataLoader.
+        `order` is the class of the sampler, `lengths` as there, `ends` as in `StreamLoader`.
         """
         trainer, batch_size = self.trainer, self.batch_size if training else self.eval_batch_size
         options = {"batch_size": batch_size, "num_workers": self.num_workers, "collate_fn": self.collate, **options}
@@ -145,6 +134,8 @@ class TableData(LoadsSets):
     """Columns of what it learns, which rows to predict on need not have."""
     cut_by: Mapping[str, str | None] = {}
     """Options that cut texts, by kind of cut, where it is not `max_length`; None where a cut loses nothing."""
+    streaming: bool = False
+    """Whether the sets are read while they are trained on, by a subclass that can."""
     predicts_rows: bool = True
     """Whether there is one prediction for each row of the table, in its order."""
 
@@ -241,8 +232,8 @@ class TableData(LoadsSets):
 
     @cached_property
     def data_summary(self) -> dict[str, Any]:
-        """Counts and warnings as plain data, computed once after `setup`. See `summarize`."""
-        return summarize(self)
+        """Counts and warnings as plain data, computed once after `setup`, none of a stream. See `summarize`."""
+        return {} if self.streaming else summarize(self)
 
     def label_counts(self, split: str) -> dict[str, int]:
         """Number of rows of each label in an encoded split; empty without labels."""
@@ -276,7 +267,7 @@ class TableData(LoadsSets):
 
     def rows_of(self, split: str) -> int | None:
         """The number of rows of all sets of a split; None where it is unknown before they are read."""
-        return sum(len(self.tables[name]) for name in self.sets(split))
+        return None if self.streaming else sum(len(self.tables[name]) for name in self.sets(split))
 
     def columns_to_join(self, index: int, wanted: Sequence[str] | None = None) -> dict[str, list[Any]]:
         """The columns that are written beside predictions, by name.
@@ -302,12 +293,12 @@ class TableData(LoadsSets):
         return {name: list(values_of(table, name)) for name in wanted}
 
     def prepare_data(self) -> None:
-        """Read once in one process, so that the others find everything cached."""
-        _ = self.tables
+        """Read once in one process, so that the others find everything cached; a stream is not."""
+        _ = self.streaming or self.tables
 
     def setup(self, stage: str | None = None) -> None:
-        """Encode each split once."""
-        for split, table in self.tables.items():
+        """Encode each split once; a stream is encoded while it is read."""
+        for split, table in () if self.streaming else self.tables.items():
             if split not in self._encoded:
                 with self._kind_of_set(split) as kind:
                     encoded = self.encode(table, kind)

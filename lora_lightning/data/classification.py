@@ -137,17 +137,14 @@ class OneLabel(LabelNames):
 
     def check_targets(self, table: datasets.Dataset, split: str) -> None:
         """Raise where a row has no label, or a name among numbers or a number among names."""
-        kinds = "a label, a name or a number"
-        first: type | None = None
-        for row, label in cells_of(table, ROW, self.label_column):
-            if not isinstance(label, str | int | float) or (isinstance(label, float) and not math.isfinite(label)):
-                raise self.bad_cell(split, row, self.label_column, kinds, label)
-            first = first or type(label)
-            if type(label) is not first:
-                kind = "a name" if first is str else "a number"
-                raise self.bad_cell(split, row, self.label_column, f"{kind}, as in the rows before", label)
+        is_label = lambda value: isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))  # noqa: E731
+        self.check_cells(table, split, [self.label_column], "a label, a name or a number", is_label)
+        first = type(next(values_of(table, self.label_column), None))
+        kind = "a name" if first is str else "a number"
+        is_alike = lambda value: type(value) is first  # noqa: E731
+        self.check_cells(table, split, [self.label_column], f"{kind}, as in the rows before", is_alike)
 
-    def label_numbers(self, table: datasets.Dataset, split: str) -> list[int]:
+    def targets(self, table: datasets.Dataset, split: str) -> list[int]:
         """The number of each row's label; an unknown one is refused with its row."""
         numbers = self.numbers(table, split)
         return [numbers[str(label)] for label in values_of(table, self.label_column)]
@@ -214,9 +211,6 @@ class TextClassificationData(OneLabel, TextPairData):
         super().__init__(*texts, **table)
         self.label_column, self.given_label_names, self.target_columns = label_column, label_names, [label_column]
         self.drop_labels, self.drop_duplicates, self.min_words = set(drop_labels or ()), drop_duplicates, min_words
-
-    def targets(self, table: datasets.Dataset, split: str) -> list[int]:
-        return self.label_numbers(table, split)
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise for a text that is none in a row that is not dropped."""

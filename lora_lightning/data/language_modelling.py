@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_lightning.data.io.splits import kind_of, rename_first_sets
 from lora_lightning.data.io.tables import ROW, TextBy, check_names, lengths_of, read_tables, values_of
 from lora_lightning.data.loading.packing import cut, cut_to_train, pack_rows, pack_table
-from lora_lightning.data.text import GivesPrompts, Prompt, beginning_of, held_out_split, rows_from_all_over
+from lora_lightning.data.text import GivesPrompts, Prompt, beginning_of
 from lora_lightning.lora.errors import LoRAError, first_few, first_line
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
@@ -56,6 +56,7 @@ class LanguageModellingData(GivesPrompts):
     """
 
     cut_by: Mapping[str, str | None] = {IN_PIECES: None}
+    least_length = 2  # one token to tell the next one from
     predicts_rows = False  # it predicts pieces of documents, each with the number of its `document`
 
     def __init__(
@@ -73,13 +74,8 @@ class LanguageModellingData(GivesPrompts):
     ) -> None:
         super().__init__(*texts, max_length=max_length, batch_size=batch_size, **table)
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
-        if max_length < 2:
-            raise LoRAError(f"max_length must be at least 2, one token to tell the next one from, got {max_length}")
         self.text_column, self.text_by, self.packing, self.end_of_text = text_column, text_by, packing, end_of_text
         self.input_columns = [text_column]
-
-    def check(self, table: datasets.Dataset, split: str) -> None:
-        self.check_texts(table, split, self.input_columns)
 
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         """Drop blank texts, such as those between the paragraphs of a .txt."""
@@ -140,24 +136,6 @@ class LanguageModellingData(GivesPrompts):
             stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         return self.encode_stream(stream, names, split)
 
-    def rows_of(self, split: str) -> int | None:
-        return None if self.streaming else super().rows_of(split)
-
-    @cached_property
-    def data_summary(self) -> dict[str, Any]:
-        """Empty for a stream, which is read only in training."""
-        return {} if self.streaming else super().data_summary
-
-    def prepare_data(self) -> None:
-        """Cache tables; streams are not cached."""
-        if not self.streaming:
-            super().prepare_data()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Encode tables; streams are encoded while they are read."""
-        if not self.streaming:
-            super().setup(stage)
-
     def encoded_rows(self, split: str) -> Any:
         """The same; of a stream this process's share."""
         if not self.streaming:
@@ -198,14 +176,15 @@ class LanguageModellingData(GivesPrompts):
         loaders = [self._loader(table) for table in pieces]
         return loaders if len(loaders) > 1 else loaders[0]
 
-    def prompts(self, count: int) -> list[Prompt]:
-        """Beginnings of held-out texts, from all over their file; of a stream, of its first texts."""
-        if self.streaming:
-            streams = read_tables(self.path, self.name, self.text_by, streaming=True)
-            rows = list(streams[held_out_split(streams)].take(count))
-        else:
-            rows = list(rows_from_all_over(self.tables[held_out_split(self.tables)], count))
-        return [beginning_of(row[self.text_column], self.tokenizer) for row in rows]
+    def held_out_rows(self, count: int) -> Any:
+        """The same; of a stream its first texts."""
+        if not self.streaming:
+            return super().held_out_rows(count)
+        streams = read_tables(self.path, self.name, self.text_by, streaming=True)
+        return next(streams[name] for name in ("validation", "test", "train") if name in streams).take(count)
+
+    def prompt_of(self, row: dict[str, Any]) -> Prompt:
+        return beginning_of(row[self.text_column], self.tokenizer)
 
 
 def encode_texts(

@@ -35,6 +35,8 @@ class PairData(TextData):
         LoRAError: a missing file or column, an empty text, a negative that equals the row's positive.
     """
 
+    blank_inputs = False
+
     def __init__(
         self,
         *texts: Any,
@@ -52,12 +54,9 @@ class PairData(TextData):
         self.input_columns, self.target_columns = [anchor_column], [positive_column, negative_column, group_column]
         self.anchor_prefix, self.positive_prefix = anchor_prefix, positive_prefix
 
-    def check(self, table: datasets.Dataset, split: str) -> None:
-        self.check_texts(table, split, self.input_columns, blank=False)
-
     def check_targets(self, table: datasets.Dataset, split: str) -> None:
         """Raise for a text that is none or is blank, and for a negative that equals the positive."""
-        self.check_texts(table, split, [self.positive_column, self.negative_column], blank=False)
+        self.check_texts(table, split, self.target_columns[:2], blank=False)
         if self.negative_column is not None:
             for row, positive, negative in cells_of(table, ROW, self.positive_column, self.negative_column):
                 if positive == negative:

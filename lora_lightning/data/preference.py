@@ -86,7 +86,7 @@ class PreferenceData(TextData):
             expected = ROLES if least == 1 else f"two or more {ROLES}"
             self.check_cells(table, split, self.input_columns, expected, partial(_are_messages, least=least))
         else:
-            self.check_texts(table, split, self.input_columns)
+            super().check(table, split)
         has_words = lambda value: (value[-1]["content"] if of_messages else value).strip()  # noqa: E731
         self.check_cells(table, split, answers, "an answer with words in it", has_words)
         if of_messages and self.prompt_column is None:

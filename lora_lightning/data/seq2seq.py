@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from string import Formatter
 from typing import Any
 
@@ -25,6 +26,8 @@ class TargetData(TextData):
 
     In evaluation a text is generated once for each source and compared with all of its targets, the `REFERENCES`.
     """
+
+    least_length = 2  # a token and the end
 
     @abstractmethod
     def pairs(self, table: datasets.Dataset) -> Sequence[tuple[str, str]]:
@@ -93,25 +96,21 @@ class SequenceToSequenceData(TargetData):
         **table: Any,
     ) -> None:
         super().__init__(*texts, max_length=max_length, **table)
-        for what, number in (("max_length", max_length), ("max_target_length", max_target_length)):
-            if number < 2:
-                raise LoRAError(f"{what} must be at least 2, a token and the end, got {number}")
+        if max_target_length < self.least_length:
+            raise LoRAError(f"max_target_length must be at least {self.least_length}, got {max_target_length}")
         self.source_column, self.target_column, self.prefix = source_column, target_column, prefix
         self.input_columns, self.target_columns = [source_column], [target_column]
         self.max_target_length = max_target_length
         self.source_lang, self.target_lang = source_lang, target_lang
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded on first use, with the languages set."""
         tokenizer = super().tokenizer
         for attribute, value in (("src_lang", self.source_lang), ("tgt_lang", self.target_lang)):
-            if value is not None and getattr(tokenizer, attribute, None) != value:
+            if value is not None:
                 setattr(tokenizer, attribute, value)
         return tokenizer
-
-    def check(self, table: datasets.Dataset, split: str) -> None:
-        self.check_texts(table, split, self.input_columns)
 
     def pairs(self, table: datasets.Dataset) -> Sequence[tuple[str, str]]:
         return list(cells_of(table, self.source_column, self.target_column))
@@ -178,8 +177,6 @@ class PromptCompletionData(TargetData):
         **table: Any,
     ) -> None:
         super().__init__(*texts, max_length=max_length, **table)
-        if max_length < 2:
-            raise LoRAError(f"max_length must be at least 2, a token of the prompt and the end, got {max_length}")
         self.prompt, self.completion = prompt, completion
         self.input_columns, self.target_columns = columns_of("prompt", prompt), columns_of("completion", completion)
         if not self.input_columns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import datasets
@@ -30,19 +30,21 @@ class TextData(TableData):
         table: arguments of `TableData` by name.
     """
 
+    least_length: int = 1
+    """Tokens at least of `max_length`."""
+    blank_inputs: bool = True
+    """Whether an input may be blank."""
+
     def __init__(self, path: str | dict[str, str], tokenizer: str, *, max_length: int = 128, **table: Any) -> None:
         super().__init__(path, **table)
-        if max_length < 1:
-            raise LoRAError(f"max_length must be at least 1 token, got {max_length}")
+        if max_length < self.least_length:
+            raise LoRAError(f"max_length must be at least {self.least_length}, got {max_length}")
         self.tokenizer_name, self.max_length = tokenizer, max_length
-        self._tokenizer: PreTrainedTokenizerBase | None = None
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded on first use."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_name)
-        return self._tokenizer
+        return load_tokenizer(self.tokenizer_name)
 
     @property
     def pad_token_id(self) -> int | None:
@@ -57,6 +59,9 @@ class TextData(TableData):
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
         return partial(self.collate_rows, pad_token_id=self.pad_token_id or 0, side=self.padding_side)
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        self.check_texts(table, split, self.input_columns, blank=self.blank_inputs)
 
     @staticmethod
     def collate_rows(rows: list[dict[str, Any]], *, pad_token_id: int, side: str) -> dict[str, Any]:
@@ -89,9 +94,6 @@ class TextPairData(TextData):
     @abstractmethod
     def targets(self, table: datasets.Dataset, split: str) -> list[Any]:
         """The `labels` of each row."""
-
-    def check(self, table: datasets.Dataset, split: str) -> None:
-        self.check_texts(table, split, self.input_columns)
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         """Encode tokens, which are cached by the texts alone, and add the targets."""
@@ -179,29 +181,23 @@ class GivesPrompts(TextData):
     padding_side = "right"
 
     @abstractmethod
-    def prompts(self, count: int) -> list[Prompt]:
-        """Prompts from held-out rows, the same each time.
+    def prompt_of(self, row: dict[str, Any]) -> Prompt:
+        """The prompt of a row."""
 
-        Args:
-            count: how many at most.
-        """
+    def held_out_rows(self, count: int) -> Any:
+        """At most `count` equally spaced rows of validation, else test, else train: of a sorted file some of all."""
+        table = next(self.tables[name] for name in ("validation", "test", "train") if name in self.tables)
+        return table.select(range(0, len(table), max(len(table) // count, 1))[:count])
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """At most `count` prompts from held-out rows, the same each time."""
+        return [self.prompt_of(row) for row in self.held_out_rows(count)]
 
     @property
     def stop_token_ids(self) -> list[int]:
         """Tokens that end the model's answer."""
         number = self.tokenizer.eos_token_id
         return [] if number is None else [int(number)]
-
-
-def held_out_split(splits: Mapping[str, object]) -> str:
-    """The split of the prompts: validation, else test, else train."""
-    return next(name for name in ("validation", "test", "train") if name in splits)
-
-
-def rows_from_all_over(table: datasets.Dataset, count: int) -> datasets.Dataset:
-    """At most `count` equally spaced rows, so that a file sorted by topic gives some of each."""
-    step = max(len(table) // count, 1)
-    return table.select(range(0, len(table), step)[:count])
 
 
 def beginning_of(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +69,18 @@ class TokenClassificationData(LabelNames, TextData):
         reader = partial(read_conll, words=words_column, tags=tags_column, tag_field=tag_field)
         self.readers = dict.fromkeys(SUFFIXES, reader)
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded on first use; byte-level ones such as RoBERTa's put a blank before each word."""
-        if self._tokenizer is None:
-            tokenizer = load_tokenizer(self.tokenizer_name)
-            if getattr(tokenizer, "add_prefix_space", None) is False:
-                tokenizer = load_tokenizer(self.tokenizer_name, add_prefix_space=True)
-            if not tokenizer.is_fast:
-                raise LoRAError(
-                    f"{type(tokenizer).__name__} of '{self.tokenizer_name}' does not say which pieces are of which"
-                    " word: take a tokenizer of the fast kind, with a tokenizer.json"
-                )
-            self._tokenizer = tokenizer
-        return self._tokenizer
+        tokenizer = super().tokenizer
+        if getattr(tokenizer, "add_prefix_space", None) is False:
+            tokenizer = load_tokenizer(self.tokenizer_name, add_prefix_space=True)
+        if not tokenizer.is_fast:
+            raise LoRAError(
+                f"{type(tokenizer).__name__} of '{self.tokenizer_name}' does not say which pieces are of which"
+                " word: take a tokenizer of the fast kind, with a tokenizer.json"
+            )
+        return tokenizer
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         for row, words in cells_of(table, ROW, self.words_column):
@@ -138,17 +136,15 @@ def encode_words(
     words = rows[words_column]
     tokens, cut = tokenize_cut(tokenizer, max_length, text=words, is_split_into_words=True)
     encoded: dict[str, Any] = {**tokens, "text_cut": cut}
-    pieces = [tokens.word_ids(i) for i in range(len(words))]
+    pieces = [[-1 if word is None else word for word in tokens.word_ids(i)] for i in range(len(words))]
     encoded["word_ids"] = [
-        [-1 if word is None or (i and word == word_ids[i - 1]) else word for i, word in enumerate(word_ids)]
-        for word_ids in pieces
+        [word if not i or word != of_tokens[i - 1] else -1 for i, word in enumerate(of_tokens)] for of_tokens in pieces
     ]
     if numbers is None:
         return {**encoded, "words": words}
-    every = [[-1 if word is None else word for word in word_ids] for word_ids in pieces]
     encoded["labels"] = [
         [IGNORED if word < 0 else numbers[str(tags[word])] for word in word_ids]
-        for word_ids, tags in zip(every if all_pieces else encoded["word_ids"], rows[tags_column], strict=True)
+        for word_ids, tags in zip(pieces if all_pieces else encoded["word_ids"], rows[tags_column], strict=True)
     ]
     return encoded
 

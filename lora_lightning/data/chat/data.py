@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -35,7 +36,7 @@ from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import ROW, check_names, values_of
 from lora_lightning.data.loading.packing import pack_table
 from lora_lightning.data.seq2seq import REFERENCES
-from lora_lightning.data.text import GivesPrompts, Prompt, held_out_split, rows_from_all_over
+from lora_lightning.data.text import GivesPrompts, Prompt
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
@@ -88,13 +89,11 @@ class ChatData(GivesPrompts):
         self.packing, self.with_prompts = packing, with_prompts
         self.chat_template, self.template_options = chat_template, dict(template_options or {})
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded on first use, with the chat template."""
-        fresh = self._tokenizer is None
         tokenizer = super().tokenizer
-        if fresh:
-            set_template(tokenizer, self.chat_template)
+        set_template(tokenizer, self.chat_template)
         return tokenizer
 
     @property
@@ -196,17 +195,14 @@ class ChatData(GivesPrompts):
                 ends |= {ids[end - 1] for _, end in runs([label != IGNORED for label in labels])} & controls
         return sorted({*ends, *super().stop_token_ids})
 
-    def prompts(self, count: int) -> list[Prompt]:
-        """Held-out conversations up to their last answer, spread over the validation set (else test, else train)."""
-        split, result = held_out_split(self.tables), []
-        layout = self.layout(self.tables[split], split)
-        for row in rows_from_all_over(self.tables[split], count):
-            messages, tools = conversation_of(row, layout, self.system), tools_of(row, layout)
-            end = last_answer(messages)
-            assert end is not None  # see check
-            ids = self.template.prompt_ids(messages[:end], tools)
-            result.append(Prompt(text=_question(messages[:end]), input_ids=ids, reference=messages[end]["content"]))
-        return result
+    def prompt_of(self, row: dict[str, Any]) -> Prompt:
+        """A conversation up to its last answer."""
+        layout = layout_of(list(row), self.given_columns)
+        messages = conversation_of(row, layout, self.system)
+        end = last_answer(messages)
+        assert end is not None  # see check
+        ids = self.template.prompt_ids(messages[:end], tools_of(row, layout))
+        return Prompt(text=_question(messages[:end]), input_ids=ids, reference=messages[end]["content"])
 
 
 def _question(messages: Sequence[Message]) -> str:

@@ -130,7 +130,7 @@ class ImageData(OneLabel, ImageTable):
 
     def encode(self, table: datasets.Dataset, split: str) -> Any:
         """Return rows that are decoded when batches are made."""
-        targets: dict[str, Any] = {} if split == "predict" else {"labels": self.label_numbers(table, split)}
+        targets: dict[str, Any] = {} if split == "predict" else {"labels": self.targets(table, split)}
         return Rows(self.cells(table, split, self.image_column), **self.transforms, **targets)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import datasets
@@ -41,50 +41,39 @@ def summarize(data: Any) -> dict[str, Any]:
         "cut": {split: data.cut_shares[split] for split in data.tables if split in data.cut_shares},
         "in_two_splits": dict(_in_two(inputs)),
     }
-    lines = [
-        f"{data.place(split)}: the header has {first_few(names)} twice: the first is read; rename one"
-        for split, names in data.doubled_columns.items()
-    ]
-    lines += [*_of_texts(data, inputs), *_of_texts(data, targets), *_of_splits(data, summary)]
-    lines += [*_of_cuts(data, summary["cut"]), *_of_labels(summary)]
-    return {**summary, "warnings": lines}
+    warnings = [_of_texts(data, inputs), _of_texts(data, targets), _of_splits(data, summary), _of_labels(summary)]
+    return {**summary, "warnings": list(chain(*warnings))}
 
 
 def _of_texts(data: Any, texts: dict[str, dict[str, Any]]) -> Iterator[str]:
     for split, columns in texts.items():
         for name, column in columns.items():
-            if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
+            if pa.types.is_large_binary(column.type):  # of conversations
                 continue
+            where = f"{data.place(split)}, column '{name}'"
             if blank := _count(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)):
-                which = "1 text is" if blank == 1 else f"{blank:,} texts are"
-                yield f"{data.place(split)}, column '{name}': {which} blank: remove those rows"
+                yield f"{where}: {blank:,} {'text is' if blank == 1 else 'texts are'} blank: remove those rows"
             if broken := _count(pc.match_substring(column, "\0")):
-                which = "1 text holds" if broken == 1 else f"{broken:,} texts hold"
-                yield f"{data.place(split)}, column '{name}': {which} NUL bytes: save the file as UTF-8"
+                which = "text holds" if broken == 1 else "texts hold"
+                yield f"{where}: {broken:,} {which} NUL bytes: save the file as UTF-8"
 
 
 def _of_splits(data: Any, summary: dict[str, Any]) -> Iterator[str]:
+    for split, names in data.doubled_columns.items():
+        yield f"{data.place(split)}: the header has {first_few(names)} twice: the first is read; rename one"
     for which, count in summary["in_two_splits"].items():
         split, _, other = which.partition(" in ")
-        cure = (
-            "remove them there"
-            if split in data.given_splits and other in data.given_splits
-            else "set data.init_args.split.group_by to the column that tells them, or remove what is double"
-        )
+        tell = "set data.init_args.split.group_by to the column that tells them, or remove what is double"
+        cure = "remove them there" if {split, other} <= data.given_splits else tell
         yield f"{count:,} of {summary['rows'][split]:,} rows of {split} stand in {other} too, which flatters: {cure}"
-
-
-def _of_cuts(data: Any, cut: dict[str, dict[str, float]]) -> Iterator[str]:
-    for split, shares in cut.items():
+    for split, shares in summary["cut"].items():
         for what, share in shares.items():
             option = data.cut_by.get(what, "max_length")
-            if share < MUCH or option is None:
-                continue
-            length = getattr(data, option, None)
-            where = (
-                f"at {length} tokens: raise data.init_args.{option}" if length else "at the model's end: shorten them"
-            )
-            yield f"{share:.0%} of the {what.removesuffix(' cut')} in {split} are cut {where}"
+            if share >= MUCH and option is not None:
+                length = getattr(data, option, None)
+                cure = f"at {length} tokens: raise data.init_args.{option}"
+                cure = cure if length else "at the model's end: shorten them"
+                yield f"{share:.0%} of the {what.removesuffix(' cut')} in {split} are cut {cure}"
 
 
 def _of_labels(summary: dict[str, Any]) -> Iterator[str]:
