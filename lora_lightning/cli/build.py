@@ -15,7 +15,6 @@ from lora_lightning.cli.main import LoRACLI
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.precision import convert
 
 ALONE = ("--trainer.logger=false", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1")
 """Flags for one process that writes nothing."""
@@ -88,9 +87,6 @@ def open_run(checkpoint: Path) -> Run:
     content = run.load_checkpoint(checkpoint)
     built = build_run(["export", "--config", str(config), "--ckpt_path", str(checkpoint), *ALONE])
     assert built.trainer is not None
-    convert(built.module, built.trainer.precision_plugin)  # the checkpoint's fingerprint is of W0 in this precision
-    built.module.configure_model()
-    built.module.on_load_checkpoint(content)
-    built.module.load_state_dict(content["state_dict"])
+    built.module.load_trained(content, built.trainer)
     built.module.eval()
     return built

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -271,6 +271,13 @@ class LoRAModule(LightningModule):
         except AdapterError as error:
             reason = explain_by_precision(fields.get("precision"), precision_of(self))
             raise AdapterError(f"{error}{reason}") from error
+
+    def load_trained(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
+        """Load a checkpoint outside of a fit, over W0 in the trainer's precision, which its fingerprint is of."""
+        convert(self, trainer.precision_plugin)
+        self.configure_model()
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a checkpoint's tensors; only frozen keys may be missing.

@@ -20,7 +20,7 @@ from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.precision import LightningsWord, Word, convert, lightning_precision, narrow_base
+from lora_lightning.training.precision import LightningsWord, Word, lightning_precision, narrow_base
 from lora_lightning.training.preflight import refuse_arguments, refuse_unsupported, warn_of_few_cores
 from lora_lightning.training.strategies.endings import end_together, leave_on_sigterm, use_ending_launcher
 from lora_lightning.training.strategies.fsdp2 import strategy as _fsdp2  # noqa: F401  (which names it `fsdp2`)
@@ -140,11 +140,7 @@ class LoRATrainer(Trainer):
         """
         parse_options(formats, dtype, max_shard_size, serving, scale)  # before anything is loaded
         checkpoint = run.find_checkpoint(ckpt_path)
-        content = run.load_checkpoint(checkpoint)
-        convert(model, self.precision_plugin)
-        model.configure_model()
-        model.on_load_checkpoint(content)
-        model.load_state_dict(content["state_dict"])
+        model.load_trained(run.load_checkpoint(checkpoint), self)
         folder = run.run_of_checkpoint(checkpoint)
         target = Path(output_dir) if output_dir else folder / run.EXPORT
         model.to(self.strategy.root_device)
