@@ -18,7 +18,6 @@ from lora_lightning.analysis.spectra import update_pairs
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.callbacks.monitors import FILE, HEADER, RankTelemetry
-from lora_lightning.training.tracking.csv_logger import keep_before, whole_rows
 from tests.distributed import one_process
 from tests.lora.laws import stir
 from tests.lora.test_quantized import SCHEMES, Net
@@ -137,14 +136,6 @@ def test_a_quantized_base_is_seen_as_what_it_stands_for(scheme):
     found, wanted = looked_at(layer), dense_measures(layer, layer.base_weight().double())
     assert found.relative == pytest.approx(wanted["relative"], rel=1e-6)
     assert found.amplification == pytest.approx(wanted["amplification"], rel=1e-5)
-
-
-def test_rows_of_later_steps_and_torn_ones_are_dropped(tmp_path):
-    file = tmp_path / FILE
-    row = "{},a,1,1,1,1,1,1,1\r\n"
-    file.write_bytes((",".join(HEADER) + "\r\n" + row.format(2) + row.format(4) + row.format(6) + "8,a,1").encode())
-    keep_before(file, 5)
-    assert [row["step"] for row in whole_rows(file)[1]] == ["2", "4"]
 
 
 def test_texts_of_a_file_are_read_before_the_fit(tiny, tmp_path):
