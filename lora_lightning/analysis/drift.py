@@ -27,6 +27,7 @@ from lora_lightning.lora.inject import disabled, grafted_modules
 from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.lora.targets.output_heads import output_head
+from lora_lightning.tasks.contrastive import pool as pool_tokens
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED, refuse_labels, rows_at_once
 from lora_lightning.tasks.losses.lm_head import before_head
 from lora_lightning.tasks.positions import in_evaluation
@@ -231,8 +232,11 @@ def _pooled_figures(model: nn.Module, batch: Batch, scales: Sequence[float]) -> 
     for scale in scales:
         with scaled(model, scale):
             adapted = _pooled_outputs(model, batch)
-        figures = {name: _vector_figures(before, adapted[name]) for name, before in base.items()}
-        yield scale, {f"{f} {name}".rstrip(): values for name, found in figures.items() for f, values in found.items()}
+        sums: Sums = {}
+        for name, before in base.items():
+            for figure, values in _vector_figures(before, adapted[name]).items():
+                sums[f"{figure} {name}".rstrip()] = values
+        yield scale, sums
 
 
 def _vector_figures(base: Tensor, adapted: Tensor) -> dict[str, Tensor]:
@@ -247,7 +251,7 @@ def _vector_figures(base: Tensor, adapted: Tensor) -> dict[str, Tensor]:
 def _pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """The pooled output, under the name "", and that of each repeated block: one vector (b, d) for each row.
 
-    The pooled output is the input of the model's head; without a head, its `last_hidden_state`, its embeddings, or the
+    The pooled output is the input of the model's head; without a head, its embeddings, its `last_hidden_state`, or the
     tensor that it returns. Tokens (b, t, d) are averaged where `attention_mask` is 1, and so are positions of an image.
 
     Raises:
@@ -256,16 +260,18 @@ def _pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     pooled: dict[str, Tensor] = {}
 
     def keep(name: str, value: Any, module: nn.Module | None = None) -> None:
-        vector = pool_rows(_first_tensor(value), len(batch.numbers), batch.inputs.get("attention_mask"), module)
+        while isinstance(value, Mapping | tuple | list):  # of an output, the first tensor
+            value = next(iter(value.values() if isinstance(value, Mapping) else value), None)
+        vector = pool_rows(value, len(batch.numbers), batch.inputs.get("attention_mask"), module)
         if vector is not None and (name or name not in pooled):  # of several heads the first one's input
             pooled[name] = vector
 
-    def block_hook(name: str) -> Callable[..., None]:
+    def hook(name: str) -> Callable[..., None]:
         return lambda module, args, out: keep(name, out, module)
 
-    handles = [block.register_forward_hook(block_hook(name)) for name, block in repeated_blocks(model).items()]
-    for name in output_head(model):
-        handles.append(get_module(model, name).register_forward_pre_hook(lambda _, args: keep("", args)))
+    handles = [block.register_forward_hook(hook(name)) for name, block in repeated_blocks(model).items()]
+    heads = [get_module(model, name) for name in output_head(model)]
+    handles += [head.register_forward_pre_hook(lambda _, args: keep("", args)) for head in heads]
     try:
         out = model(**batch.inputs)
     finally:
@@ -273,8 +279,8 @@ def _pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
             handle.remove()
     named = out if isinstance(out, Mapping) else {"last_hidden_state": out}
     embeddings = [x for name in ("image_embeds", "text_embeds") if isinstance(x := named.get(name), Tensor)]
-    if "" not in pooled and len(embeddings) == 2:
-        pooled[""] = torch.cat(embeddings, -1)
+    if len(embeddings) == 2:
+        keep("", torch.cat(embeddings, -1))
     keep("", named.get("last_hidden_state"))
     if "" not in pooled:
         raise LoRAError(
@@ -284,17 +290,8 @@ def _pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return pooled
 
 
-def _first_tensor(value: Any) -> Tensor | None:
-    """A tensor, or the first of a tuple, a list or a transformers output."""
-    if isinstance(value, Mapping):
-        value = next(iter(value.values()), None)
-    if isinstance(value, tuple | list):
-        value = value[0] if value else None
-    return value if isinstance(value, Tensor) else None
-
-
-def pool_rows(h: Tensor | None, rows: int, mask: Any = None, module: nn.Module | None = None) -> Tensor | None:
-    """One vector (b, d) for each row, in float32 or wider; None where `h` has no dimension of rows.
+def pool_rows(h: object, rows: int, mask: Any = None, module: nn.Module | None = None) -> Tensor | None:
+    """One vector (b, d) for each row, in float32 or wider; None where `h` is no tensor with a dimension of rows.
 
     Args:
         h: (b, d), tokens (b, t, d), or images (b, d, height, width), with d last where the module's norms are over it.
@@ -302,20 +299,16 @@ def pool_rows(h: Tensor | None, rows: int, mask: Any = None, module: nn.Module |
         mask: (b, t), 1 where a token counts.
         module: the module that returned `h`.
     """
-    if h is None or not h.is_floating_point() or h.dim() not in (2, 3, 4) or len(h) != rows:
+    if not isinstance(h, Tensor) or not h.is_floating_point() or h.dim() not in (2, 3, 4) or len(h) != rows:
         return None
     h = h.to(wide_dtype(h))
     if h.dim() == 2:
         return h
     if h.dim() == 4:
-        return h.mean((1, 2)) if _channels_last(h, module) else h.mean((2, 3))
+        norms = [m for m in module.modules() if isinstance(m, nn.LayerNorm)] if module is not None else []
+        shapes = {tuple(norm.normalized_shape) for norm in norms}
+        last = (h.shape[-1],) in shapes and (h.shape[1],) not in shapes
+        return h.mean((1, 2) if last else (2, 3))
     if isinstance(mask, Tensor) and mask.shape == h.shape[:2]:
-        weights = mask.to(h.dtype).unsqueeze(-1)
-        return (h * weights).sum(1) / weights.sum(1).clamp_min(1.0)
+        return pool_tokens(h, mask, "mean")
     return h.mean(1)
-
-
-def _channels_last(h: Tensor, module: nn.Module | None) -> bool:
-    norms = (m for m in module.modules() if isinstance(m, nn.LayerNorm)) if module is not None else ()
-    shapes = {tuple(norm.normalized_shape) for norm in norms}
-    return (h.shape[-1],) in shapes and (h.shape[1],) not in shapes

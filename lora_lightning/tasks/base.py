@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -150,16 +150,24 @@ class Task(nn.Module, ABC):
         return {name: named[name] for name in self.logged(stage)}
 
 
-def refuse_no_count(value: Any, name: str) -> None:
-    """Raise where neither the config nor the data have the number of classes or the labels.
+def refuse_few(count: int | None, name: str, needs: str, hint: str = "") -> None:
+    """Raise for fewer than two classes or labels, and where neither the config nor the data have their number.
 
     A command passes the DataModule's value, and None where it has none.
     """
-    if value is None:
+    if count is None:
         raise LoRAError(
             f"how many classes are there? The data do not say ({name}): give model.task.init_args.{name}, or let the"
             f" DataModule have the attribute {name}"
         )
+    if count < 2:
+        raise LoRAError(f"{needs}, got {count}{hint}")
+
+
+def refuse_smoothing(label_smoothing: float) -> None:
+    """Raise for what is no share of the target."""
+    if not 0 <= label_smoothing < 1:
+        raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
 
 
 def inputs_of(batch: Mapping[str, Any], *targets: str) -> dict[str, Any]:
@@ -191,15 +199,21 @@ def logits_of(output: Any) -> Tensor:
     raise LoRAError(f"the backbone must return logits (a tensor, or an output with `logits`), got {keys}")
 
 
-def logits_each(output: Any, count: int, what: str) -> Tensor:
-    """Logits (n, count) in float32, one for each `what`, such as a class; another number of outputs is refused."""
-    logits = logits_of(output)
-    if logits.dim() != 2 or logits.shape[1] != count:
+def logits_like(output: Any, shape: Sequence[int | str], count: int, what: str) -> Tensor:
+    """Logits in float32 of this shape, in which a word stands for any number; others are refused.
+
+    Args:
+        count: the number of outputs of the head that gives them.
+        what: what they are one of, such as "one for each class".
+    """
+    logits = logits_of(output).float()
+    sizes = zip(shape, logits.shape, strict=False)
+    if logits.dim() != len(shape) or any(isinstance(wanted, int) and wanted != got for wanted, got in sizes):
         raise LoRAError(
-            f"the backbone must return logits (n, {count}), one for each {what}, got {tuple(logits.shape)}: give its"
-            f" head {count} outputs"
+            f"the backbone must return logits ({', '.join(map(str, shape))}), {what}, got {tuple(logits.shape)}: give"
+            f" its head {count} output{'s' * (count > 1)}"
         )
-    return logits.float()
+    return logits
 
 
 PIXELS = "pixel_values"

@@ -24,9 +24,10 @@ from lora_lightning.tasks.base import (
     Task,
     image_inputs,
     labels_of,
-    logits_each,
+    logits_like,
     logits_of,
-    refuse_no_count,
+    refuse_few,
+    refuse_smoothing,
 )
 
 TOP5_FROM = 10
@@ -73,7 +74,8 @@ class Classification(Task):
 
     def logits(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Logits (n, num_classes) in float32."""
-        return logits_each(backbone(**self.inputs(backbone, batch)), self.num_classes, self.output_is)
+        output, count = backbone(**self.inputs(backbone, batch)), self.num_classes
+        return logits_like(output, ("n", count), count, f"one for each {self.output_is}")
 
 
 class OneLabel(Classification):
@@ -95,14 +97,9 @@ class OneLabel(Classification):
     def __init__(
         self, num_classes: int, label_smoothing: float = 0.0, metrics: Sequence[str] = ("accuracy", "f1")
     ) -> None:
-        refuse_no_count(num_classes, "num_classes")
-        if num_classes < 2:
-            raise LoRAError(
-                f"classification needs at least 2 classes, got {num_classes}: are the labels in data.label_column, or"
-                " name them all as data.label_names"
-            )
-        if not 0 <= label_smoothing < 1:
-            raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+        hint = ": are the labels in data.label_column, or name them all as data.label_names"
+        refuse_few(num_classes, "num_classes", "classification needs at least 2 classes", hint)
+        refuse_smoothing(label_smoothing)
         collection = metrics_of(metrics, num_classes)
         if self.tells_top5 and num_classes >= TOP5_FROM:
             collection.add_metrics({"accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=5)})
@@ -165,11 +162,8 @@ class MultiLabelClassification(Classification):
     output_is = "label"
 
     def __init__(self, num_classes: int, threshold: float = 0.5, over_labels: Literal["mean", "sum"] = "mean") -> None:
-        refuse_no_count(num_classes, "num_classes")
-        if num_classes < 2:
-            raise LoRAError(
-                f"multi-label classification needs at least 2 labels, got {num_classes}: take one of two classes"
-            )
+        needs = "multi-label classification needs at least 2 labels"
+        refuse_few(num_classes, "num_classes", needs, ": take one of two classes")
         if not 0 < threshold < 1:
             raise LoRAError(f"threshold must be a probability above 0 and below 1, got {threshold}")
         refuse_unknown("over_labels", over_labels, ("mean", "sum"))
@@ -236,9 +230,5 @@ class SequenceRegression(Task):
 
     def numbers(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """Predicted numbers (n,) in float32."""
-        logits = logits_of(backbone(**self.inputs(backbone, batch))).float()
-        if logits.shape[1:] not in ((), (1,)):
-            raise LoRAError(
-                f"the backbone must return (n, 1), a number each, got {tuple(logits.shape)}: give its head 1 output"
-            )
-        return logits.flatten()
+        logits = logits_of(backbone(**self.inputs(backbone, batch)))
+        return logits_like(logits.unsqueeze(1) if logits.dim() == 1 else logits, ("n", 1), 1, "a number each").flatten()

@@ -75,47 +75,37 @@ class ContrastiveEmbedding(Task):
                 the two towers' arguments, where images are the anchors. `labels` (n, 1), or (n, 2) with negatives, are
                 the group numbers of positives and negatives; -1 for one without a group.
         """
-        parts, groups = self._embed_parts(backbone, batch)
+        parts, groups = self._parts(backbone, batch)
         anchors, positives = parts[0], parts[1]
-        scale = self._scale(backbone)
-        everyone = [gather_rows(part) if self.gather else (part, 0) for part in (*parts[1:], groups)]
-        positive_rows = torch.arange(len(positives), device=positives.device) + everyone[0][1]
-        right = number_singles(everyone[-1][0].T.flatten())
-        candidates = torch.cat([rows for rows, _ in everyone[:-1]])
-        losses = info_nce(anchors, candidates, positive_rows, right, 1 / scale)
+        temperature = 1 / self._scale(backbone)
+        every, before = zip(*(gather_rows(part, self.gather) for part in (*parts[1:], groups)), strict=True)
+        own = torch.arange(len(positives), device=positives.device) + before[0]
+        right = number_singles(every[-1].T.flatten())
+        losses = info_nce(anchors, torch.cat(every[:-1]), own, right, temperature)
         if self.symmetric:
-            others = gather_rows(anchors)[0] if self.gather else anchors
-            losses = (losses + info_nce(positives, others, positive_rows, right[: len(others)], 1 / scale)) / 2
+            others, _ = gather_rows(anchors, self.gather)
+            losses = (losses + info_nce(positives, others, own, right[: len(others)], temperature)) / 2
         return StepOutput(loss=losses.mean(), weight=len(losses))
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """Embeddings (n, p, d) of anchors, positives and negatives, and the groups, for the metrics over the stage."""
-        parts, groups = self._embed_parts(backbone, batch)
+        parts, groups = self._parts(backbone, batch)
         embeddings = torch.stack((parts[0] * self._scale(backbone), *parts[1:]), 1)
         return StepOutput(embeddings.new_zeros(()), len(groups), embeddings, groups)
 
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Embeddings (n, d): of the anchors, and of positives and negatives, if any; or of images and texts."""
-        if "anchor" in batch:
-            return {
-                "embedding" if name == "anchor" else f"{name}_embedding": self._encode(backbone, batch[name])
-                for name in PARTS
-                if name in batch
-            }
-        image, text = self._towers(backbone, batch)
-        return {"image_embedding": image, "text_embedding": text}
+        parts = self._embeddings(backbone, batch)
+        return {"embedding" if name == "anchor" else f"{name}_embedding": part for name, part in parts.items()}
 
-    def _embed_parts(self, backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _parts(self, backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
         """Embeddings (n, d) of each part, and the candidates' groups (n, parts - 1)."""
         if not isinstance(batch, Mapping) or ("anchor" in batch and "positive" not in batch):
             got = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise LoRAError(
                 f"a batch of pairs has an anchor and a positive, or a two-tower model's arguments; got {got}"
             )
-        if "anchor" in batch:
-            parts = tuple(self._encode(backbone, batch[name]) for name in PARTS if name in batch)
-        else:
-            parts = self._towers(backbone, batch)
+        parts = list(self._embeddings(backbone, batch).values())
         shape = (len(parts[0]), len(parts) - 1)
         groups = batch.get("labels")
         if groups is None:
@@ -124,38 +114,34 @@ class ContrastiveEmbedding(Task):
             raise LoRAError(f"labels must be {shape}, a group for each candidate of a row, got {tuple(groups.shape)}")
         return parts, groups
 
+    def _embeddings(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Embeddings (n, d) of anchor, positive and negative, as far as the batch has them; or of image and text."""
+        if "anchor" in batch:
+            found: dict[str, Any] = {name: self._encode(backbone, batch[name]) for name in PARTS if name in batch}
+        else:
+            output = backbone(**inputs_of(batch, "labels"))
+            named = output if isinstance(output, Mapping) else {}
+            found = {name: named.get(f"{name}_embeds") for name in ("image", "text")}
+            if not all(isinstance(part, Tensor) for part in found.values()):
+                raise LoRAError(
+                    f"a two-tower model must return image_embeds and text_embeds, got {_what(output)}; for pairs of"
+                    " texts a batch has an anchor and a positive"
+                )
+        wide = {name: part.to(wide_dtype(part)) for name, part in found.items()}
+        return {name: F.normalize(part, dim=-1) for name, part in wide.items()} if self.normalize else wide
+
     def _encode(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         output = backbone(**inputs)
-        if isinstance(output, Tensor) and output.dim() == 2:
-            return self._finish(output)
         states = output.get("last_hidden_state") if isinstance(output, Mapping) else output
+        if isinstance(output, Tensor) and output.dim() == 2:
+            return output
         if not isinstance(states, Tensor) or states.dim() != 3:
-            keys = list(output) if isinstance(output, Mapping) else type(output).__name__
             raise LoRAError(
-                f"the backbone must return last_hidden_state (n, t, d) or embeddings (n, d), got {keys}: take"
+                f"the backbone must return last_hidden_state (n, t, d) or embeddings (n, d), got {_what(output)}: take"
                 " auto_class: AutoModel, a model without a head"
             )
         mask = inputs.get("attention_mask")
-        return self._finish(
-            pool(states, torch.ones(states.shape[:2]).to(states) if mask is None else mask, self.pooling)
-        )
-
-    def _towers(self, backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        output = backbone(**inputs_of(batch, "labels"))
-        embeddings = [
-            output.get(name) if isinstance(output, Mapping) else None for name in ("image_embeds", "text_embeds")
-        ]
-        if not all(isinstance(part, Tensor) for part in embeddings):
-            keys = ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
-            raise LoRAError(
-                f"a two-tower model must return image_embeds and text_embeds, got {keys}; for pairs of texts a batch"
-                " has an anchor and a positive"
-            )
-        return self._finish(embeddings[0]), self._finish(embeddings[1])  # type: ignore[arg-type]
-
-    def _finish(self, embeddings: Tensor) -> Tensor:
-        wide = embeddings.to(wide_dtype(embeddings))
-        return F.normalize(wide, dim=-1) if self.normalize else wide
+        return pool(states, states.new_ones(states.shape[:2]) if mask is None else mask, self.pooling)
 
     def _scale(self, backbone: nn.Module) -> Tensor | float:
         """1 / temperature."""
@@ -165,6 +151,11 @@ class ContrastiveEmbedding(Task):
         if not isinstance(logit_scale, Tensor):
             raise LoRAError(f"{type(backbone).__name__} has no logit_scale of its own: give the task a temperature")
         return logit_scale.exp()
+
+
+def _what(output: Any) -> str:
+    """The keys of an output, or its class."""
+    return ", ".join(output) if isinstance(output, Mapping) else type(output).__name__
 
 
 def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
@@ -264,14 +255,17 @@ class Retrieval(Metric):
         candidates = torch.cat([positives, *_all(self.extra)])
         groups = number_singles(torch.cat([dim_zero_cat(self.groups), *_all(self.extra_groups)]))
         every = torch.arange(len(anchors), device=anchors.device)
+
+        def compare(function: Callable[..., Tensor], rows: Tensor, others: Tensor, of_others: Tensor) -> Tensor:
+            parts = zip(torch.split(rows, AT_ONCE), torch.split(every, AT_ONCE), strict=True)
+            return torch.cat([function(part, others, own, of_others) for part, own in parts])
+
         if self.figure == "loss":
-            losses = _in_parts(lambda a, rows: info_nce(a, candidates, rows, groups), anchors, every)
+            losses = compare(info_nce, anchors, candidates, groups)
             if self.symmetric:
-                back = groups[: len(every)]
-                other = _in_parts(lambda p, rows: info_nce(p, anchors, rows, back), positives, every)
-                losses = (losses + other) / 2
+                losses = (losses + compare(info_nce, positives, anchors, groups[: len(every)])) / 2
             return losses.mean()
-        ranked = _in_parts(lambda a, rows: ranks(a, candidates, rows, groups), anchors, every)
+        ranked = compare(ranks, anchors, candidates, groups)
         if self.figure == "mrr":
             return ranked.reciprocal().mean()
         return (ranked <= int(self.figure.partition("@")[2])).to(ranked.dtype).mean()
@@ -289,18 +283,17 @@ def _all(states: list[Tensor] | Tensor) -> list[Tensor]:
     return [dim_zero_cat(states)] if len(states) else []
 
 
-def _in_parts(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, positive_rows: Tensor) -> Tensor:
-    return torch.cat(
-        [function(r, o) for r, o in zip(torch.split(rows, AT_ONCE), torch.split(positive_rows, AT_ONCE), strict=True)]
-    )
-
-
-def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+def gather_rows(rows: Tensor, wanted: bool = True) -> tuple[Tensor, int]:
     """The `rows` (n, ...) of all processes, in the order of ranks, and the index of this one's first; n may differ.
 
-    Backward sums the gradients of all processes' losses for this process's rows. Every process must call both.
+    Unless `wanted`, those of this process. Backward sums the gradients of all processes' losses for this process's
+    rows. Every process must call both.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if (
+        not wanted
+        or not (distributed.is_available() and distributed.is_initialized())
+        or distributed.get_world_size() == 1
+    ):
         return rows, 0
     counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(distributed.get_world_size())]
     distributed.all_gather(counts, torch.tensor([len(rows)], device=rows.device))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import StepOutput, Task, inputs_of, labels_of
+from lora_lightning.tasks.base import StepOutput, Task, inputs_of, labels_of, refuse_smoothing
 from lora_lightning.tasks.losses.linear_cross_entropy import LinearCrossEntropy
 from lora_lightning.tasks.losses.lm_head import shifted_loss, shifted_losses
 from lora_lightning.tasks.positions import as_packed, is_packed, unpack
@@ -51,8 +50,7 @@ class TokenTask(Task):
     """Cross-entropy of tokens, the mean over all of a stage, and the share of them predicted right."""
 
     def __init__(self, label_smoothing: float, metrics: Mapping[str, Metric]) -> None:
-        if not 0 <= label_smoothing < 1:
-            raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+        refuse_smoothing(label_smoothing)
         # Each is updated separately, so torchmetrics must not merge equal states.
         super().__init__(MetricCollection({"token_accuracy": TokenAccuracy(), **metrics}, compute_groups=False))
         self.label_smoothing = label_smoothing

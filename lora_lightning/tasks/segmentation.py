@@ -17,8 +17,8 @@ from lora_lightning.tasks.base import (
     Task,
     image_inputs,
     labels_of,
-    logits_of,
-    refuse_no_count,
+    logits_like,
+    refuse_few,
 )
 
 IGNORED = 255
@@ -41,9 +41,7 @@ class ImageSegmentation(Task):
     monitor_mode = "max"
 
     def __init__(self, num_classes: int, ignore_index: int = IGNORED) -> None:
-        refuse_no_count(num_classes, "num_classes")
-        if num_classes < 2:
-            raise LoRAError(f"segmentation needs at least 2 classes, got {num_classes}")
+        refuse_few(num_classes, "num_classes", "segmentation needs at least 2 classes")
         if 0 <= ignore_index < num_classes:
             raise LoRAError(f"ignore_index must not be one of the labels 0 to {num_classes - 1}, got {ignore_index}")
         metrics = {
@@ -79,12 +77,8 @@ class ImageSegmentation(Task):
         output = backbone(**self.inputs(backbone, batch))
         if isinstance(output, Mapping) and isinstance(output.get("out"), Tensor):  # torchvision's
             output = output["out"]
-        logits = logits_of(output).float()
-        if logits.dim() != 4 or logits.shape[1] != self.num_classes:
-            raise LoRAError(
-                f"the backbone must return logits (n, {self.num_classes}, height, width), one map for each class, got"
-                f" {tuple(logits.shape)}: give its head {self.num_classes} outputs"
-            )
+        count = self.num_classes
+        logits = logits_like(output, ("n", count, "height", "width"), count, "one map for each class")
         if tuple(logits.shape[-2:]) != size:
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return logits

@@ -12,7 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import StepOutput, Task, labels_of, logits_of, refuse_no_count
+from lora_lightning.tasks.base import StepOutput, Task, labels_of, logits_like, refuse_few, refuse_smoothing
 from lora_lightning.tasks.losses.linear_cross_entropy import IGNORED
 
 
@@ -36,9 +36,9 @@ class TokenClassification(Task):
     def __init__(
         self, label_names: list[str], entities: bool = True, strict: bool = False, label_smoothing: float = 0.0
     ) -> None:
-        refuse_no_count(label_names, "label_names")
-        if len(label_names) < 2:
-            raise LoRAError(f"token classification needs at least 2 labels, got {label_names}")
+        count = None if label_names is None else len(label_names)
+        refuse_few(count, "label_names", "token classification needs at least 2 labels")
+        refuse_smoothing(label_smoothing)
         accuracy = MulticlassAccuracy(len(label_names), average="micro", ignore_index=IGNORED)
         metrics: dict[str, Metric | MetricCollection] = {"accuracy": accuracy}
         if entities:
@@ -63,7 +63,7 @@ class TokenClassification(Task):
         labelled = labels != IGNORED
         count = int(labelled.sum())
         total = F.cross_entropy(
-            logits[labelled].float(), labels[labelled], reduction="sum", label_smoothing=self.label_smoothing
+            logits[labelled], labels[labelled], reduction="sum", label_smoothing=self.label_smoothing
         )
         words = labels.masked_fill(batch["word_ids"] < 0, IGNORED) if "word_ids" in batch else labels
         return StepOutput(loss=total / max(count, 1), weight=count, predictions=logits.argmax(-1), targets=words)
@@ -100,13 +100,8 @@ class TokenClassification(Task):
         return row
 
     def _logits(self, backbone: nn.Module, inputs: dict[str, Any], shape: torch.Size) -> Tensor:
-        logits = logits_of(backbone(**inputs))
-        if logits.dim() != 3 or logits.shape != (*shape, len(self.label_names)):
-            raise LoRAError(
-                f"the backbone must return logits {(*shape, len(self.label_names))}, one for each token and label, got"
-                f" {tuple(logits.shape)}: take a model for token classification with {len(self.label_names)} outputs"
-            )
-        return logits
+        count = len(self.label_names)
+        return logits_like(backbone(**inputs), (*shape, count), count, "one for each token and label")
 
 
 OUTSIDE = "O"

@@ -4,9 +4,10 @@ The model runs as usual, hooks included, except that its head gets only the last
 positions, the head's input, then go through the head in chunks.
 
 Models may transform the head's logits (Gemma 2 bounds them, Cohere and Granite scale them). The first batch verifies
-the config's values: the head gets one position, enlarged so that bounds and scales show, and the model's logits are
-compared with those that the config implies. A model that transforms its logits in another way, one that is compiled as
-a whole, and any `nn.Module` outside of transformers compute all logits; for a transformers model there is a warning.
+the config's values: numbers so large that bounds and scales show stand in for the head's output, and the model's
+logits are compared with those that the config implies. A model that transforms its logits in another way, one that is
+compiled as a whole, and any `nn.Module` outside of transformers compute all logits; for a transformers model there is
+a warning.
 """
 
 from __future__ import annotations
@@ -163,10 +164,8 @@ def _warn_once(backbone: nn.Module, message: str) -> None:
         rank_zero_warn(message)
 
 
-LOUD = 100.0
-"""The largest of the head's logits in the comparison: well above any bound in use (Gemma 2's is 30)."""
-LARGEST = 1e4
-"""The largest hidden value in the comparison: float16 ends at 65,504."""
+LOUDEST = 100.0
+"""The largest of the probe's logits: well above any bound in use (Gemma 2's is 30)."""
 
 
 class HeadCall(NamedTuple):
@@ -175,30 +174,34 @@ class HeadCall(NamedTuple):
     hidden: Tensor
     """The head's full input, (b, t, d)."""
     logits: Tensor
-    """Its output for the last position, (b, 1, V)."""
+    """Its output for the last position, (b, 1, V), or the probe in its place."""
 
 
 @contextmanager
-def one_position(head: nn.Module, *, loud: bool = False) -> Iterator[list[HeadCall]]:
-    """Within the block the head gets only the last position, enlarged if `loud`. Yields its calls.
+def one_position(head: nn.Module, *, probe: bool = False) -> Iterator[list[HeadCall]]:
+    """Within the block the head gets only the last position. Yields its calls.
 
-    A call with anything but one tensor (b, t, d) is not changed, and is not among them.
+    With `probe` it returns evenly spaced numbers from -LOUDEST to LOUDEST. A call with anything but one tensor
+    (b, t, d) is not changed, and is not among them.
     """
     handed: list[Tensor | None] = []
     calls: list[HeadCall] = []
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(args) != 1 or args[0].dim() != 3:
-            handed.append(None)
-            return args
-        handed.append(args[0])
-        last = args[0][:, -1:].contiguous()
-        return (last * _loudness(module, last) if loud else last,)
+        is_one = len(args) == 1 and args[0].dim() == 3
+        handed.append(args[0] if is_one else None)
+        return (args[0][:, -1:].contiguous(),) if is_one else args
 
-    def after(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
         hidden = handed.pop()
-        if hidden is not None:
-            calls.append(HeadCall(hidden, out.detach().clone() if loud else out.detach()))  # some models change it
+        if hidden is None:
+            return None
+        if not probe:
+            calls.append(HeadCall(hidden, out.detach()))
+            return None
+        loud = torch.linspace(-LOUDEST, LOUDEST, out.shape[-1]).to(out).expand(out.shape)
+        calls.append(HeadCall(hidden, loud))
+        return loud.clone()  # some models change it
 
     handles = head.register_forward_pre_hook(before), head.register_forward_hook(after)
     try:
@@ -217,27 +220,19 @@ def terms_of(backbone: Any, head: nn.Module, inputs: Mapping[str, Any]) -> Terms
     device = next(head.parameters()).device
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        one_position(head, loud=True) as calls,
+        one_position(head, probe=True) as calls,
     ):
         logits = logits_of(backbone(**inputs))
     if len(calls) != 1 or logits.shape != calls[0].logits.shape:
         return None
-    raw = calls[0].logits
-    if not bool(torch.isfinite(raw).all() and torch.isfinite(logits).all()):
-        return None
+    loud = calls[0].logits
     # Dividing, bounding and multiplying round three times; Mamba returns float32 for any weights.
-    tolerance = 4 * max(torch.finfo(dtype).eps for dtype in (raw.dtype, logits.dtype))
+    tolerance = 4 * max(torch.finfo(dtype).eps for dtype in (loud.dtype, logits.dtype))
     for terms in _candidates(backbone):
-        ours = terms.logits(raw.double())
+        ours = terms.logits(loud.double())
         if float((ours - logits.double()).abs().max()) <= tolerance * float(ours.abs().max()):
             return terms
     return None
-
-
-def _loudness(head: nn.Module, last: Tensor) -> float:
-    """The factor on hidden states with which the head's largest logit is `LOUD`."""
-    logit, value = float(head.forward(last).abs().max()), float(last.abs().max())
-    return min(LOUD / logit, LARGEST / value) if logit > 0 and value > 0 else 1.0
 
 
 def _candidates(backbone: Any) -> list[Terms]:
