@@ -208,10 +208,10 @@ def logits_like(output: Any, shape: Sequence[int | str], count: int, what: str) 
     """
     logits = logits_of(output).float()
     sizes = zip(shape, logits.shape, strict=False)
-    if logits.dim() != len(shape) or any(isinstance(wanted, int) and wanted != got for wanted, got in sizes):
+    if logits.dim() != len(shape) or any(isinstance(size, int) and size != got for size, got in sizes):
+        outputs, wanted = "1 output" if count == 1 else f"{count} outputs", ", ".join(map(str, shape))
         raise LoRAError(
-            f"the backbone must return logits ({', '.join(map(str, shape))}), {what}, got {tuple(logits.shape)}: give"
-            f" its head {count} output{'s' * (count > 1)}"
+            f"the backbone must return logits ({wanted}), {what}, got {tuple(logits.shape)}: give its head {outputs}"
         )
     return logits
 

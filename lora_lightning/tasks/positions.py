@@ -140,7 +140,7 @@ def is_packed(inputs: Mapping[str, Any]) -> bool:
     return inputs.get("position_ids") is not None and inputs.get("attention_mask") is None
 
 
-def as_packed(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def as_packed(backbone: Any, inputs: Mapping[str, Any], *, check: bool = True) -> dict[str, Any]:
     """Return the backbone's arguments with which documents of a row do not attend to each other.
 
     A backbone that mixes them all the same is refused, by one check for each.
@@ -148,19 +148,20 @@ def as_packed(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         inputs: `input_ids` and `position_ids` (b, t), which restart at 0 where a document begins.
     """
-    if backbone not in _PROVEN and not is_traced():
+    if check and backbone not in _PROVEN and not is_traced():
         refuse_mixing(backbone, inputs["input_ids"])
         _PROVEN.add(backbone)
-    return _arguments(backbone, inputs)
-
-
-def _arguments(backbone: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {name: value for name, value in inputs.items() if name != "attention_mask"}
     if not is_a(backbone, HF_MODEL):
         return arguments
     arguments["use_cache"] = False  # with a cache, transformers ignores where positions restart
     if "flash" in str(backbone.config._attn_implementation):
-        arguments |= flash_lengths(inputs["position_ids"])
+        # The documents' bounds over all rows in order, as transformers passes them to flash attention.
+        positions = inputs["position_ids"].flatten()
+        bounds = F.pad((positions == 0).nonzero().squeeze(1), (0, 1), value=len(positions)).to(torch.int32)
+        longest = int(bounds.diff().max())
+        arguments |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds)
+        arguments |= dict.fromkeys(("max_length_q", "max_length_k"), longest)
     return arguments
 
 
@@ -181,56 +182,36 @@ def unpack(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"input_ids": pad_sequence(rows, True), "attention_mask": pad_sequence(mask, True)}
 
 
-def flash_lengths(position_ids: Tensor) -> dict[str, Any]:
-    """The documents' bounds over all rows in order, as transformers passes them to flash attention."""
-    starts = (position_ids.flatten() == 0).nonzero().squeeze(1)
-    bounds = F.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
-    longest = int(bounds.diff().max())
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
-
-
 @torch.no_grad()
 def refuse_mixing(backbone: nn.Module, input_ids: Tensor) -> None:
     """Raise unless the backbone gives two documents of these tokens in one row the same results as alone."""
-    first, other, second = _documents(input_ids)
-    rows = torch.stack([torch.cat([first, second]), torch.cat([other, second])])
-    positions = torch.arange(LENGTH, device=rows.device).repeat(2, 2)
-    try:
-        with in_evaluation(backbone):
-            packed = logits_of(backbone(**_arguments(backbone, {"input_ids": rows, "position_ids": positions})))
-            alone = logits_of(backbone(input_ids=torch.stack([first, second])))
-    except TypeError as error:  # an argument that its forward does not have
-        raise LoRAError(f"{_cannot(backbone)} ({error})") from error
-    narrowest = max(_dtypes(backbone, packed), key=lambda dtype: torch.finfo(dtype).eps)
-    packed, alone = packed.double(), alone.double()
-    change = (packed[0, LENGTH:] - packed[1, LENGTH:]).norm() / alone[1].norm()
-    off = (packed[0] - alone.flatten(0, 1)).norm() / alone.norm()
-    if not change <= 4 * torch.finfo(narrowest).eps:
-        raise LoRAError(f"{_cannot(backbone)}: a document's logits change with the one before it, by {change:.1e}")
-    if not off <= TOLERANCE[narrowest]:
-        raise LoRAError(f"{_cannot(backbone)}: a document's logits are not those it has alone, by {off:.1e}")
-
-
-def _documents(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return three documents of `LENGTH` tokens; the second differs from the first in every token."""
+    cannot = (
+        f"{type(backbone).__name__} cannot be given packed rows, as it does not keep the documents of a row apart by"
+        " their position_ids; set data.init_args.packing to false"
+    )
     known: Tensor = input_ids.unique()  # type: ignore[no-untyped-call]
     if len(known) == 1:
         known = torch.stack([known[0], (known[0] - 1).abs()])
     draw = torch.Generator().manual_seed(0)
     first, second = torch.randint(len(known), (2, LENGTH), generator=draw).to(known.device)
-    return known[first], known[(first + 1) % len(known)], known[second]
-
-
-def _dtypes(backbone: nn.Module, logits: Tensor) -> set[torch.dtype]:
-    """Return the dtypes that the backbone computes in."""
-    dtypes = {logits.dtype, *(p.dtype for p in backbone.parameters() if p.dtype in TOLERANCE)}
-    if torch.is_autocast_enabled(logits.device.type):
-        dtypes.add(torch.get_autocast_dtype(logits.device.type))
-    return dtypes
-
-
-def _cannot(backbone: nn.Module) -> str:
-    return (
-        f"{type(backbone).__name__} cannot be given packed rows, as it does not keep the documents of a row apart by"
-        " their position_ids; set data.init_args.packing to false"
-    )
+    other = (first + 1) % len(known)  # which differs from the first in every token
+    rows = known[torch.stack([torch.cat([first, second]), torch.cat([other, second])])]
+    positions = torch.arange(LENGTH, device=rows.device).repeat(2, 2)
+    arguments = as_packed(backbone, {"input_ids": rows, "position_ids": positions}, check=False)
+    try:
+        with in_evaluation(backbone):
+            packed = logits_of(backbone(**arguments))
+            alone = logits_of(backbone(input_ids=known[torch.stack([first, second])]))
+    except TypeError as error:  # an argument that its forward does not have
+        raise LoRAError(f"{cannot} ({error})") from error
+    dtypes = {packed.dtype, *(p.dtype for p in backbone.parameters() if p.dtype in TOLERANCE)}
+    if torch.is_autocast_enabled(packed.device.type):
+        dtypes.add(torch.get_autocast_dtype(packed.device.type))
+    narrowest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    packed, alone = packed.double(), alone.double()
+    change = (packed[0, LENGTH:] - packed[1, LENGTH:]).norm() / alone[1].norm()
+    off = (packed[0] - alone.flatten(0, 1)).norm() / alone.norm()
+    if not change <= 4 * torch.finfo(narrowest).eps:
+        raise LoRAError(f"{cannot}: a document's logits change with the one before it, by {change:.1e}")
+    if not off <= TOLERANCE[narrowest]:
+        raise LoRAError(f"{cannot}: a document's logits are not those it has alone, by {off:.1e}")

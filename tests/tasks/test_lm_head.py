@@ -123,12 +123,13 @@ def test_the_loss_through_the_head_is_that_of_the_models_own_logits(family):
         {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
         {"modules_to_save": ["lm_head"]},
         {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 7, 11]},
     ],
-    ids=["adapted", "dora", "copied", "frozen"],
+    ids=["adapted", "dora", "copied", "frozen", "rows of the embedding"],
 )
 def test_a_head_that_trains_gets_its_own_gradients_in_chunks(config, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "FLOOR", 4 * 900 * 8)
-    model = adapted("llama", vocabulary=900, **config)
+    model = adapted("qwen2" if "trainable_token_indices" in config else "llama", vocabulary=900, **config)
     with not_said():
         shifted_loss(model, *batch())
     inputs, labels = batch(rows=6, length=20)

@@ -14,8 +14,7 @@ smooths in chunks, nor bounds logits, nor counts right predictions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -107,77 +106,63 @@ def linear_cross_entropy(
     if is_product and torch.is_autocast_enabled(device) and all(t.dtype != torch.float64 for t in tensors):
         tensors = [t.to(torch.get_autocast_dtype(device)) for t in tensors]  # W once, not for every chunk
     hidden, *parameters = tensors
-    trained = [p for p in parameters if p.requires_grad]
-
-    def product(h: Tensor) -> Tensor:  # of two dimensions, which takes less memory than three
-        return F.linear(h, *parameters)
-
-    def call(h: Tensor) -> Tensor:
-        return head(h.unsqueeze(0)).squeeze(0)  # type: ignore[no-any-return]
-
-    size = rows_at_once(hidden, vocabulary)
-    run = partial(_in_chunks, product if is_product else call, is_product, labels, size, terms, label_smoothing)
-    if torch.is_grad_enabled() and (hidden.requires_grad or trained):
-        loss, correct = _GradientInForward.apply(run, hidden, *trained)  # type: ignore[no-untyped-call]
-    else:
-        loss, correct, _ = run(hidden)
-    return LinearCrossEntropy(loss, len(rows), correct)
-
-
-class _GradientInForward(torch.autograd.Function):
-    """Computes the gradient in forward; backward multiplies it by the loss's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, run: Callable[..., Any], hidden: Tensor, *trained: Tensor) -> tuple[Tensor, Tensor]:
-        loss, correct, gradients = run(hidden, trained, gradient=True)
-        ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(correct)
-        return loss, correct
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, by_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In float32: a loss scaler's factor overflows float16, and bfloat16 would round it for every entry.
-        gradients = [None if g is None else (g.to(by_loss.dtype) * by_loss).to(g.dtype) for g in ctx.saved_tensors]
-        return (None, *gradients)
-
-
-def _in_chunks(
-    head: Callable[[Tensor], Tensor],
-    in_place: bool,
-    labels: Tensor,
-    size: int,
-    terms: Terms,
-    label_smoothing: float,
-    hidden: Tensor,
-    trained: Sequence[Tensor] = (),
-    gradient: bool = False,
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Loss, number correct, and with `gradient` those of hidden, where it requires one, and of what trains."""
-    wide, to_hidden = wide_dtype(hidden), gradient and hidden.requires_grad
+    wide = wide_dtype(hidden)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
     correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-    by_hidden = torch.empty_like(hidden) if to_hidden else None
-    sums = [torch.zeros_like(t, dtype=wide_dtype(t)) for t in trained]
-    for start in range(0, len(hidden), size):
+    by_hidden = torch.zeros_like(hidden)
+    sums: dict[Tensor, Tensor] = {}  # of the gradients of what trains
+    size = rows_at_once(hidden, vocabulary)
+    for start in range(0, max(len(hidden), 1), size):  # without rows once too, so that gradients are zeros
         part = slice(start, start + size)
-        h = hidden[part].detach().requires_grad_(to_hidden)
-        with torch.set_grad_enabled(gradient):
-            out = head(h)
-        logits = out.detach().to(wide, copy=not in_place)
+        h = hidden[part].detach().requires_grad_(hidden.requires_grad)
+        # A product of two dimensions takes less memory than one of three.
+        out = F.linear(h, *parameters) if is_product else head(h.unsqueeze(0)).squeeze(0)
+        logits = out.detach().to(wide, copy=not is_product)
         losses, hits = loss_of_logits_(logits, labels[part], terms, label_smoothing, out.requires_grad)
         loss += losses.sum()
         correct += hits.sum()
         if out.requires_grad:  # `logits` has its gradient now
-            leaves = [h, *trained] if to_hidden else trained
-            found = list(torch.autograd.grad(out, leaves, logits.to(out.dtype), allow_unused=True))
-            if by_hidden is not None:
-                by_hidden[part] = found.pop(0)
-            for total, more in zip(sums, found, strict=True):
-                if more is not None:  # of an adapter that is switched off
-                    total.add_(more)
+            leaves = _leaves(out)
+            gradients = torch.autograd.grad(out, leaves, logits.to(out.dtype))
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                if leaf is h:
+                    by_hidden[part] = gradient
+                elif leaf in sums:
+                    sums[leaf] += gradient
+                else:
+                    sums[leaf] = gradient.to(wide_dtype(leaf), copy=True)
         del logits, out  # before the next chunk
-    return loss, correct, [by_hidden, *(total.to(t.dtype) for total, t in zip(sums, trained, strict=True))]
+    if torch.is_grad_enabled() and (hidden.requires_grad or sums):
+        found = [by_hidden, *(total.to(leaf.dtype) for leaf, total in sums.items())]
+        loss = _WithGradients.apply(loss, found, hidden, *sums)  # type: ignore[no-untyped-call]
+    return LinearCrossEntropy(loss, len(rows), correct)
+
+
+def _leaves(out: Tensor) -> list[Tensor]:
+    """The tensors in which a backward from `out` accumulates gradients, wherever in the model they are."""
+    nodes, seen, leaves = [out.grad_fn], set[Any](), list[Tensor]()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            nodes += [before for before, _ in node.next_functions]
+    return leaves
+
+
+class _WithGradients(torch.autograd.Function):
+    """A loss whose gradients are known already; backward multiplies them by the loss's own."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # In float32: a loss scaler's factor overflows float16, and bfloat16 would round it for every entry.
+        return (None, None, *((g.to(by_loss.dtype) * by_loss).to(g.dtype) for g in ctx.saved_tensors))
 
 
 def loss_of_logits_(
