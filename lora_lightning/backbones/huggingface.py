@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from lora_lightning.backbones.gguf import directory_and_file, forget_gguf
 from lora_lightning.backbones.locate import refuse_not_there, resolve
-from lora_lightning.backbones.meta_device import finish_on_meta, record_files, refuse_on_meta
+from lora_lightning.backbones.meta_device import load_on_meta
 from lora_lightning.backbones.tokenizers import load_tokenizer, quiet
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 from lora_lightning.lora.frozen.quantization import scheme
@@ -77,26 +78,22 @@ def huggingface(
         refuse_not_there("model", name)
     if label_names:
         kwargs |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
-    given = {
-        "num_labels": num_labels or len(label_names or ()),
-        "attn_implementation": attn_implementation,
-        "revision": revision,
-    }
+    labels = num_labels or len(label_names or ())
+    given = {"num_labels": labels, "attn_implementation": attn_implementation, "revision": revision}
     kwargs |= {key: value for key, value in given.items() if value}
-    bare, on_meta = random_weights or builds_bare(), on_meta and not builds_bare()
-    if on_meta:
-        refuse_on_meta({**kwargs, "random_weights": random_weights, "add_tokens": add_tokens})
-        kwargs["use_safetensors"] = True
+    build = _from_config if random_weights or builds_bare() else _load
     try:
-        with quiet(), record_files(on_meta) as files:
-            model = _from_config(cls, name, dtype, kwargs) if bare else _load(cls, name, dtype, kwargs)
+        with quiet():
+            if on_meta and not builds_bare():
+                load = partial(build, cls, name, dtype, {**kwargs, "use_safetensors": True})
+                model = load_on_meta(load, {**kwargs, "random_weights": random_weights, "add_tokens": add_tokens})
+            else:
+                model = build(cls, name, dtype, kwargs)
     except LoRAError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError, ImportError) as error:
         raise LoRAError(_fault(pretrained_model_name_or_path, error)) from error
-    if on_meta:
-        finish_on_meta(model, files)
-    if "gguf_file" in kwargs:
+    if gguf:
         forget_gguf(model)
         model.config.name_or_path = pretrained_model_name_or_path  # the file's is a title, such as Smollm2 135M
     if add_tokens:

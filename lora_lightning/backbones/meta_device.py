@@ -7,8 +7,7 @@ of the right shape on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,23 +28,35 @@ NOT_ON_META = (
 )  # fmt: skip
 
 
-def refuse_on_meta(given: Mapping[str, Any]) -> None:
-    """Raise a LoRAError for an argument that makes weights, or with which they cannot be read one by one."""
+def load_on_meta(load: Callable[[], PreTrainedModel], given: Mapping[str, Any]) -> PreTrainedModel:
+    """The result of `load`, a call of `from_pretrained` with the `given` arguments, which reads no values.
+
+    Tensors that loading ties if their values are equal are tied, and the model records where its weights are.
+
+    Raises:
+        LoRAError: an argument makes weights, or prevents that they are read one by one; the weights are quantized, or
+            were read in another way.
+    """
     if conflict := next((name for name in NOT_ON_META if given.get(name)), None):
         raise LoRAError(f"on_meta reads plain safetensors files and goes with no {conflict}: leave one of the two out")
-
-
-@contextmanager
-def record_files(on_meta: bool) -> Iterator[list[Path]]:
-    """Within the block, if `on_meta`, transformers reads no values; yields the list of files that it opened."""
     files: list[Path] = []
 
     def opened(file: str, *args: Any, **kwargs: Any) -> _Headers:
         files.append(Path(file))
         return _Headers(safe_open(file, framework="pt"))
 
-    with patch.object(modeling_utils, "safe_open", opened) if on_meta else nullcontext():
-        yield files
+    with patch.object(modeling_utils, "safe_open", opened):
+        model = load()
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise LoRAError("on_meta fills plain weights, and these are quantized: leave on_meta out")
+    if not files or not any(p.is_meta for p in model.parameters()):
+        raise LoRAError(
+            f"{type(model).__name__} was not built on the meta device: its weights are no safetensors files, or this"
+            " version of transformers opens them in another way; leave on_meta out"
+        )
+    keep_files(model, list(dict.fromkeys(files)), groups_to_load)
+    _tie_equal(model)
+    return model
 
 
 class _Headers:
@@ -74,23 +85,6 @@ class _Bare:
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         """Return an empty tensor on the meta device, whatever `device` says."""
         return torch.empty(self.get_shape(), dtype=dtype or DTYPES.get(self.get_dtype(), torch.uint8), device="meta")
-
-
-def finish_on_meta(model: PreTrainedModel, files: list[Path]) -> None:
-    """Tie the tensors that loading ties if their values are equal, and record where the weights are.
-
-    Raises:
-        LoRAError: the weights are quantized, or were read in another way.
-    """
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise LoRAError("on_meta fills plain weights, and these are quantized: leave on_meta out")
-    if not files or not any(p.is_meta for p in model.parameters()):
-        raise LoRAError(
-            f"{type(model).__name__} was not built on the meta device: its weights are no safetensors files, or this"
-            " version of transformers opens them in another way; leave on_meta out"
-        )
-    keep_files(model, list(dict.fromkeys(files)), groups_to_load)
-    _tie_equal(model)
 
 
 def _tie_equal(model: PreTrainedModel) -> None:
