@@ -24,12 +24,12 @@ from torch import nn
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lora_lightning.export.staging import stage_folder
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.formats import atomic_dir
-from lora_lightning.lora.formats.atomic_dir import write_together
+from lora_lightning.lora.formats.atomic_dir import _host, write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
 from tests.lora.directories import names
 
+HERE = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 METADATA = {"format": "pt", **{f"key{i}": str(i) for i in range(20)}}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
 
@@ -107,9 +107,8 @@ def chain(r=None):
 
 @pytest.mark.filterwarnings("ignore::lora_lightning.lora.errors.AdapterWarning")
 def test_a_save_that_is_killed_at_any_rename_leaves_the_old_adapter_or_the_new_one_or_none(tmp_path):
-    root = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root})
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=HERE)
     codes = [int(code) for code in done.stdout.split()]
     assert codes == [-9, -9, -9, -9, 0, 0], "two go and two come"
     x = torch.randn(3, 4)
@@ -233,8 +232,7 @@ with stage_folder(Path(sys.argv[1]), 1) as folder:
 @pytest.mark.parametrize("when", ["while writing", "between the moves"])
 def test_a_killed_process_leaves_no_half_and_the_next_clears_up(tmp_path, when):
     fill(tmp_path / "out", "one")
-    command = [sys.executable, "-c", KILLED_FOLDER, str(tmp_path / "out"), when]
-    done = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    done = subprocess.run([sys.executable, "-c", KILLED_FOLDER, str(tmp_path / "out"), when], check=False, env=HERE)
     assert done.returncode == -signal.SIGKILL
     left = [name for name in names(tmp_path) if name != "out"]
     assert left
@@ -247,7 +245,7 @@ def test_a_killed_process_leaves_no_half_and_the_next_clears_up(tmp_path, when):
 def test_only_leftovers_of_dead_processes_of_this_machine_are_cleared(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    here, other = atomic_dir._host(), "elsewhere"
+    here, other = _host(), "elsewhere"
     stay = [f".out.{here}.{os.getppid()}.new.part", f".out.{other}.{dead.pid}.new.part", f".outer.{here}.{dead.pid}.x"]
     stay += [f".out.{here}.mine.new.part", "out2", "kept"]
     for name in (*stay, f".out.{here}.{dead.pid}.new.part", f".out.{here}.{dead.pid}.old.part"):
