@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.base import LoadsSets
-from lora_lightning.data.io.tables import is_saved
+from lora_lightning.data.io.tables import check_names, is_saved
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 
 
@@ -158,12 +158,8 @@ def hub_dataset(
         LoRAError: no such set, split or column.
     """
     data = _load(path, split, name, streaming, revision)
-    names = list(data.column_names or [])
-    for column in columns or ():
-        if names and column not in names:
-            raise LoRAError(
-                f"'{path}' has no column '{column}'{did_you_mean(column, names)} (it has {', '.join(names)})"
-            )
+    if data.column_names:  # which not every stream knows
+        check_names(data.column_names, list(columns or ()), f"'{path}'")
     if columns:
         data = data.select_columns(list(columns))
         data = data.rename_columns({old: new for old, new in columns.items() if old != new})
@@ -204,15 +200,14 @@ class Stream(IterableDataset[Any]):
 
 def _load(path: str, split: str, name: str | None, streaming: bool, revision: str | None) -> Any:
     location = resolve(path)
+    if is_saved(Path(location)):
+        loaded = datasets.load_from_disk(location)
+        splits: Mapping[Any, Any] = loaded if isinstance(loaded, Mapping) else {split: loaded}
+        if split not in splits:
+            held = ", ".join(splits)
+            raise LoRAError(f"'{path}' has no split '{split}'{did_you_mean(split, list(splits))} (it has {held})")
+        return splits[split].to_iterable_dataset() if streaming else splits[split]
     try:
         return datasets.load_dataset(location, name, split=split, streaming=streaming, revision=revision)
     except Exception as error:  # many kinds: no network, no such set, no such split
-        if not is_saved(Path(location)):
-            raise LoRAError(f"no set '{path}' with a split '{split}': {first_line(error)}") from error
-    data = datasets.load_from_disk(location)
-    if isinstance(data, Mapping):
-        if split not in data:
-            held = ", ".join(data)
-            raise LoRAError(f"'{path}' has no split '{split}'{did_you_mean(split, list(data))} (it has {held})")
-        data = data[split]
-    return data.to_iterable_dataset() if streaming else data
+        raise LoRAError(f"no set '{path}' with a split '{split}': {first_line(error)}") from error

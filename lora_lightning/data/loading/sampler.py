@@ -179,8 +179,7 @@ class ResumableLoader(Loader):
         return isinstance(self.sampler, EpochSampler)
 
     def _order(self) -> dict[str, Any]:
-        order = getattr(self.sampler, "identity", None)
-        return {"sampler": type(self.sampler).__name__} if order is None else dict(order)
+        return dict(getattr(self.sampler, "identity", {"sampler": type(self.sampler).__name__}))
 
     def _skip_to_place(self) -> int:
         """Let the sampler skip to the loaded position, if it is in the epoch that begins and the order is the same."""
