@@ -109,7 +109,7 @@ def linear_cross_entropy(
     wide = wide_dtype(hidden)
     loss = torch.zeros((), dtype=wide, device=hidden.device)
     correct = torch.zeros((), dtype=torch.long, device=hidden.device)
-    by_hidden = torch.zeros_like(hidden)
+    by_hidden = torch.zeros_like(hidden if hidden.requires_grad else hidden[:0])
     sums: dict[Tensor, Tensor] = {}  # of the gradients of what trains
     size = rows_at_once(hidden, vocabulary)
     for start in range(0, max(len(hidden), 1), size):  # without rows once too, so that gradients are zeros
