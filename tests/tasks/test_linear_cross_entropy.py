@@ -18,10 +18,8 @@ OPTIONS = [
 
 
 def in_one(hidden, weight, labels, *, bias=None, label_smoothing=0.0, softcap=None, logit_scale=1.0):
-    head = nn.Linear(*reversed(weight.shape), bias=bias is not None, device="meta")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            setattr(head, name, nn.Parameter(tensor, False) if not tensor.requires_grad else tensor)
+    head = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    head.weight, head.bias = (t if t is None or t.requires_grad else nn.Parameter(t, False) for t in (weight, bias))
     return linear_cross_entropy(head, hidden, labels, len(weight), Terms(softcap, logit_scale), label_smoothing)
 
 
