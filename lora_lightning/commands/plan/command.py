@@ -130,7 +130,7 @@ def _leave_out_data(config: Any, num_labels: int | None, notes: list[str]) -> No
 def _labels(data: Any, num_labels: int | None, notes: list[str]) -> list[str] | None:
     """Label names as the data would have them; None where the set has none."""
     cls = pkgutil.resolve_name(data.class_path) if data and data.get("class_path") else None
-    if cls is None or isinstance(getattr(cls, "label_names", None), property):
+    if cls is None or hasattr(cls, "label_names"):
         args, fixed = _args(data), getattr(cls, "num_classes", None)
         if names := args.get("label_names") or args.get("label_columns"):
             return list(names)
