@@ -42,9 +42,9 @@ by training/guards::test_no_checkpoint_is_written_over_a_good_one_once_w0_has_mo
 -        if (trainer := trainer_of(self)) is not None:
 +        if (trainer := trainer_of(self)) is not None:
 by training/module::test_a_second_fit_on_a_w0_that_was_written_to_starts_from_that
-== law 2: what someone thaws is frozen again, in training.callbacks.guards.freeze
--            parameter.requires_grad_(False)
-+            pass
+== law 2: what someone thaws is frozen again, in training.callbacks.guards.FreezeBase.setup
+-                parameter.requires_grad_(False)
++                pass
 by training/guards::test_a_parameter_that_someone_thaws_is_frozen_again
 == law 2: batch statistics stand still, in lora.layers.trained.frozen_norm.FrozenStatistics.forward
 -mode, self.training = self.training, False

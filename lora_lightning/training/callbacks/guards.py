@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 
 from lora_lightning.data import table_of
@@ -21,7 +23,6 @@ from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy, TokenRows
-from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.console import dtype_lines, first_lines, part_dtypes, show_data, show_injection, show_lines
 from lora_lightning.tasks.base import tensors_in
 from lora_lightning.training.checkpoints import run_folder as run
@@ -50,28 +51,41 @@ class FreezeBase(Callback):
         self._best: object = None
         self.before: Fingerprint | None = None
         self.after: Fingerprint | None = None
-        self._own_before: Fingerprint | None = None
-        """The fingerprint at the start of what this process has of W0."""
+        self._before_here: Fingerprint | None = None
+        """Of what this process has of W0."""
         self._first_backward_seen = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Freeze before the optimizers are made."""
-        if stage == "fit":
-            freeze(lora_module(pl_module, self).backbone)
+        """Before the optimizers are made, let A, B and the copies of `modules_to_save` train, and nothing else."""
+        if stage != "fit":
+            return
+        backbone = lora_module(pl_module, self).backbone
+        frozen = frozen_keys(backbone)
+        for name, parameter in backbone.named_parameters(remove_duplicate=False):
+            if plain_name(backbone, name) in frozen:
+                parameter.requires_grad_(False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the adapter is whole, take the fingerprint, show what trains."""
         module = lora_module(pl_module, self)
-        refuse_lost(module.report, module.backbone)
+        backbone, report = module.backbone, module.report
+        present = {layer.lora_name(path) for path, layer in adapted_layers(backbone)}
+        present |= {name for name, _ in grafted_modules(backbone, SavedCopy)}
+        present |= {name for name, rows in grafted_modules(backbone, TokenRows) if rows.lora_tokens.requires_grad}
+        wanted = (*[row.module for row in report.modules], *report.saved, *report.tokens)
+        if lost := [repr(name) for name in wanted if name not in present]:
+            raise LoRAError(
+                f"what was to train of {first_few(lost)} is gone: the model was changed after it was adapted, as"
+                " resize_token_embeddings does; change it first, then make the LoRAModule"
+            )
         self.before = module.w0_fingerprint()
-        self._own_before = shard_fingerprint(module.backbone) if is_sharded(module.backbone) else self.before
+        self._before_here = shard_fingerprint(backbone) if is_sharded(backbone) else self.before
         self._first_backward_seen = False
-        report = module.report
         if self.show_table and trainer.is_global_zero:
-            show_lines(first_lines(trainer, module.backbone, report, run.run_dir(trainer)), Console())
+            show_lines(first_lines(trainer, backbone, report, run.run_dir(trainer)), Console())
             show_data(getattr(trainer.datamodule, "data_summary", None), Console())  # type: ignore[attr-defined]
             show_injection(report, Console())
-            show_lines(dtype_lines(part_dtypes(module.backbone, module.backbone_mode, trainer)), Console())
+            show_lines(dtype_lines(part_dtypes(backbone, module.backbone_mode, trainer)), Console())
         counts = {"params/trainable": report.trainable, "params/frozen": report.frozen, "params/share": report.share}
         for logger in trainer.loggers:
             logger.log_hyperparams({"lora": module.lora.to_dict(), "w0": self.before.digest, **counts})
@@ -85,9 +99,7 @@ class FreezeBase(Callback):
         """Law 4: after the first backward every adapter has a finite gradient."""
         if not self._first_backward_seen:
             self._first_backward_seen = True
-            # A loss scaler starts too high on purpose, and lowers its scale with each step that overflows.
-            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-            check_gradients(pl_module, finite=not scaled)
+            check_gradients(pl_module, finite=not _has_scaler(trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Law 2 before a checkpoint is written: where W0 has moved, the earlier file stays."""
@@ -105,8 +117,8 @@ class FreezeBase(Callback):
 
     def _prove(self, pl_module: LightningModule) -> None:
         """W0 is unchanged if every process's part of it is."""
-        assert self._own_before is not None
-        changed = moved_tensors(self._own_before, shard_fingerprint(lora_module(pl_module, self).backbone))
+        assert self._before_here is not None
+        changed = moved_tensors(self._before_here, shard_fingerprint(lora_module(pl_module, self).backbone))
         self.after = None if changed else self.before
         if changed:
             raise W0MovedError(
@@ -115,25 +127,9 @@ class FreezeBase(Callback):
             )
 
 
-def freeze(backbone: nn.Module) -> None:
-    """Let A, B and the copies of `modules_to_save` train, and nothing else."""
-    frozen = frozen_keys(backbone)
-    for name, parameter in backbone.named_parameters(remove_duplicate=False):
-        if plain_name(backbone, name) in frozen:
-            parameter.requires_grad_(False)
-
-
-def refuse_lost(report: InjectionReport, backbone: nn.Module) -> None:
-    """Raise where an injected adapter is gone, or token rows no longer train."""
-    present = {layer.lora_name(path) for path, layer in adapted_layers(backbone)}
-    present |= {name for name, _ in grafted_modules(backbone, SavedCopy)}
-    present |= {name for name, rows in grafted_modules(backbone, TokenRows) if rows.lora_tokens.requires_grad}
-    lost = [n for n in (*[row.module for row in report.modules], *report.saved, *report.tokens) if n not in present]
-    if lost:
-        raise LoRAError(
-            f"what was to train of {first_few([repr(name) for name in lost])} is gone: the model was changed after it"
-            " was adapted, as resize_token_embeddings does; change it first, then make the LoRAModule"
-        )
+def _has_scaler(trainer: Trainer) -> bool:
+    """Whether gradients may overflow: a loss scaler starts too high on purpose, and skips the steps that do."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
@@ -149,29 +145,22 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None
 
 def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
     """Raise where a trainable parameter got no gradient, or with `finite` one that is not finite."""
-    trainable = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    without = [name for name, p in trainable if p.grad is None] or _missed_shards(trainable)
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.requires_grad}
+    without = [name for name, grad in gradients.items() if grad is None]
+    reached = {name: local_shard(grad) for name, grad in gradients.items() if grad is not None}
+    # FSDP2 gives zeros to what no process's backward reached. A is left out: its gradient is zero while B is.
+    sharded = [n for n, grad in gradients.items() if isinstance(grad, DTensor) and not n.endswith("lora_A")]
+    if sharded and not without:
+        zero = set.intersection(*gather({name for name in sharded if not reached[name].any()}))
+        without = sorted(zero) if len(zero) < len(sharded) else []  # a batch of no units gives zeros to all
     if without:
         raise LoRAError(
-            f"{len(without)} of {len(trainable)} trainable tensors got no gradient in the first backward: the model's"
+            f"{len(without)} of {len(gradients)} trainable tensors got no gradient in the first backward: the model's"
             f" forward goes past them. {', '.join(without[:6])}: exclude these modules"
         )
-    infinite = [name for name, p in trainable if p.grad is not None and not torch.isfinite(local_shard(p.grad)).all()]
+    infinite = [name for name, grad in reached.items() if not torch.isfinite(grad).all()]
     if finite and infinite:
         raise LoRAError(f"the first gradient of {len(infinite)} tensors is not finite: {', '.join(infinite[:6])}")
-
-
-def _missed_shards(trainable: list[tuple[str, nn.Parameter]]) -> list[str]:
-    """Sharded tensors that no process's backward reached: FSDP2 gives them zeros.
-
-    A is left out: while B is zero its gradient is zero too.
-    """
-    sharded = [(name, p) for name, p in trainable if isinstance(p.grad, DTensor) and not name.endswith("lora_A")]
-    if not sharded:
-        return []
-    zero = {name for name, p in sharded if p.grad is not None and not local_shard(p.grad).any()}
-    everywhere = set.intersection(*gather(zero))
-    return [] if len(everywhere) == len(sharded) else sorted(everywhere)  # a batch of no units gives zeros to all
 
 
 class NotFiniteError(LoRAError):
@@ -197,10 +186,13 @@ class StopOnNonFinite(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._losses.append(loss.detach())
 
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self._batch = None
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Check with one transfer from the device; the error names step, batches, rows and the first bad layer."""
         named = [(name, local_shard(p.grad)) for name, p in pl_module.named_parameters() if p.grad is not None]
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        if _has_scaler(trainer):
             named = []
         norm = nn.utils.get_total_norm([grad for _, grad in named])
         values = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, norm)])
@@ -208,33 +200,26 @@ class StopOnNonFinite(Callback):
         losses_are_bad, is_bad = not all(finite[:-1]), not all(finite)
         if not reduce_number(trainer, is_bad, "max"):  # all stop at the same step, also where gradients are sharded
             return
-        wrong = [name for name, grad in named if not torch.isfinite(torch.linalg.vector_norm(grad))]
-        message = self._message(trainer, pl_module, wrong)  # in every process: a forward may need them all
-        # The process with the bad loss knows its rows.
-        raise NotFiniteError(max(gather((losses_are_bad, is_bad, message)))[-1])
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        self._batch = None
-
-    def _message(self, trainer: Trainer, module: LightningModule, bad: Sequence[str]) -> str:
-        losses = [bool(torch.isfinite(loss)) for loss in self._losses]
         last = trainer.fit_loop.epoch_loop.batch_idx
-        first = last - len(losses) + 1
-        batches = [first + i for i, fine in enumerate(losses) if not fine] or list(range(first, last + 1))
-        what = f"{'gradient' if all(losses) else 'loss'} of optimizer step {trainer.global_step + 1}"
+        first = last - len(self._losses) + 1
+        batches = [first + i for i, is_fine in enumerate(finite[:-1]) if not is_fine] or list(range(first, last + 1))
+        what = f"{'loss' if losses_are_bad else 'gradient'} of optimizer step {trainer.global_step + 1}"
         clauses = [f"the {what} is not finite: epoch {trainer.current_epoch}, batch {', '.join(map(str, batches))}"]
         if rows := [row for batch in batches for row in rows_of(trainer, batch)]:
             shown = ", ".join(map(str, rows[:32])) + (", ..." if len(rows) > 32 else "")
             clauses.append(f"rows {shown} of the training set, as its file counts them")
-        layer = first_bad_layer(module, self._batch) if last in batches or trainer.world_size > 1 else None
+        wrong = [name for name, grad in named if not torch.isfinite(torch.linalg.vector_norm(grad))]
+        # In every process: a forward may need them all.
+        layer = first_bad_layer(pl_module, self._batch) if last in batches or trainer.world_size > 1 else None
         if layer:
             clauses.append(f"the first layer whose output is not finite is '{layer}'")
-        elif bad:
-            clauses.append(f"{len(bad)} gradients are not finite, the nearest to the loss is that of '{bad[-1]}'")
+        elif wrong:
+            clauses.append(f"{len(wrong)} gradients are not finite, the nearest to the loss is that of '{wrong[-1]}'")
         saved = getattr(trainer.checkpoint_callback, "last_model_path", "")
         good = f"and '{saved}' is good" if saved else "and nothing is saved yet"
         clauses.append(f"nothing was updated, {good}: lower the learning rate, clip gradients, or look at these rows")
-        return "; ".join(clauses)
+        # The process with the bad loss knows its rows.
+        raise NotFiniteError(max(gather((losses_are_bad, is_bad, "; ".join(clauses))))[-1])
 
 
 def rows_of(trainer: Trainer, batch_idx: int) -> list[int]:
@@ -257,29 +242,21 @@ def rows_of(trainer: Trainer, batch_idx: int) -> list[int]:
 def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
     """The first module, in the order of the forward, whose output is not finite on a batch that failed.
 
-    The batch goes through once more, without gradients and with new dropout.
+    The batch goes through once more, without gradients and with new dropout. None for a sharded backbone: all
+    processes would have to run it, and only some failed.
     """
     backbone, task = getattr(module, "backbone", None), getattr(module, "task", None)
-    if not isinstance(backbone, nn.Module) or task is None or batch is None:
+    if not isinstance(backbone, nn.Module) or task is None or batch is None or is_sharded(backbone):
         return None
-    if is_sharded(backbone):  # all processes would have to run it, and only some failed
-        return None
+    names = {layer: name for name, layer in backbone.named_modules() if name}
     bad_layers: list[str] = []
 
-    def look(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if not bad_layers and any(not bool(torch.isfinite(t).all()) for t in tensors_in(output)):
-                bad_layers.append(name)
+    def look(layer: nn.Module, _: Any, output: Any) -> None:
+        if layer in names and not all(bool(torch.isfinite(t).all()) for t in tensors_in(output)):
+            bad_layers.append(names[layer])
 
-        return hook
-
-    hooks = [m.register_forward_hook(look(name)) for name, m in backbone.named_modules() if name]
-    try:
-        with torch.no_grad(), module.trainer.precision_plugin.forward_context():
-            task.step(backbone, batch)
-    except Exception:  # the fit stops with its first error anyway
-        return None
-    finally:
-        for hook in hooks:
-            hook.remove()
+    hook = register_module_forward_hook(look)
+    with suppress(Exception), torch.no_grad(), module.trainer.precision_plugin.forward_context():
+        task.step(backbone, batch)  # the fit stops with its first error anyway
+    hook.remove()
     return bad_layers[0] if bad_layers else None
