@@ -24,7 +24,6 @@ from lora_lightning.lora.frozen.tensors import adapter_bytes
 from lora_lightning.reports.classes import MOST_CLASSES, ClassCounts
 from lora_lightning.reports.console import BEFORE, adapted_rows, backbone_name, part_dtypes, show_data, show_report
 from lora_lightning.reports.html import CLASSES, write_page
-from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.classification import ImageClassification, SequenceClassification
 from lora_lightning.training.callbacks.guards import FreezeBase
 from lora_lightning.training.callbacks.steps import Throughput
@@ -45,8 +44,9 @@ class RunReport(Callback):
         self._seconds = 0.0
         """Of training, until `_started`."""
         self._by_step: dict[int, dict[str, float]] = {}
+        """Each validation's metrics."""
         self._classes: ClassCounts | None = None
-        """Class counts of the running evaluation of a classifier."""
+        """Of the running evaluation of a classifier."""
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds and metrics so far, for a resumed fit."""
@@ -62,11 +62,14 @@ class RunReport(Callback):
         self._started = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._classes = class_counts(pl_module)
+        """Count classes for a task that gives each example one of them, unless they are very many."""
+        task = getattr(pl_module, "task", None)
+        counts = isinstance(task, SequenceClassification | ImageClassification) and task.num_classes <= MOST_CLASSES
+        self._classes = ClassCounts(task.num_classes) if counts else None  # type: ignore[union-attr]
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the summary of test data that are not the run's."""
-        self._classes = class_counts(pl_module)
+        self.on_validation_start(trainer, pl_module)
         if trainer.is_global_zero and _of_other_data(trainer):
             show_data(getattr(trainer.datamodule, "data_summary", None), Console())  # type: ignore[attr-defined]
 
@@ -134,10 +137,10 @@ class RunReport(Callback):
         if after is None and not is_sharded(pl_module.backbone):  # one process of several cannot gather shards
             after = fingerprint(pl_module.backbone)
         state = pl_module.backbone.state_dict()
-        full_bytes = sum(tensor.nbytes for name, tensor in state.items() if ".lora_" not in name)
         values: dict[str, Any] = {
             **subject(trainer, pl_module, folder),
-            **cost(trainer, pl_module),
+            "device": pl_module.device.type,
+            "processes": trainer.world_size,
             "trainable": report.trainable,
             "total": report.total,
             "share": report.share,
@@ -149,17 +152,21 @@ class RunReport(Callback):
             "steps": trainer.global_step,
             "precision": str(trainer.precision),
             "dtypes": part_dtypes(pl_module.backbone, pl_module.backbone_mode, trainer),
-            "full_checkpoint_bytes": full_bytes,
+            "full_checkpoint_bytes": sum(t.nbytes for name, t in state.items() if ".lora_" not in name),
+            **({} if pl_module.init_adapter is None else {"init_adapter": pl_module.init_adapter}),
+            **metrics_of(trainer, "val"),
         }
-        if pl_module.init_adapter is not None:
-            values["init_adapter"] = pl_module.init_adapter
-        values |= metrics_of(trainer, "val")
+        for meter in (c for c in trainer.callbacks if isinstance(c, Throughput)):  # type: ignore[attr-defined]
+            counts = {"samples": meter.samples, "tokens": meter.tokens}
+            if meter.seconds:
+                values |= {f"{name}_per_second": count / meter.seconds for name, count in counts.items()}
+            values |= {f"{name}_seen": round(count) for name, count in counts.items()} | {"peak_mib": meter.peak_mib}
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             values |= {"monitor": checkpoint.monitor} | self._of_best(checkpoint.best_model_path)
         for logger in trainer.loggers:
             logger.save()  # the page reads the log
-        show_report(self._write_values(folder, values), Console())
+        write_results(folder, values)
 
     def _of_best(self, path: str) -> dict[str, Any]:
         """Path and metrics of the best checkpoint; empty where its file was deleted since."""
@@ -184,12 +191,7 @@ class RunReport(Callback):
             values |= {"test_rows": count, "test_data": " and ".join(map(data.place, data.sets("test")))}
         if _of_other_data(trainer) and isinstance(pl_module, LoRAModule):
             values |= {"monitor": pl_module.task.monitor, **subject(trainer, pl_module, folder)}
-        show_report(self._write_values(folder, values), Console())
-
-    def _write_values(self, folder: Path, values: dict[str, Any]) -> dict[str, Any]:
-        report = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
-        write_page(folder)
-        return report
+        write_results(folder, values)
 
 
 class MeasureBefore(Callback):
@@ -236,24 +238,18 @@ def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
     return {name: value for name, value in figures.items() if name.startswith(f"{stage}_")}
 
 
-def class_counts(module: LightningModule) -> ClassCounts | None:
-    """An empty count for a task that gives each example one class; None for any other, and for very many classes."""
-    task = getattr(module, "task", None)
-    if not isinstance(task, SequenceClassification | ImageClassification) or task.num_classes > MOST_CLASSES:
-        return None
-    return ClassCounts(task.num_classes)
-
-
-def metric_titles(task: Task) -> dict[str, str]:
-    """Titles of metrics that average over classes: `{"f1": "F1 (macro)"}`."""
-    collection: Any = task.metrics["val_"]
-    averages = {name: getattr(metric, "average", None) for name, metric in collection.items(keep_base=True)}
-    names = {"f1": "F1", "precision": "precision", "recall": "recall"}
-    return {n: f"{names[n]} ({average})" for n, average in averages.items() if n in names and average is not None}
+def write_results(folder: Path, values: dict[str, Any]) -> None:
+    """Add to the run's report, write its page, and show the whole report."""
+    report = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
+    write_page(folder)
+    show_report(report, Console())
 
 
 def subject(trainer: Trainer, module: LoRAModule, folder: Path) -> dict[str, Any]:
     """What was adapted, how, on which data, and where the results are."""
+    collection: Any = module.task.metrics["val_"]
+    averages = {name: getattr(metric, "average", None) for name, metric in collection.items(keep_base=True)}
+    titles = {"f1": "F1", "precision": "precision", "recall": "recall"}  # of metrics that average over classes
     return {
         "run_dir": str(folder),
         "data": getattr(trainer.datamodule, "data_summary", None),  # type: ignore[attr-defined]
@@ -261,17 +257,6 @@ def subject(trainer: Trainer, module: LoRAModule, folder: Path) -> dict[str, Any
         "task": type(module.task).__name__,
         "lora": module.lora.to_dict(),
         "adapted": adapted_rows(module.report),
-        "metric_titles": metric_titles(module.task),
+        "metric_titles": {n: f"{titles[n]} ({kind})" for n, kind in averages.items() if n in titles and kind},
         "adapter_tensor_bytes": adapter_bytes(module.backbone),
     }
-
-
-def cost(trainer: Trainer, module: LoRAModule) -> dict[str, Any]:
-    """Throughput of the whole fit, its device and its peak memory."""
-    values: dict[str, Any] = {"device": module.device.type, "processes": trainer.world_size}
-    for meter in (c for c in trainer.callbacks if isinstance(c, Throughput)):  # type: ignore[attr-defined]
-        if meter.seconds:
-            values["samples_per_second"] = meter.samples / meter.seconds
-            values["tokens_per_second"] = meter.tokens / meter.seconds
-        values |= {"samples_seen": round(meter.samples), "tokens_seen": round(meter.tokens), "peak_mib": meter.peak_mib}
-    return values
