@@ -62,14 +62,11 @@ class ExportAtEnd(Callback):
             return
         backbone = lora_module(pl_module, self).backbone
         if (folder := run.run_dir(trainer)) is not None:
-            check_target(self._target(folder))
+            check_target(Path(self.output_dir or folder / run.EXPORT))
         if self.options["serving"] == "vllm":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the export shows them
                 vllm_targets(backbone, fold_for_vllm(backbone, layer_layouts(backbone)))
-
-    def _target(self, folder: Path) -> Path:
-        return Path(self.output_dir) if self.output_dir else folder / run.EXPORT
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export in one process, after the last checkpoint is written."""
@@ -80,8 +77,8 @@ class ExportAtEnd(Callback):
             rank_zero_warn(f"nothing was exported: W0 lies in parts; run lora-lightning export --ckpt_path {folder}")
             return
         batch = first_batch([trainer.val_dataloaders, trainer.train_dataloader], module)
-        data, target = trainer.datamodule, self._target(folder)  # type: ignore[attr-defined]
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        data, callbacks = trainer.datamodule, trainer.callbacks  # type: ignore[attr-defined]
+        target = Path(self.output_dir or folder / run.EXPORT)
         console = Console(quiet=any(isinstance(c, RunReport) for c in callbacks))  # which shows all
         with best_in(trainer, module):
             result = export_module(module, data, folder, target, batch, console, **self.options)

@@ -105,7 +105,10 @@ class Samples(Callback):
         ]
         if (folder := run.dir_to_write(trainer)) is None:
             return
-        page = page_of(self.samples[-len(prompts) :])
+        cells = [[sample[name] for name in COLUMNS[1:]] for sample in self.samples[-len(prompts) :]]
+        rows = [[cell.replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in cells]
+        table = "".join(f"| {' | '.join(row)} |\n" for row in (COLUMNS[1:], ["---"] * 4, *rows))
+        page = f"After {trainer.global_step} steps:\n\n{table}"
         write_bytes(folder / FILE, json_lines(self.samples))
         write_bytes(folder / PAGE, page.encode())
         for logger in trainer.loggers:
@@ -135,11 +138,3 @@ def stop_tokens(backbone: nn.Module, data: GivesPrompts) -> list[int]:
     """Tokens that end an answer: the data's ends of turns, and the model's end tokens."""
     end_tokens: Any = backbone.generation_config.eos_token_id  # type: ignore[union-attr]
     return sorted({*data.stop_token_ids, *([end_tokens] if isinstance(end_tokens, int) else end_tokens or [])})
-
-
-def page_of(samples: list[dict[str, Any]]) -> str:
-    """A table in Markdown."""
-    rows = [COLUMNS[1:], ["---"] * 4]
-    rows += [[sample[name].replace("|", "\\|").replace("\n", "<br>") for name in COLUMNS[1:]] for sample in samples]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    return f"After {samples[0]['step']} steps:\n\n{table}"

@@ -46,12 +46,10 @@ class PredictionWriter(BasePredictionWriter):
             if folder is None:
                 continue
             found = sorted((row for part in parts for row in part), key=lambda row: row["row"])
-            keys = {key for row in found for key in row}
-            beside = {f"data_{name}" if name in keys else name: values for name, values in columns.items()}
-            lines = [
-                {"row": row["row"], **{n: _plain(values[row["row"]]) for n, values in beside.items()}, **row}
-                for row in found
-            ]
+            keys, lines = {key for row in found for key in row}, []
+            for row in found:
+                beside = {f"data_{n}" if n in keys else n: _plain(values[row["row"]]) for n, values in columns.items()}
+                lines.append({"row": row["row"], **beside, **row})
             name = set_name(data, "predict", index)
             file = folder / f"predictions{name and f'_{name}'}.jsonl"
             write_bytes(file, json_lines(lines))

@@ -37,11 +37,8 @@ class StepFigures(Callback):
         for i, group in enumerate(others, 1):
             if any(group.get(key) != first.get(key) for key in ("lr", "initial_lr")):
                 figures[f"lr/{group.get('name', f'group_{i}')}"] = float(group["lr"])
-        parts = {
-            "A": [layer.lora_A for layer in layers],
-            "B": [layer.lora_B for layer in layers],
-            "all": [parameter for group in optimizer.param_groups for parameter in group["params"]],
-        }
+        parts = {part: [getattr(layer, f"lora_{part}") for layer in layers] for part in "AB"}
+        parts["all"] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for name, parameters in parts.items():
             if gradients := [p.grad for p in parameters if p.grad is not None]:
                 norm = torch.nn.utils.get_total_norm(gradients)
@@ -75,7 +72,9 @@ class Throughput(Callback):
             vars(self).update(vars(Throughput()), _device=trainer.strategy.root_device)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._totals()
+        """The fit's totals until now."""
+        names = ("samples", "tokens", "seconds")
+        return {n: getattr(self, n) + count for n, count in zip(names, self._read_counts(), strict=True)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
@@ -130,14 +129,8 @@ class Throughput(Callback):
             self._seconds, self._running_since = self._seconds + now - self._running_since, now
         return samples, tokens, self._seconds
 
-    def _totals(self) -> dict[str, float]:
-        """Those of the fit until now."""
-        names = ("samples", "tokens", "seconds")
-        return {n: getattr(self, n) + count for n, count in zip(names, self._read_counts(), strict=True)}
-
     def _add_up(self) -> None:
-        vars(self).update(self._totals())
-        self._samples, self._tokens, self._seconds = 0.0, 0, 0.0
+        vars(self).update(self.state_dict(), _samples=0.0, _tokens=0, _seconds=0.0)
 
 
 def peak_mib(device: torch.device) -> float:
