@@ -14,9 +14,7 @@ All of it is tensors and plain values, so that nothing in a file is run when it 
 
 from __future__ import annotations
 
-import functools
-import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,21 +26,16 @@ from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name, refuse_m
 CHECKPOINT_KEY, PREFIX = "lora_lightning", "backbone."
 """The key of the adapter's settings in a checkpoint, and the prefix of its tensors' keys."""
 
+RESUME_KEY = "lora_lightning_resume"
+
 Fields = Mapping[str, type | tuple[type, ...]]
 """Types by path; Lightning's keys contain dots."""
-FIELDS: Fields = {
-    "state_dict": dict,
-    CHECKPOINT_KEY: dict,
-    f"{CHECKPOINT_KEY}/config": dict,
-    f"{CHECKPOINT_KEY}/base": str,
-}
+FIELDS: Fields = {"state_dict": dict, f"{CHECKPOINT_KEY}/config": dict, f"{CHECKPOINT_KEY}/base": str}
 """Fields of every checkpoint."""
 FIT_FIELDS: Fields = {
     "epoch": int,
     "global_step": int,
     "callbacks": dict,
-    "loops": dict,
-    "loops/fit_loop": dict,
     "loops/fit_loop/epoch_progress": dict,
     "loops/fit_loop/epoch_loop.state_dict": dict,
     "loops/fit_loop/epoch_loop.batch_progress": dict,
@@ -50,15 +43,11 @@ FIT_FIELDS: Fields = {
     "lr_schedulers": list,
 }
 """Further fields of a checkpoint that a fit resumes from."""
-RESUME_KEY = "lora_lightning_resume"
 RESUME_FIELDS: Fields = {
+    **{f"{RESUME_KEY}/{name}": bool for name in ("at_step", "validates_next")},
+    **{f"{RESUME_KEY}/{name}": dict for name in ("metrics", "plateaus", "settings")},
     f"{RESUME_KEY}/kind": str,
-    f"{RESUME_KEY}/at_step": bool,
-    f"{RESUME_KEY}/validates_next": bool,
     f"{RESUME_KEY}/processes": list,
-    f"{RESUME_KEY}/metrics": dict,
-    f"{RESUME_KEY}/plateaus": dict,
-    f"{RESUME_KEY}/settings": dict,
     f"{RESUME_KEY}/ended_early": (list, type(None)),
 }
 """Fields that the callback `Resume` writes."""
@@ -75,33 +64,32 @@ def refuse_damaged_fields(checkpoint: Mapping[str, Any], *, resumes: bool) -> No
         )
     wanted = {**FIELDS, **(FIT_FIELDS if resumes else {})}
     wanted |= RESUME_FIELDS if resumes and RESUME_KEY in checkpoint else {}
-    for path, kind in wanted.items():
-        name, expected = path.replace("/", "."), kind if isinstance(kind, type) else kind[0]
-        try:
-            value = functools.reduce(operator.getitem, path.split("/"), checkpoint)
-        except (KeyError, TypeError):
-            raise _damage(f"no '{name}'") from None
-        if not isinstance(value, kind):
-            raise _damage(f"{value!r:.40} as '{name}', where a {expected.__name__} is expected")
-    states = checkpoint["optimizer_states"] if resumes else []
+    problem = next(filter(None, (_damage(checkpoint, path.split("/"), kind) for path, kind in wanted.items())), None)
+    states = checkpoint.get("optimizer_states", ())
     if resumes and not (states and all(isinstance(state, dict) and state.get("param_groups") for state in states)):
-        raise _damage(f"{states!r:.40} as 'optimizer_states', where the state of an optimizer is expected")
+        problem = problem or f"{states!r:.40} as 'optimizer_states', where the state of an optimizer is expected"
+    if problem:
+        raise AdapterError(f"the checkpoint is damaged: it has {problem}; take an older one, or its NAME.ckpt.previous")
 
 
-def _damage(what: str) -> AdapterError:
-    return AdapterError(f"the checkpoint is damaged: it has {what}; take an older one, or its NAME.ckpt.previous")
+def _damage(value: Any, path: Sequence[str], kind: type | tuple[type, ...]) -> str | None:
+    """What is wrong on the way to a field; None where nothing is."""
+    for depth, step in enumerate(path, 1):
+        name = ".".join(path[:depth])
+        if step not in value:
+            return f"no '{name}'"
+        value, expected = value[step], kind if depth == len(path) else dict
+        if not isinstance(value, expected):
+            first = expected if isinstance(expected, type) else expected[0]
+            return f"{value!r:.40} as '{name}', where a {first.__name__} is expected"
+    return None
 
 
-def adapter_only(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A module's state without W0, under the plain model's names; shards stay shards."""
-    frozen = frozen_keys_of(module)
+def adapter_only(module: nn.Module, state: Mapping[str, Any], beside: Collection[str] = ()) -> dict[str, Any]:
+    """A module's state under the plain model's names, of W0 only the keys in `beside`; shards stay shards."""
+    frozen = {PREFIX + key for key in frozen_keys(module.get_submodule(PREFIX.removesuffix(".")))}
     named = {plain_name(module, key): value for key, value in state.items()}
-    return {key: value for key, value in named.items() if key not in frozen}
-
-
-def frozen_keys_of(module: nn.Module) -> set[str]:
-    """The keys of W0 in a module whose `backbone` is adapted."""
-    return {PREFIX + key for key in frozen_keys(module.get_submodule(PREFIX.removesuffix(".")))}
+    return {key: value for key, value in named.items() if key in beside or key not in frozen}
 
 
 def refuse_other_config(checkpoint: Mapping[str, Any], config: LoRAConfig) -> None:
@@ -118,7 +106,4 @@ def refuse_other_config(checkpoint: Mapping[str, Any], config: LoRAConfig) -> No
 def refuse_other_tensors(module: nn.Module, expected: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Raise unless a checkpoint's tensors `state` fit the adapter in a module's state `expected` by keys and shapes."""
     state = {plain_name(module, key): value for key, value in state.items()}
-    frozen = frozen_keys_of(module)
-    named = {plain_name(module, key): value for key, value in expected.items()}
-    wanted = {key: value for key, value in named.items() if key in state or key not in frozen}
-    refuse_misfits(wanted, state, "the checkpoint does not fit this model")
+    refuse_misfits(adapter_only(module, expected, state), state, "the checkpoint does not fit this model")

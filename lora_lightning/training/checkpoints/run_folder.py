@@ -28,6 +28,11 @@ except ImportError:  # on Windows
 CONFIG, REPORT, PAGE = html.CONFIG, html.REPORT, html.PAGE
 CHECKPOINTS, EXPORT = "checkpoints", "export"
 LOCK = ".lock"
+HINTS = {
+    **dict.fromkeys((".yaml", ".yml"), ": a config is given as -c {path}, and a run as --ckpt_path, such as runs/demo"),
+    ".safetensors": ": fit starts from an adapter's directory with --model.init_adapter",
+}
+"""What to do with a file that torch has not written."""
 HELD: set[Path] = set()
 """The run folders that this process has locked: closing a second handle of a file would release its lock."""
 
@@ -108,16 +113,16 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
         which: `best` or `last`, where the path leaves that open.
     """
     path = Path(path)
-    previous = path.with_name(path.name + PREVIOUS)
     if path.is_dir() and (path.suffix == ".ckpt" or (path / ".metadata").is_file()):
         raise LoRAError(
             f"'{path}' is a checkpoint in parts, and files are read here: go on from it, or export it, with the version"
             " of lora_lightning that wrote it"
         )
-    if is_zipfile(path) or previous.exists():
+    if is_zipfile(path) or path.with_name(path.name + PREVIOUS).exists():
         return path
     if path.is_file():
-        raise LoRAError(f"'{path}' is not a whole checkpoint{_format_hint(path)}")
+        hint = " (it is no zip file, or lacks its end)" if path.stat().st_size else " (it is empty)"
+        raise LoRAError(f"'{path}' is not a whole checkpoint{HINTS.get(path.suffix, hint).format(path=path)}")
     if not path.is_dir():
         near = similar_names(path) or did_you_mean(str(path), ("best", "last"))
         raise LoRAError(f"no checkpoint or run folder '{path}'{near}")
@@ -126,39 +131,17 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
             return _pick(files, which)
     if (path / "adapter_config.json").is_file():
         raise LoRAError(f"'{path}' is an adapter's directory and no run: fit starts from it with --model.init_adapter")
-    if runs := _runs_in(path):
-        shown = first_few([f"'{run}'" for run in runs], 8)
-        raise LoRAError(f"'{path}' holds {len(runs)} runs, the newest first {shown}: name one of them")
+    folders = [folder for folder in path.glob(f"*/*/{CHECKPOINTS}") if _checkpoints(folder)]
+    folders.sort(key=lambda folder: folder.stat().st_mtime, reverse=True)
+    if runs := list(dict.fromkeys(f"'{folder.parent.parent}'" for folder in folders)):
+        raise LoRAError(f"'{path}' holds {len(runs)} runs, the newest first {first_few(runs, 8)}: name one of them")
     raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
-
-
-def _runs_in(folder: Path) -> list[Path]:
-    """Folders of runs right below, such as `runs/demo`, the last trained first."""
-    folders = [version / CHECKPOINTS for run in folder.iterdir() if run.is_dir() for version in _newest_first(run)]
-    times = {checkpoints: checkpoints.stat().st_mtime for checkpoints in folders if _checkpoints(checkpoints)}
-    return list(dict.fromkeys(file.parent.parent for file in sorted(times, key=lambda f: times[f], reverse=True)))
-
-
-def _format_hint(file: Path) -> str:
-    """What to do with a file that torch has not written."""
-    if file.suffix in (".yaml", ".yml"):
-        return f": a config is given as -c {file}, and a run as --ckpt_path, such as runs/demo"
-    if file.suffix == ".safetensors":
-        return ": fit starts from an adapter's directory with --model.init_adapter"
-    return " (it is empty)" if not file.stat().st_size else " (it is no zip file, or lacks its end)"
 
 
 def similar_names(path: Path) -> str:
     """Folders and files of about this name in the same place."""
     near = near_misses(path.name, [entry.name for entry in path.parent.glob("*")], 2)
     return suggestion(path.parent / name for name in near)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """A folder's checkpoints, oldest first, also those of which only the `.previous` file exists."""
-    times = {file.with_suffix(""): file.stat().st_mtime for file in folder.glob(f"*.ckpt{PREVIOUS}")}
-    times |= {file: file.stat().st_mtime for file in folder.glob("*.ckpt")}
-    return sorted(times, key=lambda file: times[file])
 
 
 def newest_checkpoint(runs: Path) -> Path | None:
@@ -169,41 +152,48 @@ def newest_checkpoint(runs: Path) -> Path | None:
         return None
 
 
-def continued_version(checkpoint: Path, runs: Path) -> int | None:
-    """The version of `runs` whose newest state this checkpoint is, so that a fit goes on there; else None."""
-    folder = run_of_checkpoint(checkpoint)
-    version = _number(folder.name)
-    is_of_runs = version >= 0 and folder.resolve() == (runs / f"version_{version}").resolve()
-    return version if is_of_runs and is_newest_state(checkpoint) else None
-
-
 def is_newest_state(checkpoint: Path) -> bool:
     """Whether a checkpoint is the newest of its run, so that a fit from it is the same run going on."""
     return find_checkpoint(run_of_checkpoint(checkpoint), "last").resolve() == checkpoint.resolve()
 
 
+def continued_version(checkpoint: Path, runs: Path) -> int | None:
+    """The version of `runs` whose newest state this checkpoint is, so that a fit goes on there; else None."""
+    folder = run_of_checkpoint(checkpoint)
+    version = _number(folder)
+    is_of_runs = version >= 0 and folder.resolve() == (runs / f"version_{version}").resolve()
+    return version if is_of_runs and is_newest_state(checkpoint) else None
+
+
 def _newest_first(path: Path) -> list[Path]:
     versions = [p for p in path.iterdir() if (p / CHECKPOINTS).is_dir()]
-    return sorted(versions, key=lambda p: (_number(p.name), p.stat().st_mtime), reverse=True)
+    return sorted(versions, key=lambda p: (_number(p), p.stat().st_mtime), reverse=True)
 
 
-def _number(name: str) -> int:
-    digits = name.rpartition("_")[2]
+def _number(version: Path) -> int:
+    digits = version.name.rpartition("_")[2]
     return int(digits) if digits.isdigit() else -1
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """A folder's checkpoints, oldest first, also those of which only the `.previous` file exists."""
+    times = {file.with_suffix(""): file.stat().st_mtime for file in folder.glob(f"*.ckpt{PREVIOUS}")}
+    times |= {file: file.stat().st_mtime for file in folder.glob("*.ckpt")}
+    return sorted(times, key=lambda file: times[file])
 
 
 def _pick(files: list[Path], which: str) -> Path:
     """`files` are of one folder, oldest first."""
-    by_name = {file.stem: file for file in files}
-    if which in by_name:
-        return by_name[which]
+    newest = files[-1]
+    if (folder := newest.parent) / f"{which}.ckpt" in files:
+        return folder / f"{which}.ckpt"
     if which == "last":
-        return files[-1]
+        return newest
     # A checkpoint carries the state of ModelCheckpoint, which says which file was best.
-    states = load_checkpoint(files[-1]).get("callbacks", {}).items()
+    states = load_checkpoint(newest).get("callbacks", {}).items()
     paths = [state.get("best_model_path") for key, state in states if key.startswith("ModelCheckpoint")]
-    best = (files[-1].with_name(Path(path).name) for path in paths if path)
-    return next((file for file in best if file.exists()), files[-1])
+    best = (folder / Path(path).name for path in paths if path)
+    return next((file for file in best if file.exists()), newest)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
