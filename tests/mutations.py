@@ -91,7 +91,7 @@ by training/module::test_a_checkpoint_of_another_base_is_refused
 +if False and name not in
 by training/module::test_a_checkpoint_of_other_settings_is_refused
 == law 8: random states, in training.checkpoints.resume.Resume._put_back
--            set_random_state(process_state["random"])
+-        set_random_state(state["random"])
 by training/resume::test_resumed_from_any_state_is_uninterrupted[plain]
 == law 8: the sampler's place, in data.loading.sampler.EpochSampler.skip
 -self._skip = (self.epoch, batches * self.block // self.num_replicas)
@@ -101,7 +101,8 @@ by training/resume::test_resumed_from_any_state_is_uninterrupted[plain]
 -        loop_state.restore_loader_places(trainer)
 by training/resume::test_resumed_from_any_state_is_uninterrupted[plain]
 == law 8: figures that training has gathered, in training.checkpoints.resume.Resume._put_back
--            put_figures(module, process_state["figures"])
+-                    setattr(metric, key, value)
++                    pass
 by training/resume::test_resumed_from_any_state_is_uninterrupted[no validation]
 == law 8: an epoch that is over is not begun again, in training.checkpoints.resume.Resume.on_train_epoch_start
 -        self._put_back(trainer, pl_module)
@@ -208,8 +209,8 @@ by training/guards::test_with_a_loss_scaler_gradients_may_overflow_and_the_loss_
 +    return None
 by training/guards::test_what_is_not_finite_stops_the_fit_by_name_and_leaves_the_last_good_checkpoint[nan]
 == notice: a checkpoint's settings that win over a flag, in training.checkpoints.resume.Resume.on_train_start
--        for sentence in overruled_settings(self._loaded["settings"], self._settings):
-+        for sentence in ():
+-            if now is not None and then != now:
++            if False:
 by training/resume::test_what_a_checkpoint_overrules_is_said
 == notice: a best by another metric, in training.checkpoints.model_checkpoint.Checkpoints.load_state_dict
 -if state.get("best_model_path") and state.get("monitor") != self.monitor:

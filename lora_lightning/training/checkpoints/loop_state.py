@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lora_lightning.data.loading.sampler import ResumableLoader
 
@@ -44,19 +43,17 @@ class Place:
 
 def place_of(trainer: Trainer) -> Place:
     """The place of the running fit."""
-    loop = trainer.fit_loop
-    epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
-    whole = batches.is_last_batch or batches.current.ready >= trainer.num_training_batches  # type: ignore[attr-defined]
-    inside = epochs.ready == epochs.started and epochs.processed == epochs.started - 1  # type: ignore[attr-defined]
-    fetcher = _fetcher(trainer)
-    validates = (
-        inside and not trainer.validating and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
-    )
+    loop, fetcher = trainer.fit_loop, _fetcher(trainer)
+    epochs: Any = loop.epoch_progress.current
+    batches: Any = loop.epoch_loop.batch_progress
+    whole = batches.is_last_batch or batches.current.ready >= trainer.num_training_batches
+    inside = epochs.ready == epochs.started and epochs.processed == epochs.started - 1
+    validates = inside and fetcher is not None and trainer.enable_validation and not trainer.validating
     return Place(
         kind="epoch" if whole else "batch",
-        epochs=epochs.started if whole else epochs.started - 1,  # type: ignore[attr-defined]
+        epochs=epochs.started if whole else epochs.started - 1,
         at_step=not is_between_steps(trainer),
-        validates_next=bool(validates and trainer.enable_validation),
+        validates_next=validates and loop.epoch_loop._should_check_val_fx(fetcher),
         in_epoch_loop=inside,
     )
 
@@ -94,7 +91,6 @@ def begin_epoch_anew(trainer: Trainer) -> None:
 
     The loader's iteration begins again: Lightning began it before the sampler had the epoch.
     """
-    forget_restart(trainer)
     trainer.fit_loop.epoch_loop.restarting = False
     if (fetcher := _fetcher(trainer)) is not None:
         iter(fetcher)
@@ -108,13 +104,6 @@ def restarting_loaders(trainer: Trainer) -> list[str]:
         if not (loader.keeps_place if isinstance(loader, ResumableLoader) else keeps_place):
             names.append(type(loader).__name__)
     return names
-
-
-def repeat_epoch_start(trainer: Trainer) -> None:
-    """Call the hook that sets an epoch's accumulation, which Lightning leaves out when it resumes in the middle."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler):
-            callback.on_train_epoch_start(trainer)
 
 
 def restore_loader_places(trainer: Trainer) -> None:

@@ -181,8 +181,11 @@ class Checkpoints(ModelCheckpoint):
             return
         if self.dirpath is not None and not is_remote(self.dirpath) and state.get("best_model_path"):
             here, best = Path(self.dirpath), Path(state["best_model_path"])
-            if _bring_best(best, here / best.name):
-                path = str(here / best.name)
+            path = str(target := here / best.name)
+            moved = target.exists()  # with the run's folder, or it was written here
+            if best.exists() and not (moved and best.samefile(target)) and getattr(rank_zero_only, "rank", 0) == 0:
+                write_bytes(target, best.read_bytes())
+            if moved or best.exists():
                 scores = dict(zip([path], state["best_k_models"].values(), strict=False))
                 state |= {
                     "dirpath": self.dirpath,
@@ -192,12 +195,3 @@ class Checkpoints(ModelCheckpoint):
                     "last_model_path": str(here / Path(state["last_model_path"] or "last.ckpt").name),
                 }
         super().load_state_dict(state)
-
-
-def _bring_best(best: Path, target: Path) -> bool:
-    """Whether the best so far is in this run's folder: written there, moved with it, or copied now by one process."""
-    if not best.exists() or (target.exists() and best.samefile(target)):
-        return target.exists()
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        write_bytes(target, best.read_bytes())
-    return True

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -49,13 +50,16 @@ class Resume(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         place = loop_state.place_of(trainer)
-        figures = dict(figures_of(pl_module)) if place.kind == "batch" else {}
+        figures = {
+            name: {"state": move_data_to_device(dict(metric.metric_state), "cpu"), "updates": metric.update_count}
+            for name, metric in (_train_metrics(pl_module) if place.kind == "batch" else ())
+        }
         checkpoint["loops"]["fit_loop"] = loop_state.canonical_state(checkpoint["loops"]["fit_loop"], place)
         checkpoint[RESUME_KEY] = {
             "kind": place.kind,
             "at_step": place.at_step,
             "validates_next": place.validates_next,
-            "processes": gather({"random": random_state(), "figures": figures}),
+            "processes": gather({"random": random_state(), "figures": copy.deepcopy(figures)}),
             "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
             "plateaus": plateaus_due(trainer, place),
             "settings": self._settings,
@@ -83,8 +87,10 @@ class Resume(Callback):
         trainer.callback_metrics.update(self._loaded["metrics"])
         for sentence in reasons_against(self._loaded, trainer.world_size, loop_state.restarting_loaders(trainer)):
             rank_zero_warn(f"{sentence}: the fit goes on, and not bit for bit as if it had not been interrupted")
-        for sentence in overruled_settings(self._loaded["settings"], self._settings):
-            rank_zero_info(f"resumed: the checkpoint's {sentence}")
+        for name, value in self._loaded["settings"].items():
+            now, then = self._settings.get(name), _plain(value)  # a checkpoint of an earlier version has tuples
+            if now is not None and then != now:
+                rank_zero_info(f"resumed: the checkpoint's {name} {then} wins over this run's {now}")
         self._settings = self._settings | self._loaded["settings"]
         steps = next_log_step(self._loaded, loop_state.logged_steps(trainer))
         for logger in trainer.loggers:
@@ -104,17 +110,23 @@ class Resume(Callback):
         """Restore in an epoch's middle, after the loader has begun."""
         if self._loaded is not None:
             self._put_back(trainer, pl_module)
-            loop_state.repeat_epoch_start(trainer)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, GradientAccumulationScheduler):
+                    callback.on_train_epoch_start(trainer)  # Lightning leaves the hook out here
 
     def _put_back(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._loaded is not None
-        states = self._loaded["processes"]
-        self._loaded = None
+        states, self._loaded = self._loaded["processes"], None
         loop_state.forget_restart(trainer)  # else Lightning steps no ReduceLROnPlateau at this epoch's end
-        if trainer.world_size == len(states):
-            process_state = states[trainer.global_rank]
-            put_figures(module, process_state["figures"])
-            set_random_state(process_state["random"])
+        if trainer.world_size != len(states):
+            return
+        state = states[trainer.global_rank]
+        for name, metric in _train_metrics(module):
+            if name in state["figures"]:  # else it starts anew
+                for key, value in move_data_to_device(state["figures"][name]["state"], metric.device).items():
+                    setattr(metric, key, value)
+                metric._update_count, metric._computed = state["figures"][name]["updates"], None
+        set_random_state(state["random"])
 
 
 def next_log_step(place: Mapping[str, Any], stepped: int) -> int:
@@ -122,7 +134,7 @@ def next_log_step(place: Mapping[str, Any], stepped: int) -> int:
     return stepped + int(place["kind"] == "batch" and place["at_step"])
 
 
-def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
+def _train_metrics(module: LightningModule) -> Iterator[tuple[str, Metric]]:
     """The task's training metrics by name."""
     task = getattr(module, "task", None)
     for kind in ("losses", "metrics"):
@@ -132,23 +144,6 @@ def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
             yield from ((f"{kind}.{name}", metric) for name, metric in metrics.items(keep_base=True, copy_state=False))
         elif isinstance(metrics, Metric):
             yield kind, metrics
-
-
-def figures_of(module: LightningModule) -> Iterator[tuple[str, Any]]:
-    """The state of each training metric."""
-    for name, metric in _metrics_in(module):
-        state = copy.deepcopy(move_data_to_device(dict(metric.metric_state), "cpu"))
-        yield name, {"state": state, "updates": metric.update_count}
-
-
-def put_figures(module: LightningModule, figures: Mapping[str, Any]) -> None:
-    """The inverse of `figures_of`; a metric without a saved state starts anew."""
-    for name, metric in _metrics_in(module):
-        if name in figures:
-            for key, value in move_data_to_device(figures[name]["state"], metric.device).items():
-                setattr(metric, key, value)
-            metric._update_count = figures[name]["updates"]
-            metric._computed = None
 
 
 def plateaus_due(trainer: Trainer, place: loop_state.Place) -> dict[int, Any]:
@@ -206,11 +201,3 @@ def _plain(value: Any) -> Any:
         return None if None in parts else parts
     value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     return value if isinstance(value, bool | int | float | str) else None
-
-
-def overruled_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
-    """Settings of the checkpoint that replace other ones of this run's flags."""
-    for name in saved:
-        earlier = _plain(saved[name])  # a checkpoint of an earlier version has tuples
-        if name in current and earlier != current[name]:
-            yield f"{name} {earlier} wins over this run's {current[name]}"
