@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DistributedSampler, IterableDataset
 from torchmetrics import Metric
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import StepOutput, Task
 from lora_lightning.tasks.positions import in_evaluation
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
@@ -104,8 +104,9 @@ def choose_dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> d
     for name in order[keep:]:
         candidate = standings[name]
         gap, further = last.value - candidate.value, candidate.loss - last.loss
-        error = _standard_error(last.values, candidate.values)
-        loss_error = _standard_error(last.losses, candidate.losses)
+        pairs = ((last.values, candidate.values), (last.losses, candidate.losses))
+        each = [torch.tensor(a, dtype=torch.float64) - torch.tensor(b, dtype=torch.float64) for a, b in pairs]
+        error, loss_error = (math.sqrt(len(d) - 1) * float(d.std(correction=0)) for d in each)  # the jackknife's
         if name in lost and kept not in lost:
             reasons[name] = f"behind '{kept}', which has a number"
         elif gap and sign * gap > error:
@@ -115,21 +116,6 @@ def choose_dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> d
     return reasons
 
 
-def _standard_error(without_a: Sequence[float], without_b: Sequence[float]) -> float:
-    """The jackknife's, of the difference of two metrics, from their values without each block."""
-    each = torch.tensor(without_a, dtype=torch.float64) - torch.tensor(without_b, dtype=torch.float64)
-    return math.sqrt(len(each) - 1) * float(each.std(correction=0))
-
-
-def refuse_metric(module: LoRAModule, metric: str) -> None:
-    """Raise for a metric that the task does not compute from the validation set's outputs."""
-    known = module.task.logged("val")
-    if metric not in known:
-        raise LoRAError(
-            f"--halving goes by a figure of the task: {', '.join(known)}; got {metric}{did_you_mean(metric, known)}"
-        )
-
-
 def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standing, list[StepOutput]]:
     """A member's standing on the first validation set, and its task's outputs of this process's batches there.
 
@@ -137,7 +123,7 @@ def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standin
     and random states are restored, and the task's metrics do not change.
     """
     loaders: Any = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-    loader = loaders if not isinstance(loaders, list) else loaders[0] if loaders else None
+    loader = next(iter(loaders), None) if isinstance(loaders, list) else loaders
     if loader is None:
         raise LoRAError(
             "halving compares members on the validation set, and the data have none: give data.split a share"

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from torch import Tensor, nn
+from torch import nn
 
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.tensors import iter_base
 from lora_lightning.lora.meta.empty_model import fill_from_files
@@ -84,6 +84,13 @@ class Member:
             vars(self.module).pop("cpu")
             vars(self.module.task).pop("evaluate", None)  # see `replay`
 
+    def ask_to_leave(self) -> None:
+        """Let its fit save after the running step and end, or end where nothing saves."""
+        savers = [callback for callback in self.trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
+        for callback in savers:
+            callback.ask_to_leave()
+        self.trainer.should_stop |= not savers
+
 
 class _TakeTurns(Callback):
     """Pauses a member's fit after each batch, and evaluates the member at rungs."""
@@ -95,24 +102,26 @@ class _TakeTurns(Callback):
         population = self.population
         population.steps = trainer.estimated_stepping_batches
         if population.halving is not None:
-            rules.refuse_metric(self.member.module, population.metric)
+            known, metric = self.member.module.task.logged("val"), population.metric
+            if metric not in known:
+                near = did_you_mean(metric, known)
+                raise LoRAError(f"--halving goes by a figure of the task: {', '.join(known)}; got {metric}{near}")
             population.rungs = rules.rung_steps(population.halving.rungs, population.steps)
         self.on_train_batch_end(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """At a rung that is not decided yet, evaluate the member, and wait for all others."""
         member, population = self.member, self.population
-        if not is_between_steps(trainer):
-            for rung, step in enumerate(population.rungs):
-                if trainer.global_step >= step and rung == len(population.decisions):
-                    member.standing, outputs = rules.standing(trainer, member.module, population.metric)
-                    member.rung = rung
-                    self.turns.pause()
-                    member.rung = None
-                    if member.state == "dropped":
-                        rules.replay(member.module, outputs)
-                        trainer.should_stop = True
-                        break
+        for rung, step in enumerate(() if is_between_steps(trainer) else population.rungs):
+            if trainer.global_step >= step and rung == len(population.decisions):
+                member.standing, outputs = rules.standing(trainer, member.module, population.metric)
+                member.rung = rung
+                self.turns.pause()
+                member.rung = None
+                if member.state == "dropped":
+                    rules.replay(member.module, outputs)
+                    trainer.should_stop = True
+                    break
         self.turns.pause()
 
 
@@ -200,26 +209,32 @@ class Population:
 
     def _take_turns(self, datamodule: LightningDataModule, say: Callable[[Population], None]) -> None:
         """Give members their turns in the same order in all processes, so that their collectives match."""
-        fits: dict[str, tuple[Member, Turns]] = {}
+        fits: list[tuple[Member, Turns]] = []
         for member in self.members:
             if member.is_left:
                 member.state, fit = "fits", functools.partial(member.fit, datamodule)
                 member.turns = turns = Turns(fit, member.random, member.log)
                 member.trainer.callbacks.insert(0, _TakeTurns(member, turns, self))  # type: ignore[attr-defined]
-                fits[member.name] = member, turns
+                fits.append((member, turns))
         signum: int | None = None  # of a signal to any process
         with _record_signals() as received:
             while fits:
-                for member, turns in list(fits.values()):
+                for member, turns in fits:
                     if signum is not None:
-                        _ask_to_leave(member)
+                        member.ask_to_leave()
                     elif member.rung == len(self.decisions):
                         continue  # it waits for the others
                     datamodule.trainer = member.trainer
                     turns.resume()
-                    if turns.is_over:
-                        del fits[member.name]
-                        _close(member, turns.error)
+                    if turns.is_over and turns.error is None and member.state == "fits":
+                        member.state = "complete"
+                    elif isinstance(error := turns.error, PreemptedError):
+                        member.state = "waits"
+                    elif error is not None:
+                        if not all_arrive():
+                            raise error  # in this process alone: the others wait in the middle of the member's turn
+                        member.state, member.reason = "failed", f"{type(error).__name__}: {error}"
+                fits = [(member, turns) for member, turns in fits if not turns.is_over]
                 if signum is None:
                     self._decide()
                     signum = next((number for numbers in gather(received[:1]) for number in numbers), None)
@@ -248,17 +263,6 @@ class Population:
             write_bytes(self.folder / DECISIONS, json.dumps(self.decisions, indent=2).encode())
 
 
-def _close(member: Member, error: BaseException | None) -> None:
-    if isinstance(error, PreemptedError):
-        member.state = "waits"
-    elif error is not None:
-        if not all_arrive():
-            raise error  # in this process alone: the others wait in the middle of the member's turn
-        member.state, member.reason = "failed", f"{type(error).__name__}: {error}"
-    elif member.state == "fits":
-        member.state = "complete"
-
-
 def refuse_strategy(trainer: Trainer) -> None:
     """Raise for a strategy that shards W0, or whose processes cannot run several fits."""
     strategy: Any = trainer.strategy
@@ -283,25 +287,18 @@ def share_w0(first: Member, member: Member) -> None:
     """Move a member to its precision and device, over the first member's W0; a second call changes nothing."""
     device = member.trainer.strategy.root_device
     convert(member.module, member.trainer.precision_plugin)
-    share_base(first.module.backbone, member.module.backbone)
-    fill_from_files(member.module.backbone, device)
-    member.module.to(device)
-
-
-def share_base(first: nn.Module, other: nn.Module) -> None:
-    """Let `other` use the tensors of `first` as its W0, which must be equal, or not yet filled."""
-    here = {place.name: place.tensor for place in iter_base(first)}
-    for place in iter_base(other) if other is not first else ():
-        shared = here.get(place.name)
-        if shared is None or not (shared is place.tensor or place.tensor.is_meta or _same(shared, place.tensor)):
+    here = {place.name: place.tensor for place in iter_base(first.module.backbone)}
+    for place in iter_base(member.module.backbone) if member is not first else ():
+        shared, given = here.get(place.name), place.tensor
+        if shared is not None and shared is not given and not given.is_meta:
+            moved = given.to(shared.device)  # on the way to which bitsandbytes quantizes
+            shared = shared if shared.dtype == moved.dtype and torch.equal(shared, moved) else None
+        if shared is None:
             raise LoRAError(f"the members' backbones differ, first in '{place.name}': all of them need one W0")
         store: dict[str, Any] = place.module._parameters if place.is_parameter else place.module._buffers
         store[place.key] = shared
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    b = b.to(a.device)  # on the way to which bitsandbytes quantizes
-    return a.dtype == b.dtype and torch.equal(a, b)
+    fill_from_files(member.module.backbone, device)
+    member.module.to(device)
 
 
 def copy_over_base(backbone: nn.Module) -> nn.Module:
@@ -310,13 +307,6 @@ def copy_over_base(backbone: nn.Module) -> nn.Module:
     for p in backbone.parameters():
         memo[id(p)] = nn.Parameter(p.detach(), requires_grad=p.requires_grad) if type(p) is nn.Parameter else p
     return copy.deepcopy(backbone, memo)
-
-
-def _ask_to_leave(member: Member) -> None:
-    savers = [callback for callback in member.trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
-    for callback in savers:
-        callback.ask_to_leave()
-    member.trainer.should_stop |= not savers
 
 
 @contextmanager
