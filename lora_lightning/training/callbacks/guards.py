@@ -13,7 +13,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import Optimizer
 
 from lora_lightning.data import table_of
@@ -252,11 +251,12 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
     bad_layers: list[str] = []
 
     def look(layer: nn.Module, _: Any, output: Any) -> None:
-        if layer in names and not all(bool(torch.isfinite(t).all()) for t in tensors_in(output)):
+        if not all(bool(torch.isfinite(t).all()) for t in tensors_in(output)):
             bad_layers.append(names[layer])
 
-    hook = register_module_forward_hook(look)
+    hooks = [layer.register_forward_hook(look) for layer in names]
     with suppress(Exception), torch.no_grad(), module.trainer.precision_plugin.forward_context():
         task.step(backbone, batch)  # the fit stops with its first error anyway
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     return bad_layers[0] if bad_layers else None

@@ -55,9 +55,7 @@ def run_in_all(run: Callable[[], T]) -> T:
 
 def run_in_first(run: Callable[[], T]) -> T:
     """Process 0's result, or its error as a LoRAError, in all of them."""
-    value = run_in_all(lambda: run() if rank() == 0 else None)
+    shared = [run_in_all(lambda: run() if rank() == 0 else None)]
     if world_size() > 1:
-        shared = [value]
         distributed.broadcast_object_list(shared, src=0)
-        value = shared[0]
-    return value  # type: ignore[return-value]
+    return shared[0]  # type: ignore[return-value]

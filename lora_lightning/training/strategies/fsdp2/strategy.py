@@ -22,12 +22,13 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 
 from lora_lightning.lora.errors import LoRAError, first_few
+from lora_lightning.lora.inject import disabled
 from lora_lightning.training.checkpoints.adapter_state import adapter_only, refuse_other_tensors
 from lora_lightning.training.checkpoints.file_io import WholeFiles, is_remote, whole_file
 from lora_lightning.training.initialization import MEASURED
 from lora_lightning.training.strategies.base import ShardedStrategy, is_sharded
 from lora_lightning.training.strategies.collectives import gather, rank, run_in_all, run_in_first
-from lora_lightning.training.strategies.fsdp2.wrapping import read_as_stored, shard
+from lora_lightning.training.strategies.fsdp2.wrapping import shard
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
@@ -87,7 +88,19 @@ class FSDP2Strategy(ModelParallelStrategy, ShardedStrategy):
         """Shard the module's backbone; `LoRAModule.configure_model` calls this more than once."""
         if is_sharded(module.backbone):
             return
-        self._refuse(module)
+        if self.cpu_offload and self.root_device.type == "cpu":
+            raise LoRAError("cpu_offload keeps shards off the GPU, and this run is on the CPU: leave it out")
+        starts = module.trainer.state.fn == TrainerFn.FITTING and not module.trainer.ckpt_path
+        if starts and module.lora.init in MEASURED:
+            raise LoRAError(
+                f"lora.init={module.lora.init} is measured on a whole model, and FSDP2 shards it: fit a step in one"
+                " process, and start from its adapter by init_adapter and another lora.init"
+            )
+        trained = [name for name, p in module.named_parameters() if p.requires_grad]
+        if beside := [name for name in trained if not name.startswith("backbone.")]:
+            raise LoRAError(
+                f"FSDP2 shards the backbone alone, and {first_few(beside)} trains beside it: train with ddp"
+            )
         shard(
             module.backbone,
             self.device_mesh["data_parallel"],
@@ -97,25 +110,10 @@ class FSDP2Strategy(ModelParallelStrategy, ShardedStrategy):
             cpu_offload=self.cpu_offload,
         )
 
-    def _refuse(self, module: LoRAModule) -> None:
-        if self.cpu_offload and self.root_device.type == "cpu":
-            raise LoRAError("cpu_offload keeps shards off the GPU, and this run is on the CPU: leave it out")
-        starts = module.trainer.state.fn == TrainerFn.FITTING and not module.trainer.ckpt_path
-        if starts and module.lora.init in MEASURED:
-            raise LoRAError(
-                f"lora.init={module.lora.init} is measured on a whole model, and FSDP2 shards it: fit a step in one"
-                " process, and start from its adapter by init_adapter and another lora.init"
-            )
-        parameters = module.named_parameters()
-        beside = [name for name, p in parameters if p.requires_grad and not name.startswith("backbone.")]
-        if beside:
-            raise LoRAError(
-                f"FSDP2 shards the backbone alone, and {first_few(beside)} trains beside it: train with ddp"
-            )
-
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
-        with read_as_stored(self._root):
+        # FSDP2 reads parameters as attributes: switched off, a bias is that, and not its trained copy.
+        with disabled(self._root):
             # The first module that runs would be taken for the root, and a step may begin with a part of the backbone.
             self._root._get_fsdp_state()._lazy_init()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -124,7 +122,7 @@ class FSDP2Strategy(ModelParallelStrategy, ShardedStrategy):
     def model_to_device(self) -> None:
         """Move the module to its device; offloaded shards stay on the CPU."""
         if not self.cpu_offload:
-            with read_as_stored(self._root):
+            with disabled(self._root):
                 super().model_to_device()
             return
         for tensor in (*self._module.parameters(), *self._module.buffers()):
@@ -218,8 +216,8 @@ class FSDP2Strategy(ModelParallelStrategy, ShardedStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the same file in every process; an error is raised in all."""
-        given = checkpoint_path
-        path = run_in_first(lambda: given if is_remote(given) else whole_file(Path(given)))
+        remote, file = is_remote(checkpoint_path), Path(checkpoint_path)
+        path = run_in_first(lambda: checkpoint_path if remote else whole_file(file))
         return run_in_all(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -229,7 +227,7 @@ class FSDP2Strategy(ModelParallelStrategy, ShardedStrategy):
             refuse_other_tensors(module, module.state_dict(), state)
         current = adapter_only(module, module.state_dict())
         shards = {key: _shard_like(value, current[key]) for key, value in state.items() if key in current}
-        with read_as_stored(module.backbone):
+        with disabled(module.backbone):
             module.load_state_dict(shards, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -14,8 +14,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,14 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_few
 from lora_lightning.lora.frozen.quantization import scheme
-from lora_lightning.lora.inject import disabled
 from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.training.strategies.collectives import world_size
-
-
-def read_as_stored(backbone: nn.Module) -> AbstractContextManager[None]:
-    """Within the block, FSDP2, which reads parameters as attributes, gets a bias and not its trained copy."""
-    return disabled(backbone)
 
 
 def shard(
@@ -66,7 +59,13 @@ def shard(
     # Parameters that one process's batch does not reach, such as an expert's, get zero gradients: else shapes differ.
     root.set_reduce_scatter_unused_params(True)
     if callable(generate := getattr(root, "generate", None)):
-        root.generate = _gather_before(root, generate)
+
+        @functools.wraps(generate)
+        def unshard_and_generate(*args: Any, **kwargs: Any) -> Any:
+            root.unshard()  # what it calls outside of the blocks
+            return generate(*args, **kwargs)
+
+        root.generate = unshard_and_generate
 
 
 def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -93,17 +92,6 @@ def broadcast_unsharded(module: nn.Module, device: torch.device, done: set[int])
         tensor.data = tensor.data.to(device).contiguous()  # FSDP2 takes no other
         if world_size() > 1 and tensor.numel():
             distributed.broadcast(tensor.data.reshape(-1).view(torch.uint8), src=0)
-
-
-def _gather_before(root: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the backbone, which may call parts of it, behind the gathering of what is outside of the blocks."""
-
-    @functools.wraps(method)
-    def unshard_and_call(*args: Any, **kwargs: Any) -> Any:
-        root.unshard()
-        return method(*args, **kwargs)
-
-    return unshard_and_call
 
 
 def _report_blocks(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[str, Any], count: int) -> None:
