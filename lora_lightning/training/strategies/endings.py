@@ -165,16 +165,8 @@ class _EndingLauncher(_MultiProcessingLauncher):
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         """Run `function` in all processes; a child's exit code is raised as SystemExit, its error as a LoRAError."""
-
-        def pass_on(number: int, frame: FrameType | None) -> None:
-            if not self.procs:
-                raise SystemExit(128 + number)
-            for process in self.procs:
-                if process.is_alive():
-                    process.terminate()
-
         is_main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, pass_on) if is_main else None
+        before = signal.signal(signal.SIGTERM, self._pass_on) if is_main else None
         try:
             return super().launch(function, *args, trainer=trainer, **kwargs)
         except ProcessExitedException as error:
@@ -193,6 +185,13 @@ class _EndingLauncher(_MultiProcessingLauncher):
             if is_main:
                 signal.signal(signal.SIGTERM, before)
 
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if not self.procs:
+            raise SystemExit(128 + number)
+        for process in self.procs:
+            if process.is_alive():
+                process.terminate()
+
     def _wrapping_function(self, process_idx: int, *args: Any, **kwargs: Any) -> None:
         """Run in a child process."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is not for children
@@ -205,6 +204,6 @@ class _EndingLauncher(_MultiProcessingLauncher):
 
 def use_ending_launcher(trainer: Trainer) -> None:
     """Use this launcher in place of Lightning's."""
-    launcher: Any = trainer.strategy.launcher
-    if type(launcher) is _MultiProcessingLauncher:
-        launcher.__class__ = _EndingLauncher
+    strategy: Any = trainer.strategy
+    if type(strategy.launcher) is _MultiProcessingLauncher:
+        strategy.launcher.__class__ = _EndingLauncher
