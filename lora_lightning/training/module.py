@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -31,7 +31,7 @@ from lora_lightning.training.checkpoints import adapter_state
 from lora_lightning.training.checkpoints.resume import Resume
 from lora_lightning.training.loss_weighting import UnitMean, is_padding
 from lora_lightning.training.optim import make_optimizer, schedule_entry
-from lora_lightning.training.precision import convert, explain_by_precision, precision_of, trainer_of
+from lora_lightning.training.precision import BaseWord, convert, precision_of, trainer_of
 from lora_lightning.training.strategies.base import ShardedStrategy, fingerprint, is_sharded
 
 
@@ -184,7 +184,7 @@ class LoRAModule(LightningModule):
 
         Lightning calls this before each of its loops, and where a checkpoint is loaded without a trainer.
         """
-        strategy = None if (trainer := trainer_of(self)) is None else trainer.strategy
+        strategy = getattr(trainer_of(self), "strategy", None)
         if isinstance(strategy, ShardedStrategy) and not is_sharded(self.backbone):
             if self.trainer.state.fn == TrainerFn.FITTING:
                 self._start_from_adapter()
@@ -245,8 +245,9 @@ class LoRAModule(LightningModule):
 
     def _in_fit(self) -> bool:
         """Whether a fit is running: then W0 is unchanged since its start (law 2)."""
-        state = None if (trainer := trainer_of(self)) is None else trainer.state
-        return state is not None and (state.fn, state.status) == (TrainerFn.FITTING, TrainerStatus.RUNNING)
+        trainer = trainer_of(self)
+        running = (TrainerFn.FITTING, TrainerStatus.RUNNING)
+        return trainer is not None and (trainer.state.fn, trainer.state.status) == running
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapter's tensors and plain settings; leave W0 out."""
@@ -269,8 +270,11 @@ class LoRAModule(LightningModule):
         try:
             refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
         except AdapterError as error:
-            reason = explain_by_precision(fields.get("precision"), precision_of(self))
-            raise AdapterError(f"{error}{reason}") from error
+            then, now = fields.get("precision"), precision_of(self)
+            if then == now or not {then, now} & set(get_args(BaseWord)):
+                raise
+            here = "" if now is None else f", and this run is in {now}"
+            raise AdapterError(f"{error}. It was trained in precision {then}{here}") from error
 
     def load_trained(self, checkpoint: dict[str, Any], trainer: Trainer) -> None:
         """Load a checkpoint outside of a fit, over W0 in the trainer's precision, which its fingerprint is of."""

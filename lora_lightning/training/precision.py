@@ -91,21 +91,18 @@ class HalfBase(MixedPrecision):
                 ) from error
 
 
-def multiplies_bfloat16(accelerator: str) -> bool:
-    """Whether the hardware has bfloat16 products; on other CPUs they are slower than float32's."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_tile"))
-
-
 def lightning_precision(word: Any, accelerator: str) -> Any:
     """Lightning's value of `precision` for this word; raises where it would take the adapter out of float32."""
     if word in REFUSED:
         raise LoRAError(f"precision {word} {REFUSED[word]}")
-    if word in ("auto", "float32"):
-        return "bf16-mixed" if word == "auto" and multiplies_bfloat16(accelerator) else "32-true"
-    return "bf16-mixed" if word in get_args(BaseWord) else word
+    if word == "auto":  # bfloat16 where the hardware has its products; on other CPUs they are slower than float32's
+        if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+            is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            has = torch.cpu.get_capabilities()
+            is_fast = bool(has.get("avx512_bf16") or has.get("amx_tile"))
+        return "bf16-mixed" if is_fast else "32-true"
+    return {"float32": "32-true", **dict.fromkeys(get_args(BaseWord), "bf16-mixed")}.get(word, word)
 
 
 def narrow_base(trainer: Trainer, word: BaseWord) -> None:
@@ -147,13 +144,6 @@ def trainer_of(module: LightningModule) -> Trainer | None:
         return None
 
 
-def explain_by_precision(then: str | None, now: str | None) -> str:
-    """The end of an error about another W0 that two precisions may explain; empty where they do not."""
-    if then == now or not {then, now} & set(get_args(BaseWord)):
-        return ""
-    return f". It was trained in precision {then}" + ("" if now is None else f", and this run is in {now}")
-
-
 def load_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """Keys of the transformers models in `model` that `from_pretrained(dtype=dtype)` would load in another dtype.
 
@@ -162,25 +152,24 @@ def load_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """
     dtypes: dict[str, torch.dtype] = {}
     inside: tuple[str, ...] = ()
-    for path, module in model.named_modules():
-        if is_a(module, HF_MODEL) and not path.startswith(inside):
-            inside = (*inside, f"{path}." if path else "")
-            dtypes |= {full_name(path, key): expected for key, expected in _dtype_exceptions(module, dtype).items()}
+    hf_models: list[tuple[str, Any]] = [(path, m) for path, m in model.named_modules() if is_a(m, HF_MODEL)]
+    for path, part in hf_models:
+        if path.startswith(inside):
+            continue
+        inside = (*inside, f"{path}." if path else "")
+        # By the model that transformers makes in `dtype` from the config, on the meta device, and by its patterns.
+        config = copy.deepcopy(part.config)
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            vars(config).pop(name, None)
+        try:
+            with torch.device("meta"):
+                made: nn.Module = own_class(type(part))._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
+        except Exception:  # a class that is not made from a config
+            made = nn.Module()
+        other = {key: t.dtype for key, t in made.state_dict().items() if t.is_floating_point() and t.dtype != dtype}
+        patterns = [*(part._keep_in_fp32_modules_strict or ())]
+        patterns += (part._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
+        wide = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns) or "(?!)")
+        other |= {key: torch.float32 for key in part.state_dict() if wide.search(key)}
+        dtypes |= {full_name(path, key): expected for key, expected in other.items()}
     return dtypes
-
-
-def _dtype_exceptions(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """By the model that transformers makes in `dtype` from the config, on the meta device, and by its patterns."""
-    config = copy.deepcopy(model.config)
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        vars(config).pop(name, None)
-    try:
-        with torch.device("meta"):
-            made: nn.Module = own_class(type(model))._from_config(config, dtype=dtype)  # type: ignore[attr-defined]
-    except Exception:  # a class that is not made from a config
-        made = nn.Module()
-    other = {key: t.dtype for key, t in made.state_dict().items() if t.is_floating_point() and t.dtype != dtype}
-    patterns = [*(model._keep_in_fp32_modules_strict or ())]
-    patterns += (model._keep_in_fp32_modules or ()) if dtype == torch.float16 else ()
-    wide = [re.compile(pattern.replace("*", ".*")) for pattern in patterns]
-    return other | {key: torch.float32 for key in model.state_dict() if any(p.search(key) for p in wide)}

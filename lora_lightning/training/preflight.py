@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -124,9 +124,21 @@ def refuse_unlogged(trainer: Trainer, module: LoRAModule, schedule: Mapping[str,
     Args:
         schedule: the arguments of the learning rate's schedule; a ReduceLROnPlateau has `monitor` and `mode`.
     """
-    for who, monitor, mode in _monitored_metrics(trainer, schedule or {}):
+    watches, user_class = [], user_metrics_class(module)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        kind = type(callback)
+        is_known = kind.__module__.startswith((OURS, "lightning.pytorch."))
+        if not is_known or isinstance(callback, callbacks.LearningRateMonitor):
+            user_class = user_class or kind.__name__
+        saves = isinstance(callback, callbacks.ModelCheckpoint) and callback.save_top_k != 0
+        if saves or (isinstance(callback, callbacks.EarlyStopping) and callback.strict):
+            watches.append((kind.__name__, callback.monitor, callback.mode))
+    plateau = schedule or {}
+    watches.append(("ReduceLROnPlateau", plateau.get("monitor"), plateau.get("mode") or "min"))
+    for who, monitor, mode in watches:
+        if monitor in (None, "auto"):
+            continue
         better, near = module.task.better(monitor), why_unlogged(monitor, module)
-        user_class = user_metrics_class(module) or _user_callback(trainer)
         if near is None and better not in (None, mode):
             raise LoRAError(
                 f"{who} monitors '{monitor}' with mode {mode}, which takes the worst for the best: set mode to {better}"
@@ -145,31 +157,11 @@ def why_unlogged(metric: str, module: LoRAModule) -> str | None:
     return f"{did_you_mean(metric, known)} (logged are {', '.join(known)})"
 
 
-def _monitored_metrics(trainer: Trainer, schedule: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Who monitors a metric, which, and with which mode."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        waits = isinstance(callback, callbacks.ModelCheckpoint) and callback.save_top_k != 0
-        waits = waits or (isinstance(callback, callbacks.EarlyStopping) and callback.strict)
-        if waits and callback.monitor not in (None, "auto"):
-            yield type(callback).__name__, callback.monitor, callback.mode
-    if schedule.get("monitor") is not None:
-        yield "ReduceLROnPlateau", schedule["monitor"], schedule.get("mode") or "min"
-
-
 def user_metrics_class(module: LoRAModule) -> str | None:
     """The user's class, of the module or the task, that may log other metrics."""
     for owner, where in ((module, type(module).__module__), (module.task, type(module.task).update.__module__)):
         if not f"{where}.".startswith(OURS):
             return type(owner).__name__
-    return None
-
-
-def _user_callback(trainer: Trainer) -> str | None:
-    """The class of a callback whose metrics are unknown here; None without one."""
-    for kind in map(type, trainer.callbacks):  # type: ignore[attr-defined]
-        known = kind.__module__.startswith((OURS, "lightning.pytorch."))
-        if not known or issubclass(kind, callbacks.LearningRateMonitor):
-            return kind.__name__
     return None
 
 
@@ -193,8 +185,12 @@ def refuse_other_size(backbone: Any, task: Task, data: Any = None) -> None:
 
     Other backbones, and heads whose layers do not tell their size, are checked on the first batch.
     """
-    count = task.wanted_outputs()
-    sizes = [] if count is None or not is_a(backbone, HF_MODEL) else _sizes_beside_the_body(backbone)
+    count, sizes = task.wanted_outputs(), list[int]()  # of the head's layers
+    modules: dict[str, Any] = dict(backbone.named_modules())
+    if count is not None and is_a(backbone, HF_MODEL) and (body := backbone.base_model_prefix) in modules:
+        head = (module for name, module in modules.items() if not f"{name}.".startswith(f"{body}."))
+        layers = [layer for layer in head if isinstance(layer, nn.Linear | nn.Conv2d)]
+        sizes = [layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels for layer in layers]
     if not sizes or count in sizes:
         return
     label_names = getattr(data, "label_names", None) or ()
@@ -204,11 +200,3 @@ def refuse_other_size(backbone: Any, task: Task, data: Any = None) -> None:
         f"the backbone's head has {head_size} outputs (num_labels), and there must be {count}, one for each"
         f" {task.output_is}{label_list}: {'leave num_labels out' if label_names else f'num_labels: {count}'}"
     )
-
-
-def _sizes_beside_the_body(backbone: Any) -> list[int]:
-    """Output sizes of the head's layers, in order; empty for a model without a head."""
-    modules, body = dict(backbone.named_modules()), backbone.base_model_prefix
-    head = [m for name, m in modules.items() if body in modules and not f"{name}.".startswith(f"{body}.")]
-    layers = [module for module in head if isinstance(module, nn.Linear | nn.Conv2d)]
-    return [layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels for layer in layers]

@@ -83,14 +83,12 @@ class LoRATrainer(Trainer):
         is_fit = self.state.fn == TrainerFn.FITTING
         if is_fit and self._chooses_logging:
             self.log_every_n_steps = 1  # until steps are counted: Lightning warns of an interval longer than an epoch
-        folder = run.run_dir(self) if is_fit and self._is_first_process() else None
+        # `is_global_zero` is true everywhere until the strategy has set its ranks.
+        cluster = getattr(self.strategy, "cluster_environment", None)
+        is_first = cluster is None or (cluster.node_rank(), cluster.local_rank()) == (0, 0)
+        folder = run.run_dir(self) if is_fit and is_first else None
         with end_together(self, unless=(PreemptedError,)), run.lock_run(folder):
             return super()._run(*args, **kwargs)
-
-    def _is_first_process(self) -> bool:
-        """Whether this is rank 0; `is_global_zero` is true everywhere until the strategy has set its ranks."""
-        environment = getattr(self.strategy, "cluster_environment", None)
-        return environment is None or (environment.node_rank(), environment.local_rank()) == (0, 0)
 
     def _run_stage(self) -> Any:
         """Set what needs Lightning's signal handlers or its number of steps."""
