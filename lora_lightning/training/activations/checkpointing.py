@@ -54,10 +54,21 @@ class Recomputation:
     def _forward_of(self, name: str, block: nn.Module) -> Callable[..., Any]:
         """The checkpointed forward, the same object in each step: torch.compile would compile anew for another."""
         key = name, type(block)
-        if key not in self._forwards or "forward" in vars(block):
-            _refuse_moving_statistics(name, block)
-            self._forwards[key] = _recompute(block.forward)
-        return self._forwards[key]
+        if key in self._forwards and "forward" not in vars(block):
+            return self._forwards[key]
+        for inner, module in block.named_modules():
+            if (
+                isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm)
+                and not isinstance(module, FrozenStatistics)
+                and module.running_mean is not None
+                and module.training
+            ):
+                raise LoRAError(
+                    f"activation_checkpointing would count each batch twice in the statistics of '{name}.{inner}',"
+                    " which train as part of modules_to_save: leave that module, or activation_checkpointing, out"
+                )
+        self._forwards[key] = forward = _recompute(block.forward)
+        return forward
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the wrapped forwards, which belong to these blocks."""
@@ -95,18 +106,3 @@ def without_cache(backbone: nn.Module) -> Iterator[None]:
     finally:
         for config in configs:
             config.use_cache = True
-
-
-def _refuse_moving_statistics(name: str, block: nn.Module) -> None:
-    """Raise for a batch norm that trains: it would count each batch twice."""
-    for inner, module in block.named_modules():
-        if (
-            isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm)
-            and not isinstance(module, FrozenStatistics)
-            and module.running_mean is not None
-            and module.training
-        ):
-            raise LoRAError(
-                f"activation_checkpointing would count each batch twice in the statistics of '{name}.{inner}', which"
-                " train as part of modules_to_save: leave that module, or activation_checkpointing, out"
-            )

@@ -71,7 +71,9 @@ class Offload:
         self.moved = 0
 
         def pack(tensor: Tensor) -> Any:
-            if not self._is_moved(tensor, weights):
+            is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+            stays = is_weight or not _is_plain(tensor) or tensor.device.type in self.stays_on
+            if stays or tensor.nbytes < self.small or tensor.untyped_storage().data_ptr() in weights:
                 return tensor
             writes, waiting = seen.get(tensor, (None, None))
             if writes != count_writes(tensor):
@@ -85,12 +87,6 @@ class Offload:
 
         with saved_tensors_hooks(pack, unpack):
             yield
-
-    def _is_moved(self, tensor: Tensor, weights: set[int]) -> bool:
-        if not _is_plain(tensor) or tensor.device.type in self.stays_on or tensor.nbytes < self.small:
-            return False
-        is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
-        return not is_weight and tensor.untyped_storage().data_ptr() not in weights
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -181,21 +181,17 @@ def prediction_table(trainer: Trainer, module: LoRAModule, count: int) -> tuple[
         predictions = module.task.predict(module.backbone, batch)
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     names, tokenizer = getattr(data, "label_names", None), getattr(data, "tokenizer", None)
-    size = min(count, *map(len, predictions.values()))
+    size, labels = min(count, *map(len, predictions.values())), batch.get("labels")
+    targets = labels.tolist() if isinstance(labels, Tensor) and labels.dim() == 1 else []
+    if names:
+        targets = [names[t] if isinstance(t, int) and 0 <= t < len(names) else t for t in targets]
     table = []
     for row in rows([predictions], [range(size)], names):
         number = row.pop("row")  # in this batch, not in the set
-        beside = {"input": input_of(batch, number, tokenizer), "target": _target(batch, number, names)}
+        target = targets[number] if number < len(targets) else None
+        beside = {"input": input_of(batch, number, tokenizer), "target": target}
         table.append({name: value for name, value in beside.items() if value is not None} | row)
     return list(table[0]), [[_cell(row.get(name)) for name in table[0]] for row in table]
-
-
-def _target(batch: Mapping[str, Any], row: int, names: list[str] | None) -> Any:
-    labels = batch.get("labels")
-    if not isinstance(labels, Tensor) or labels.dim() != 1 or row >= len(labels):
-        return None
-    value = labels[row].item()
-    return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def _cell(value: Any) -> Any:
