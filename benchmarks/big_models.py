@@ -22,9 +22,7 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.measure import kept_bytes, machine, paired, ratios
 from lora_lightning import LoRAConfig, inject
-from lora_lightning.training.activations.checkpointing import Recomputation
-from lora_lightning.training.activations.compilation import Compilation
-from lora_lightning.training.activations.offloading import Offload
+from lora_lightning.training.activations import Compilation, Offload, Recomputation
 
 CHILD = """
 import sys, torch

@@ -71,9 +71,9 @@ from lora_lightning.training.optim import WarmupDecay as WarmupDecay
 from lora_lightning.training.population.halving import Halving as Halving
 from lora_lightning.training.population.population import Population as Population
 from lora_lightning.training.precision import HalfBase as HalfBase
-from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy as FSDP2Strategy
+from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy as FSDP2Strategy
+from lora_lightning.training.tracking.loggers import WandbLogger as WandbLogger
 from lora_lightning.training.tracking.wandb_callback import Tracking as Tracking
-from lora_lightning.training.tracking.wandb_logger import WandbLogger as WandbLogger
 from lora_lightning.training.trainer import LoRATrainer as LoRATrainer
 
 __all__: list[str]

@@ -220,7 +220,7 @@ by training/guards::test_another_metric_than_the_checkpoints_begins_its_own_best
 -        first = [Throughput, StepFigures, StopOnNonFinite, Resume, PredictionWriter, FreezeBase]
 +        first = [Throughput, StepFigures, Resume, PredictionWriter, FreezeBase]
 by training/guards::test_every_guard_is_on_by_default_in_the_command
-== loggers: the run of the newest state goes on, in training.tracking.wandb_logger.go_on_with
+== loggers: the run of the newest state goes on, in training.tracking.loggers.go_on_with
 -            logger.go_on_with(str(mine[1]))
 +            pass
 by training/logger_resume::test_only_the_newest_state_of_a_run_is_that_run_going_on

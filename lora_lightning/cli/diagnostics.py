@@ -291,7 +291,7 @@ def refuse_config(config: Any, words: Sequence[str]) -> None:
     loggers = config.get("trainer.logger")  # for a list jsonargparse would name the types that it tried, and no reason
     for logger in loggers if isinstance(loggers, list) else []:
         if str(logger.get("class_path")).endswith("WandbLogger") and logger.get("init_args.offline") is False:
-            from lora_lightning.training.tracking.wandb_logger import refuse_no_key
+            from lora_lightning.training.tracking.loggers import refuse_no_key
 
             refuse_no_key()
     strategy = config.get("trainer.strategy")

@@ -31,9 +31,8 @@ from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
 from lora_lightning.training.checkpoints.resume import Resume, next_log_step
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.preflight import refuse_contradictions, refuse_unsupported_name
-from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger, RepeatedCSVLogger
+from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
 from lora_lightning.training.tracking.wandb_callback import Tracking, go_on_with_run_of, log_config
-from lora_lightning.training.tracking.wandb_logger import go_on_with
 from lora_lightning.training.trainer import LoRATrainer, single_process_options
 
 LINKS = {

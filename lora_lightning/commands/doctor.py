@@ -144,7 +144,7 @@ def _is_there(requirement: Requirement) -> bool:
 
 def surroundings(runs: Path) -> Iterator[Finding]:
     """Weights & Biases, and the disk for the runs."""
-    from lora_lightning.training.tracking.wandb_logger import has_wandb_key
+    from lora_lightning.training.tracking.loggers import has_wandb_key
 
     where = "runs are uploaded" if has_wandb_key() else "no key here, so runs stay offline: wandb login"
     yield Finding("surroundings", "Weights & Biases", where)

@@ -26,7 +26,7 @@ from lora_lightning.lora.meta.empty_model import fill_from_files, inject_anywher
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.tasks.positions import refuse_long_rows, refuse_too_long
 from lora_lightning.training import initialization
-from lora_lightning.training.activations.compilation import TrainingForward
+from lora_lightning.training.activations import TrainingForward
 from lora_lightning.training.checkpoints import adapter_state
 from lora_lightning.training.checkpoints.resume import Resume
 from lora_lightning.training.loss_weighting import UnitMean, is_padding

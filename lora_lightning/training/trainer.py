@@ -22,8 +22,8 @@ from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.precision import LightningsWord, Word, lightning_precision, narrow_base
 from lora_lightning.training.preflight import refuse_arguments, refuse_unsupported, warn_of_few_cores
+from lora_lightning.training.strategies import fsdp2 as _fsdp2  # noqa: F401  (which names it `fsdp2`)
 from lora_lightning.training.strategies.endings import end_together, leave_on_sigterm, use_ending_launcher
-from lora_lightning.training.strategies.fsdp2 import strategy as _fsdp2  # noqa: F401  (which names it `fsdp2`)
 from lora_lightning.training.tracking.wandb_callback import log_export
 
 

@@ -19,7 +19,7 @@ from lora_lightning.commands.plan.parameter_count import terms_of
 from lora_lightning.commands.plan.step_cost import NUMBERS, step_cost
 from lora_lightning.lora.formats.peft.save import adapter_file_bytes
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.training.activations.compilation import TrainingForward
+from lora_lightning.training.activations import TrainingForward
 from tests.factories import FAMILIES
 from tests.lora.test_paper_counts import OF_C_ATTN, gpt
 

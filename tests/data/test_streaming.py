@@ -15,7 +15,7 @@ from lora_lightning import FreezeBase, LoRAConfig, LoRAError, LoRAModule, Resume
 from lora_lightning.data.language_modelling import Endless, LanguageModellingData, endless, share_of
 from lora_lightning.tasks.language_model import CausalLM
 from lora_lightning.training.optim import WarmupDecay
-from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
+from lora_lightning.training.tracking.loggers import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
 from tests.data import files
 from tests.data.files import ALL

@@ -25,7 +25,7 @@ from lora_lightning import (
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.training.checkpoints.loop_state import place_of
 from lora_lightning.training.optim import WarmupDecay
-from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
+from lora_lightning.training.tracking.loggers import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
 from tests.training import small
 

@@ -27,7 +27,7 @@ from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one
 from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.training.strategies import base as sharded_w0
-from lora_lightning.training.strategies.fsdp2.wrapping import shard
+from lora_lightning.training.strategies.fsdp2 import shard
 from tests.processes import in_processes
 from tests.training.resuming import whole
 

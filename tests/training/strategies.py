@@ -39,7 +39,7 @@ from lora_lightning.training import trainer as lightning_trainer
 from lora_lightning.training.callbacks.monitors import RankTelemetry
 from lora_lightning.training.strategies.base import local_shard
 from lora_lightning.training.strategies.collectives import gather
-from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy
+from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
 from tests.processes import REPOSITORY, in_processes
 from tests.tiny_lm import make_model, make_texts, make_tokenizer
 from tests.training.ragged import Ragged, adamw, module, rows

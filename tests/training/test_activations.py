@@ -16,9 +16,8 @@ from benchmarks.measure import kept_bytes
 from lora_lightning import LoRAConfig, LoRAError, inject, merge
 from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 from lora_lightning.lora.targets.blocks import repeated_blocks
-from lora_lightning.training.activations.checkpointing import Recomputation, without_cache
-from lora_lightning.training.activations.offloading import Offload, Waiting
-from lora_lightning.training.strategies.fsdp2.wrapping import shard
+from lora_lightning.training.activations import Offload, Recomputation, Waiting, without_cache
+from lora_lightning.training.strategies.fsdp2 import shard
 from tests.distributed import one_process
 from tests.factories import snapshot
 from tests.training.activations import IDS, MODELS, adapted, assert_same_step, step

@@ -11,8 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lightning import LoRAConfig, LoRAError, inject
-from lora_lightning.training.activations.checkpointing import Recomputation
-from lora_lightning.training.activations.compilation import Compilation, parts_to_compile
+from lora_lightning.training.activations import Compilation, Recomputation, parts_to_compile
 from tests.factories import distance, hf, move
 from tests.training.activations import DECODER, IDS, MODELS, PIXELS, TEXT, adapted, step
 from tests.training.small import trainer_of

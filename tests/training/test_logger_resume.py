@@ -10,8 +10,7 @@ import torch
 from lora_lightning import WandbLogger
 from lora_lightning.cli.main import resume_loggers
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
-from lora_lightning.training.tracking.wandb_logger import go_on_with, runs_of
+from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, go_on_with, runs_of
 from tests.command.warm import run_all
 from tests.training import resuming
 from tests.wandb_file import runs_in

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule, LoRATrainer, Supervised, WarmupDecay
 from lora_lightning.lora.frozen.quantization import hold_packing
 from lora_lightning.lora.frozen.tensors import adapter_tensors, iter_base
-from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
+from lora_lightning.training.checkpoints.resume import random_state, set_random_state
 from lora_lightning.training.population.halving import Standing, choose_dropped, parse_rungs, replay, rung_steps
 from lora_lightning.training.population.population import Halving, Interrupted, Population, copy_over_base
 from lora_lightning.training.strategies.collectives import gather
@@ -357,8 +357,8 @@ def test_rungs_are_ascending_shares_and_each_has_a_step():
 HEAP = """
 import resource
 import torch
-from lora_lightning.training.checkpoints.rng_state import random_state
-from lora_lightning.training.population.turns import Turns
+from lora_lightning.training.checkpoints.resume import random_state
+from lora_lightning.training.population.population import Turns
 
 def fit(number):
     for _ in range(3):

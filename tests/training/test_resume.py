@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lora_lightning import Checkpoints, FreezeBase, LoRAError, Resume
 from lora_lightning.data.dataset import DatasetData
-from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
+from lora_lightning.training.checkpoints.resume import random_state, set_random_state
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.training import ragged, strategies
 from tests.training.resuming import EveryState, at, checkpoints, differing, ended, fit, logged

@@ -14,8 +14,7 @@ from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.callbacks.monitors import FILE
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy
-from lora_lightning.training.strategies.fsdp2.wrapping import groups_of, named_blocks, shard
+from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy, groups_of, named_blocks, shard
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import run
 from tests.distributed import one_process

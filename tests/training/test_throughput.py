@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from lora_lightning import LoRAConfig, StepFigures, Throughput
 from lora_lightning.tasks.base import examples_in, tokens_in
 from lora_lightning.training.callbacks import steps
-from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
+from lora_lightning.training.tracking.loggers import ContinuedCSVLogger
 from tests.command.process import run
 from tests.training.conftest import by_step, finished
 from tests.training.resuming import logged

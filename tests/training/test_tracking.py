@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.tracking.wandb_logger import WandbLogger
+from lora_lightning.training.tracking.loggers import WandbLogger
 
 
 def test_one_run_holds_config_counts_and_summary_and_a_test_of_the_run_belongs_to_it(tracked):

@@ -17,11 +17,11 @@ from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import remove
 from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
-from lora_lightning.training.activations.compilation import TrainingForward
+from lora_lightning.training.activations import TrainingForward
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.optim import make_optimizer
 from lora_lightning.training.precision import load_dtypes
-from lora_lightning.training.strategies.fsdp2.wrapping import groups_of
+from lora_lightning.training.strategies.fsdp2 import groups_of
 
 PRECISIONS = {
     "float32": None,

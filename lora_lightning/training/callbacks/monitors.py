@@ -20,7 +20,7 @@ from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.loop_state import is_between_steps, logged_steps
 from lora_lightning.training.module import LoRAModule, lora_module
 from lora_lightning.training.strategies.collectives import gather
-from lora_lightning.training.tracking.csv_logger import keep_before
+from lora_lightning.training.tracking.loggers import keep_before
 
 FILE = "rank.csv"
 HEADER = ["step", "layer", *rank.NAMES]

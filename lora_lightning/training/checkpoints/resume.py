@@ -8,9 +8,11 @@ whether a fit had ended early. docs/resume.md says what is exact and what is not
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,10 +26,8 @@ from torchmetrics import Metric, MetricCollection
 from lora_lightning.lora.errors import first_few
 from lora_lightning.training.checkpoints import loop_state
 from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
-from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
 from lora_lightning.training.strategies.collectives import gather
-from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
-from lora_lightning.training.tracking.wandb_logger import runs_of
+from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, runs_of
 
 MOVES = {"base_lrs", "last_epoch", "best", "num_bad_epochs", "cooldown_counter"}
 MOVES |= {"_last_lr", "_step_count", "_get_lr_called_within_step", "_is_initial"}
@@ -201,3 +201,29 @@ def _plain(value: Any) -> Any:
         return None if None in parts else parts
     value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     return value if isinstance(value, bool | int | float | str) else None
+
+
+def random_state() -> dict[str, Any]:
+    """The random states of Python, numpy, torch on the CPU and on this process's GPU."""
+    version, words, gauss = random.getstate()
+    kind, keys, place, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, torch.tensor(words), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(place), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = {torch.cuda.current_device(): torch.cuda.get_rng_state()}
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restore a state of `random_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    kind, keys, place, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), place, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available():
+        for cuda in state.get("cuda", {}).values():  # this process's device may have another number now
+            torch.cuda.set_rng_state(cuda.cpu())

@@ -30,7 +30,7 @@ from torchmetrics import Metric
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import StepOutput, Task
 from lora_lightning.tasks.positions import in_evaluation
-from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
+from lora_lightning.training.checkpoints.resume import random_state, set_random_state
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.collectives import gather
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import functools
 import json
@@ -9,7 +10,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from lora_lightning.lora.meta.empty_model import fill_from_files
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints.loop_state import is_between_steps
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints, PreemptedError
-from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
+from lora_lightning.training.checkpoints.resume import random_state, set_random_state
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.population import halving as rules
 from lora_lightning.training.population.halving import Halving, Standing
-from lora_lightning.training.population.turns import Turns
+from lora_lightning.training.population.heap import share_heap
 from lora_lightning.training.precision import convert
 from lora_lightning.training.strategies.base import ShardedStrategy
 from lora_lightning.training.strategies.collectives import gather, run_in_first
@@ -321,3 +322,56 @@ def _record_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Turns:
+    """A fit `run`, which calls `pause` where others may go on, with its random states and the file it prints to.
+
+    Lightning's loop cannot be left and entered again, so each fit runs in a thread, and at most one thread goes on at a
+    time, with the random states and the screen of its fit. So a fit computes what it computes alone.
+    """
+
+    def __init__(self, run: Callable[[], object], random: dict[str, Any], log: Path | None = None) -> None:
+        share_heap()
+        self._log, self._random = log, random
+        self._threads = torch.get_num_threads()
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self.error: BaseException | None = None
+        self.is_over = False
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._run, run), daemon=True)
+        self._thread.start()
+
+    def _run(self, run: Callable[[], object]) -> None:
+        self._go.acquire()
+        torch.set_num_threads(self._threads)  # torch keeps their number by thread
+        try:
+            run()
+        except BaseException as error:  # an error ends this fit alone
+            self.error = error
+        self.is_over = True
+        self._back.release()
+
+    def pause(self) -> None:
+        """Called in the fit: let others go on until its next turn."""
+        self._back.release()
+        self._go.acquire()
+
+    def resume(self) -> None:
+        """Let the fit go on until it pauses or is over."""
+        before = random_state()
+        set_random_state(self._random)
+        try:
+            with ExitStack() as stack:
+                if self._log is not None:
+                    self._log.parent.mkdir(parents=True, exist_ok=True)
+                    file = stack.enter_context(self._log.open("a", encoding="utf-8"))
+                    stack.enter_context(redirect_stdout(file))
+                    stack.enter_context(redirect_stderr(file))
+                self._go.release()
+                self._back.acquire()
+            if self.is_over:
+                self._thread.join()
+        finally:
+            self._random = random_state()
+            set_random_state(before)

@@ -26,8 +26,8 @@ from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import is_sharded
-from lora_lightning.training.tracking.wandb_logger import WandbLogger as ResumableWandbLogger
-from lora_lightning.training.tracking.wandb_logger import go_on_with
+from lora_lightning.training.tracking.loggers import WandbLogger as ResumableWandbLogger
+from lora_lightning.training.tracking.loggers import go_on_with
 
 LARGE = 2 * 10**9
 """Bytes above which an artifact refers to a file in place of copying it."""

@@ -1,4 +1,0 @@
-"""Options of a training step's forward: activation checkpointing, offloading, compilation.
-
-Imports lora.
-"""
