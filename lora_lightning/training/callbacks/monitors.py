@@ -43,9 +43,7 @@ class Monitor(Callback):
         if stage == "fit":
             lora_module(pl_module, self)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if self.every_n_steps and not is_between_steps(trainer) and trainer.global_step % self.every_n_steps == 0:
             self._log(trainer, pl_module, logged_steps(trainer))
 

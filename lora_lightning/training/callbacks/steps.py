@@ -88,9 +88,7 @@ class Throughput(Callback):
             if (tokens := tokens_in(batch)) is not None:
                 self._tokens = self._tokens + tokens
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if is_between_steps(trainer):
             return
         step, logged = logged_steps(trainer) + 1, is_logged(trainer)

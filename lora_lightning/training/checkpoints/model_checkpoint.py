@@ -101,9 +101,7 @@ class Checkpoints(ModelCheckpoint):
         if self._leaves:
             self._leave(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save in an epoch's middle. Where a validation or the epoch's end follows, a later hook saves."""
         if is_between_steps(trainer) or trainer.global_step == self._steps:
             return  # between steps, or where a loss scaler has skipped one
