@@ -76,25 +76,23 @@ class Recomputation:
                     f"activation_checkpointing would count each batch twice in the statistics of '{name}.{inner}',"
                     " which train as part of modules_to_save: leave that module, or activation_checkpointing, out"
                 )
-        self._forwards[key] = forward = _recompute(block.forward)
-        return forward
+        forward = block.forward
+
+        def recompute(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            args = tuple(None if _is_cache(arg) else arg for arg in args)
+            kwargs = {name: None if name in CACHES or _is_cache(value) else value for name, value in kwargs.items()}
+            if kwargs.get("use_cache"):
+                kwargs["use_cache"] = False
+            return checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False)
+
+        self._forwards[key] = recompute
+        return recompute
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the wrapped forwards, which belong to these blocks."""
         return {**self.__dict__, "_forwards": {}}
-
-
-def _recompute(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        args = tuple(None if _is_cache(arg) else arg for arg in args)
-        kwargs = {name: None if name in CACHES or _is_cache(value) else value for name, value in kwargs.items()}
-        if kwargs.get("use_cache"):
-            kwargs["use_cache"] = False
-        return checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False)
-
-    return run
 
 
 def _is_cache(value: Any) -> bool:

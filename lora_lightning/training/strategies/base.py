@@ -44,19 +44,17 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     """W0's fingerprint, as in `lora.frozen`; of a sharded model all processes must call it."""
     if not is_sharded(model):
         return of_one_process(model)
-    tensors, local_digests = base_tensors(model), dict[str, str]()
-    waiting: dict[str, Future[dict[str, str]]] = {}
+    tensors, waiting = base_tensors(model), list[Future[dict[str, str]]]()
     with ThreadPoolExecutor(max_workers=1) as pool:
         for number, (name, tensor) in enumerate(tensors.items()):
             to = number % world_size()
-            for earlier in waiting.values() if to == rank() else ():
-                earlier.result()  # frees the tensor before the next one comes
+            if to == rank() and waiting:
+                waiting[-1].result()  # frees the tensor before the next one comes
             whole = gather_to(tensor, to)
             if whole is not None:
-                waiting[name] = pool.submit(digests, {name: whole})
-        for future in waiting.values():
-            local_digests |= future.result()
-    by_name = {name: digest for part in gather(local_digests) for name, digest in part.items()}
+                waiting.append(pool.submit(digests, {name: whole}))
+        parts = gather([future.result() for future in waiting])
+    by_name = {name: digest for part in parts for each in part for name, digest in each.items()}
     return fingerprint_of_digests({name: by_name[name] for name in tensors})
 
 

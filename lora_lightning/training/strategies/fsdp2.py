@@ -297,7 +297,16 @@ def shard(
         )
     chosen = groups_of(backbone) if blocks is None else named_blocks(backbone, blocks)
     whole = parameters_left_whole(backbone, chosen)
-    _report_blocks(backbone, chosen, whole, mesh.size())
+    if chosen:
+        kinds = ", ".join(dict.fromkeys(type(block).__name__ for block in chosen.values()))
+        beside = f"; whole in each process, as scalars or shared by blocks: {first_few(list(whole))}" if whole else ""
+        lie = f"FSDP2: W0 and the adapter lie in {mesh.size()} parts"
+        rank_zero_info(f"{lie}; gathered one by one: {len(chosen)} x {kinds}{beside}")
+    else:
+        rank_zero_warn(
+            f"FSDP2: no repeated blocks were found in {type(backbone).__name__}, so it is gathered as one, all of W0 at"
+            " a time; FSDP2Strategy.blocks names modules to gather one by one"
+        )
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(whole.values())}
     options["offload_policy"] = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     done: set[int] = set()
@@ -342,19 +351,6 @@ def broadcast_unsharded(module: nn.Module, device: torch.device, done: set[int])
         tensor.data = tensor.data.to(device).contiguous()  # FSDP2 takes no other
         if world_size() > 1 and tensor.numel():
             distributed.broadcast(tensor.data.reshape(-1).view(torch.uint8), src=0)
-
-
-def _report_blocks(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[str, Any], count: int) -> None:
-    if blocks:
-        kinds = ", ".join(dict.fromkeys(type(block).__name__ for block in blocks.values()))
-        rank_zero_info(f"FSDP2: W0 and the adapter lie in {count} parts; gathered one by one: {len(blocks)} x {kinds}")
-    else:
-        rank_zero_warn(
-            f"FSDP2: no repeated blocks were found in {type(backbone).__name__}, so it is gathered as one, all of W0 at"
-            " a time; FSDP2Strategy.blocks names modules to gather one by one"
-        )
-    if whole:
-        rank_zero_info(f"FSDP2: every process holds the whole of {first_few(list(whole))}, scalars or shared by blocks")
 
 
 def groups_of(model: nn.Module) -> dict[str, nn.Module]:
