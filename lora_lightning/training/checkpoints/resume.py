@@ -19,11 +19,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 
 from lora_lightning.lora.errors import first_few
+from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints import loop_state
 from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.strategies.collectives import gather
@@ -136,14 +136,10 @@ def next_log_step(place: Mapping[str, Any], stepped: int) -> int:
 
 def _train_metrics(module: LightningModule) -> Iterator[tuple[str, Metric]]:
     """The task's training metrics by name."""
-    task = getattr(module, "task", None)
-    for kind in ("losses", "metrics"):
-        by_stage = getattr(task, kind, None)
-        metrics = by_stage["train_"] if isinstance(by_stage, nn.ModuleDict) and "train_" in by_stage else None
-        if isinstance(metrics, MetricCollection):
-            yield from ((f"{kind}.{name}", metric) for name, metric in metrics.items(keep_base=True, copy_state=False))
-        elif isinstance(metrics, Metric):
-            yield kind, metrics
+    if isinstance(task := getattr(module, "task", None), Task):
+        collection: Any = task.metrics["train_"]
+        yield "losses", task.losses["train_"]  # type: ignore[misc]
+        yield from ((f"metrics.{n}", metric) for n, metric in collection.items(keep_base=True, copy_state=False))
 
 
 def plateaus_due(trainer: Trainer, place: loop_state.Place) -> dict[int, Any]:
