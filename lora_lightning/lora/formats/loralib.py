@@ -113,34 +113,35 @@ def _find_factors(
     tensors: Mapping[str, Tensor], model: nn.Module, r: int, enable_lora: Sequence[bool] | None
 ) -> dict[str, Factors]:
     """A and B of every adapted module in our layout, in the file's order."""
-    modules = dict(named_modules(model))
+    modules, factors = dict(named_modules(model)), dict[str, Factors]()
     names = list(dict.fromkeys(k.rpartition(".")[0] for k in tensors if k.endswith((".lora_A", ".lora_B"))))
     if unknown := [name for name in names if name not in modules]:
         missing = first_few([f"'{name}'" for name in unknown], 10)
         raise AdapterError(f"the model has no module {missing}{did_you_mean(unknown[0], modules)}")
     if lonely := [f"{n}.{x}" for n in names for x in ("lora_A", "lora_B") if f"{n}.{x}" not in tensors]:
         raise AdapterError(f"the checkpoint lacks {len(lonely)} tensors: {first_few(lonely, 10)}")
-    pairs = {name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
-    return {name: _factors(name, modules[name], A, B, r, enable_lora) for name, (A, B) in pairs.items()}
-
-
-def _factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int, enabled: Sequence[bool] | None) -> Factors:
-    if A.dim() != 2 or B.dim() != 2:
-        raise AdapterError(f"'{name}': lora_A and lora_B must be matrices, got {tuple(A.shape)} and {tuple(B.shape)}")
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return _conv_factors(name, module, A, B, r)
-    if isinstance(module, nn.Embedding):  # h = W0[x] + s B A[:, x] in both: A is (r, V), B is (d, r)
-        _expect(name, A, B, (r, module.num_embeddings), (module.embedding_dim, r), r)
-        if module.max_norm is not None:
-            raise AdapterError(
-                f"'{name}' has max_norm, under which loralib rewrites A as it looks rows up: no form here"
-            )
-        return Factors(A, B, r)
-    kind = kind_of(module)
-    if kind is None or not kind.linear_like:
-        raise AdapterError(f"'{name}', a {type(module).__name__}, is of no kind that loralib adapts")
-    out, width = module.get_parameter("weight").shape
-    return _linear_factors(name, (width, out) if kind is LoRAConv1D else (out, width), A, B, r, enabled)
+    for name in names:
+        module, A, B = modules[name], tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
+        kind = kind_of(module)
+        if A.dim() != 2 or B.dim() != 2:
+            both = f"{tuple(A.shape)} and {tuple(B.shape)}"
+            raise AdapterError(f"'{name}': lora_A and lora_B must be matrices, got {both}")
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            factors[name] = _conv_factors(name, module, A, B, r)
+        elif isinstance(module, nn.Embedding):  # h = W0[x] + s B A[:, x] in both: A is (r, V), B is (d, r)
+            _expect(name, A, B, (r, module.num_embeddings), (module.embedding_dim, r), r)
+            if module.max_norm is not None:
+                raise AdapterError(
+                    f"'{name}' has max_norm, under which loralib rewrites A as it looks rows up: no form here"
+                )
+            factors[name] = Factors(A, B, r)
+        elif kind is not None and kind.linear_like:
+            out, width = module.get_parameter("weight").shape
+            shape = (width, out) if kind is LoRAConv1D else (out, width)
+            factors[name] = _linear_factors(name, shape, A, B, r, enable_lora)
+        else:
+            raise AdapterError(f"'{name}', a {type(module).__name__}, is of no kind that loralib adapts")
+    return factors
 
 
 def _linear_factors(

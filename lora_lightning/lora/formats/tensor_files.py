@@ -160,8 +160,7 @@ def file_pieces(
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, piece by piece; `bytes_of` returns a tensor's, (bytes,), one at a time."""
     yield file_header(entries, metadata)
-    for key in entries:
-        yield memoryview(bytes_of(key).numpy())  # type: ignore[arg-type]
+    yield from (memoryview(bytes_of(key).numpy()) for key in entries)  # type: ignore[arg-type]
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:

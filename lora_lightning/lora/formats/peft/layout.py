@@ -220,7 +220,19 @@ def fold_for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLay
     Raises:
         AdapterError: vLLM cannot serve the adapter; the error lists the reasons.
     """
-    if without := [f"{what}: {first_few(names)}" for what, names in _without_form(model, layouts).items() if names]:
+    reasons: dict[str, list[str]] = {
+        "DoRA": [one.name for one in layouts if one.layer.lora_settings.use_dora],
+        "a bias on B (lora_bias)": [one.name for one in layouts if one.layer.lora_settings.lora_bias],
+        "modules trained in full (modules_to_save)": [name for name, _ in grafted_modules(model, SavedCopy)],
+        "trained token rows": [name for name, _ in grafted_modules(model, TokenRows)],
+        "trained biases": [name for name, _ in grafted_modules(model, TrainedBias)],
+    }
+    for one in sorted(layouts, key=lambda one: one.layer.kind):
+        if not isinstance(one.layer, LoRALinear):
+            reasons.setdefault(f"an adapter on {one.layer.kind}", []).append(one.name)
+        elif one.name != one.peft_name:
+            reasons.setdefault("an adapter in nn.MultiheadAttention", []).append(one.name)
+    if without := [f"{what}: {first_few(names)}" for what, names in reasons.items() if names]:
         raise AdapterError(
             f"vLLM takes A and B of linear layers alone and has no form for {'; '.join(without)}: serve the merged"
             " model"
@@ -253,20 +265,3 @@ def vllm_targets(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
                 f"'{twin}' is adapted and '{other}', whose name ends in it, is not: no list tells them apart"
             )
     return sorted(names)
-
-
-def _without_form(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, list[str]]:
-    """What vLLM cannot serve, with the names of the modules that have it."""
-    reasons: dict[str, list[str]] = {
-        "DoRA": [one.name for one in layouts if one.layer.lora_settings.use_dora],
-        "a bias on B (lora_bias)": [one.name for one in layouts if one.layer.lora_settings.lora_bias],
-        "modules trained in full (modules_to_save)": [name for name, _ in grafted_modules(model, SavedCopy)],
-        "trained token rows": [name for name, _ in grafted_modules(model, TokenRows)],
-        "trained biases": [name for name, _ in grafted_modules(model, TrainedBias)],
-    }
-    for one in sorted(layouts, key=lambda one: one.layer.kind):
-        if not isinstance(one.layer, LoRALinear):
-            reasons.setdefault(f"an adapter on {one.layer.kind}", []).append(one.name)
-        elif one.name != one.peft_name:
-            reasons.setdefault("an adapter in nn.MultiheadAttention", []).append(one.name)
-    return reasons

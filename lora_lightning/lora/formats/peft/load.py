@@ -250,17 +250,31 @@ def resolve(
         end = next((end for end in (*keys.A_ENDS, *keys.OTHER_ENDS, keys.TOKENS_END) if f".{name}".endswith(end)), "")
         path = f".{name}".removesuffix(end).removeprefix(".")  # empty for the model itself
         if end in keys.A_ENDS:
-            _add_adapted(path, tensor, modules, contents)
+            rank = tensor.shape[0] if tensor.dim() else 0
+            path, depth = strip_wrappers(path, modules)
+            parameters = modules[path]._parameters if path in modules else {}
+            adapted = [key for key in parameters if matches(peft.get("target_parameters") or [], full_name(path, key))]
+            if depth >= len(adapted):
+                contents.modules[path] = rank
+            elif (parameter := parameters[adapted[-1 - depth]]) is not None:
+                stacked = parameter.shape[0] if parameter.dim() == 3 else 1
+                contents.parameters[full_name(path, adapted[-1 - depth])] = rank // stacked
         elif end == keys.TOKENS_END:
             contents.tokens.append(path)
         elif not end and not keys.is_trained_bias(name, peft, modules):
             if plain in state and not keys.saved_module(plain, listed):
                 if plain.endswith(".weight") and any(torch.equal(tensor, copy) for copy in copies):
                     listed.append(plain.removesuffix(".weight"))
-                else:
-                    here = read(plain) if read else state[plain]
+                elif (here := read(plain) if read else state[plain]) is not None:
                     is_written = plain in tables or (wrappers > 0 and plain.endswith(".weight"))
-                    if here is not None and _is_base_copy(plain, tensor, here, is_written, allow_other_base):
+                    is_copy = torch.equal(tensor.to(here.dtype), here.cpu())
+                    if is_written and not is_copy and not allow_other_base:
+                        raise AdapterError(
+                            f"the adapter holds a weight of '{plain.removesuffix('.weight')}' that is not this model's:"
+                            " load the base that it was made on (resized as it was there), or pass"
+                            " allow_other_base=True to keep this model's"
+                        )
+                    if is_copy or is_written:
                         continue
             others.append(name)
         contents.tensors[PREFIX + name] = tensor
@@ -270,32 +284,6 @@ def resolve(
         raise AdapterError(f"the model has no module {missing}: {len(unknown)} of the adapter's are missing{hint}")
     contents.saved = _saved_modules(others, listed, modules)
     return contents
-
-
-def _is_base_copy(name: str, tensor: Tensor, here: Tensor, is_written: bool, allow_other_base: bool) -> bool:
-    """Whether a tensor is a copy of W0; an AdapterError where PEFT writes one there and it is another model's."""
-    if torch.equal(tensor.to(here.dtype), here.cpu()):
-        return True
-    if is_written and not allow_other_base:
-        raise AdapterError(
-            f"the adapter holds a weight of '{name.removesuffix('.weight')}' that is not this model's: load the base"
-            " that it was made on (resized as it was there), or pass allow_other_base=True to keep this model's"
-        )
-    return is_written
-
-
-def _add_adapted(path: str, A: Tensor, modules: Mapping[str, nn.Module], contents: Contents) -> None:
-    """Add the module or bare parameter with an A at `path` to `contents`."""
-    plain, depth = strip_wrappers(path, modules)
-    rank = A.shape[0] if A.dim() else 0
-    parameters = modules[plain]._parameters if plain in modules else {}
-    entries = contents.peft.get("target_parameters") or []
-    adapted = [key for key in parameters if matches(entries, full_name(plain, key))]
-    if depth >= len(adapted):
-        contents.modules[plain] = rank
-    elif (parameter := parameters[adapted[-1 - depth]]) is not None:
-        stacked = parameter.shape[0] if parameter.dim() == 3 else 1
-        contents.parameters[full_name(plain, adapted[-1 - depth])] = rank // stacked
 
 
 def _fitting_hint(unknown: list[str], modules: Collection[str]) -> str:
@@ -356,21 +344,6 @@ def refuse_other_targets(contents: Contents, model: nn.Module) -> None:
             raise AdapterError(f"{CONFIG} adapts '{name}' and {WEIGHTS} has no tensors for it")
 
 
-def refuse_other_arithmetic(contents: Contents, model: nn.Module) -> None:
-    """Refuse a file in which PEFT trained another update than ours; warn of attentions, where it counts one twice."""
-    modules = {name: get_module(model, name) for name in contents.modules}
-    if unlike := [name for name, module in modules.items() if is_conv_unlike_peft(module)]:
-        raise AdapterError(
-            f"PEFT pads the update of {first_few([repr(name) for name in unlike])} with zeros and does not dilate it,"
-            " whatever the convolution does: no weight of W0's shape holds what it trained; train it anew here"
-        )
-    if twice := [name for name, module in modules.items() if isinstance(module, OutProj)]:
-        warn(
-            f"PEFT (0.21.2) trains with twice the update in {first_few([repr(name) for name in twice])} (its issue"
-            " 3774), here it counts once: double these layers' lora_B for what PEFT computes"
-        )
-
-
 def config_for(
     contents: Contents, record: Record | None, model: nn.Module, alphas_in_doubt: Mapping[str, float]
 ) -> LoRAConfig:
@@ -388,7 +361,17 @@ def config_for(
     alphas = find_alphas(peft, {name: _peft_name(name, model) for name in ranks}, ranks, alphas_in_doubt)
     dropouts, slices = (record.dropouts, record.slices) if record else ({}, {})
     if record is None:
-        refuse_other_arithmetic(contents, model)
+        modules = {name: get_module(model, name) for name in contents.modules}
+        if unlike := [name for name, module in modules.items() if is_conv_unlike_peft(module)]:
+            raise AdapterError(
+                f"PEFT pads the update of {first_few([repr(name) for name in unlike])} with zeros and does not dilate"
+                " it, whatever the convolution does: no weight of W0's shape holds what it trained; train it anew here"
+            )
+        if twice := [name for name, module in modules.items() if isinstance(module, OutProj)]:
+            warn(
+                f"PEFT (0.21.2) trains with twice the update in {first_few([repr(name) for name in twice])} (its issue"
+                " 3774), here it counts once: double these layers' lora_B for what PEFT computes"
+            )
     else:
         # The zeros of a projection that is not adapted are not in the record.
         ranks = {name: rank for name, rank in ranks.items() if name in record.settings}

@@ -198,16 +198,8 @@ def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str,
     trained = [name for kind in (TrainedBias, TokenRows, SavedCopy) for name, _ in grafted_modules(model, kind)]
     inside = list(dict.fromkeys(name for name in layers + trained if name.startswith(hosts)))
     yield "looks elsewhere for what is trained inside a module with adapted parameters", inside
-    fused = _names_fused_as_experts(model, owners)
-    yield "may take these for fused experts as it reads the config, and drop their update", fused
-
-
-def _names_fused_as_experts(model: nn.Module, owners: Mapping[str, nn.Module]) -> list[str]:
-    """Dense and shared layers with the names that PEFT fuses in a transformers model with stacked experts."""
-    if not is_a(get_module(model, ""), HF_MODEL):
-        return []
     stacks = {n for _, m in named_modules(model) for n, p in m._parameters.items() if p is not None and p.dim() == 3}
-    if "down_proj" not in stacks:
-        return []
-    ends = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-    return [n for n, m in owners.items() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in ends]
+    if "down_proj" in stacks and is_a(get_module(model, ""), HF_MODEL):  # dense and shared layers have the same names
+        ends = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+        fused = [n for n, m in owners.items() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in ends]
+        yield "may take these for fused experts as it reads the config, and drop their update", fused
