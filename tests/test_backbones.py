@@ -15,8 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM
 
 from lora_lightning import LoRAConfig, LoRAError, huggingface, inject, merge
-from lora_lightning.backbones.gguf import directory_and_file
-from lora_lightning.backbones.locate import refuse_not_there
+from lora_lightning.backbones.locate import directory_and_file, refuse_not_there
 from lora_lightning.backbones.vision import timm_model, torchvision_model
 from lora_lightning.cli.main import LoRACLI
 from tests.factories import hf

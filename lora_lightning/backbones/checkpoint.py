@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError
@@ -58,10 +57,16 @@ class BaseFiles:
                 # A copy, since a merge that unties two matrices changes the config.
                 return cls._from_config(copy.deepcopy(config), dtype=dtype)  # type: ignore[no-any-return,no-untyped-call]
 
-        labels = _labels(make(), files.tensors)
-        if labels is not None:
-            config.num_labels = labels
-            heads = {name: getattr(config, name) for name in ("id2label", "label2id")}
+        plain = make()
+        state, number = plain.state_dict(), plain.config.num_labels
+        for key, tensor in canonical_keys(files.tensors, dict(plain.named_modules())).items():
+            expected = state.get(key.removeprefix(PREFIX))
+            if expected is None or not expected.dim() or expected.shape[1:] != tensor.shape[1:]:
+                continue
+            if expected.shape[0] == number != tensor.shape[0]:  # a head of another size
+                config.num_labels = int(tensor.shape[0])
+                heads = {name: getattr(config, name) for name in ("id2label", "label2id")}
+                break
         return make, heads
 
 
@@ -106,15 +111,3 @@ def _model_class(config: PretrainedConfig, task: str) -> type[PreTrainedModel]:
         what = f"'{named}', which transformers does not have" if named else "no architecture"
         raise LoRAError(f"{CONFIG} names {what}: merge it in memory with load_adapter and merge")
     return getattr(transformers, named)  # type: ignore[no-any-return]
-
-
-def _labels(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
-    """The number of classes where the adapter brings a head of another size than the config's."""
-    state, number = model.state_dict(), model.config.num_labels
-    for key, tensor in canonical_keys(tensors, dict(model.named_modules())).items():
-        expected = state.get(key.removeprefix(PREFIX))
-        if expected is None or not expected.dim() or expected.shape[1:] != tensor.shape[1:]:
-            continue
-        if expected.shape[0] == number != tensor.shape[0]:
-            return int(tensor.shape[0])
-    return None

@@ -11,8 +11,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from lora_lightning.backbones.gguf import directory_and_file, forget_gguf
-from lora_lightning.backbones.locate import refuse_not_there, resolve
+from lora_lightning.backbones.locate import directory_and_file, refuse_not_there, resolve
 from lora_lightning.backbones.meta_device import load_on_meta
 from lora_lightning.backbones.tokenizers import load_tokenizer, quiet
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
@@ -94,7 +93,11 @@ def huggingface(
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError, ImportError) as error:
         raise LoRAError(_fault(pretrained_model_name_or_path, error)) from error
     if gguf:
-        forget_gguf(model)
+        # transformers still marks what it read as quantized, and would not save it.
+        for mark in ("hf_quantizer", "quantization_method"):
+            model.__dict__.pop(mark, None)
+        model.config.__dict__.pop("quantization_config", None)
+        model.is_quantized = False  # type: ignore[assignment]
         model.config.name_or_path = pretrained_model_name_or_path  # the file's is a title, such as Smollm2 135M
     if add_tokens:
         grow(model, add_tokens, tokenizer or load_tokenizer(pretrained_model_name_or_path))
@@ -153,7 +156,16 @@ def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
     kwargs = {"ignore_mismatched_sizes": True, **kwargs}
     model, info = cls.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
-    model.new_keys = _new_keys(model, sorted({*info["missing_keys"], *mismatched}))
+    model.new_keys = sorted({*info["missing_keys"], *mismatched})  # of a new head or pooler, or the weights lack them
+    prefix = f"{model.base_model_prefix}."
+    has_head = any(key.startswith(prefix) for key in model.state_dict())
+    # Encoders trained on masked words come without a pooler.
+    body = [k for k in model.new_keys if (k.startswith(prefix) or not has_head) and "pooler." not in k]
+    if body:
+        raise LoRAError(
+            f"the weights have no values for {len(body)} tensors of {type(model).__name__}, first '{body[0]}': they are"
+            " incomplete or belong to another architecture"
+        )
     _unquantize(model, {key.rpartition(".")[0] for key in model.new_keys})
     return model
 
@@ -175,23 +187,3 @@ def _from_config(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any
     if cls.__name__.startswith("Auto"):
         return cls.from_config(config, dtype=getattr(torch, dtype), **attention)
     return cls(config).to(getattr(torch, dtype))
-
-
-def _new_keys(model: Any, without: list[str]) -> list[str]:
-    """The keys that the weights have no values for; they may be those of a new head or pooler.
-
-    Encoders trained on masked words come without a pooler.
-
-    Raises:
-        LoRAError: the weights lack another tensor.
-    """
-    prefix = f"{model.base_model_prefix}."
-    has_head = any(key.startswith(prefix) for key in model.state_dict())
-    body = [key for key in without if key.startswith(prefix) or not has_head]
-    body = [key for key in body if "pooler." not in key]
-    if body:
-        raise LoRAError(
-            f"the weights have no values for {len(body)} tensors of {type(model).__name__}, first '{body[0]}': they are"
-            " incomplete or belong to another architecture"
-        )
-    return without

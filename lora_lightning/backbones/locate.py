@@ -1,8 +1,8 @@
-"""Where files are: on disk, inside an installed package, or on the Hugging Face hub."""
+"""Where files are: on disk, inside an installed package, in a GGUF file, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 from pathlib import Path
 
 from lora_lightning.lora.errors import LoRAError, near_misses
@@ -22,13 +22,32 @@ def resolve(path: str) -> str:
     if not path.startswith(SCHEME):
         return path
     name, _, inner = path.removeprefix(SCHEME).partition("/")
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    spec = find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise LoRAError(f"'{path}' names the package '{name}', which is not installed: pip install it")
     folder = Path(spec.submodule_search_locations[0]) / inner
     if not folder.exists():
         raise LoRAError(f"the package '{name}' holds no '{inner}'")
     return str(folder)
+
+
+def directory_and_file(name: str) -> tuple[str, dict[str, str]]:
+    """The file's directory and the `gguf_file` argument with which transformers opens it; other names unchanged.
+
+    Args:
+        name: a hub name, a directory, or a GGUF file.
+
+    Raises:
+        LoRAError: it is a GGUF file and the package that reads them is missing.
+    """
+    file = Path(name)
+    if file.suffix != ".gguf":
+        return name, {}
+    if not file.is_file():
+        raise LoRAError(f"no file {name}")
+    if find_spec("gguf") is None:
+        raise LoRAError(f"{file.name} needs the package that reads GGUF files: pip install 'lora_lightning[lm]'")
+    return str(file.parent), {"gguf_file": file.name}
 
 
 def refuse_not_there(kind: str, name: str) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, modeling_utils
 from lora_lightning.backbones.key_mapping import groups_to_load
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.tensor_files import DTYPES
-from lora_lightning.lora.meta.key_mapping import Base, base_of, keep_files
+from lora_lightning.lora.meta.key_mapping import base_of, keep_files
 
 NOT_ON_META = (
     "random_weights", "add_tokens", "gguf_file", "quantization_config", "device_map", "key_mapping",
@@ -92,21 +92,21 @@ def _tie_equal(model: PreTrainedModel) -> None:
     base = base_of(model)
     assert base is not None
     keys: dict[str, str] = model.all_tied_weights_keys
-    untied = [pair for pair in keys.items() if model.get_parameter(pair[0]) is not model.get_parameter(pair[1])]
-    equal = {target for target, source in untied if _same(model, base, target, source)}
-    for target in {target for target, _ in untied} - equal:
-        keys.pop(target)
+    stored, equal = base.checkpoint.stored, set[str]()
+    for target, source in list(keys.items()):
+        if model.get_parameter(target) is model.get_parameter(source):
+            continue
+        dtype, groups = model.get_parameter(target).dtype, (base.of_name[target], base.of_name[source])
+        if all(group.is_alone for group in groups):
+            one, other = (stored[group.stored[0]] for group in groups)
+            pairs = zip(one.blocks(), other.blocks(), strict=True)
+            same = one.shape == other.shape and all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pairs)
+        else:
+            values = [group.load({key: stored[key].read().to(dtype) for key in group.stored}) for group in groups]
+            same = torch.equal(values[0][target], values[1][source])
+        if same:
+            equal.add(target)
+        else:
+            keys.pop(target)
     if equal:
         model.tie_weights(missing_keys=equal, recompute_mapping=False)
-
-
-def _same(model: PreTrainedModel, base: Base, target: str, source: str) -> bool:
-    """Whether the files hold the same values under both names, in the dtype of the model."""
-    dtype, groups = model.get_parameter(target).dtype, (base.of_name[target], base.of_name[source])
-    stored = base.checkpoint.stored
-    if all(group.is_alone for group in groups):
-        one, other = (stored[group.stored[0]] for group in groups)
-        pairs = zip(one.blocks(), other.blocks(), strict=True)
-        return one.shape == other.shape and all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pairs)
-    values = [group.load({key: stored[key].read().to(dtype) for key in group.stored}) for group in groups]
-    return torch.equal(values[0][target], values[1][source])

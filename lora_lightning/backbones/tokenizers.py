@@ -11,8 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lora_lightning.backbones.gguf import directory_and_file
-from lora_lightning.backbones.locate import refuse_not_there, resolve
+from lora_lightning.backbones.locate import directory_and_file, refuse_not_there, resolve
 from lora_lightning.lora.errors import LoRAError, first_line
 
 FILES = r"tokenizer|vocab|\.model$|tekken"

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning.export.model_files import is_transformers, processing_of, write_labels
-from lora_lightning.export.options import FORMATS, REPORT, check_target, parse_options
+from lora_lightning.export.options import FORMATS, REPORT, parse_options
 from lora_lightning.export.probe_batch import probe_from
 from lora_lightning.export.staging import stage_folder
 from lora_lightning.export.verification import ExportReport, Proof
 from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.lora.formats.atomic_dir import write_bytes
+from lora_lightning.lora.formats.atomic_dir import refuse_occupied, write_bytes
 from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.dtype import DType, float_dtype
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
@@ -75,13 +75,18 @@ def export(
         MergeError: W0 moved in training, or the exported model's outputs differ by more than the tolerance.
     """
     wanted, to_dtype = parse_options(formats, dtype, max_shard_size, serving, scale)
-    target = check_target(Path(output_dir))
+    target = Path(output_dir)
+    refuse_occupied(target, "an export", REPORT)
     report = ExportReport(str(target), wanted, label_names=label_names, scale=float(scale))
     report.trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     report.total = sum(p.numel() for p in backbone.parameters())
     needed = bytes_needed(backbone, wanted, to_dtype)
     with in_evaluation(backbone), torch.no_grad(), scaled(backbone, scale), stage_folder(target, needed) as folder:
-        _check_w0(backbone, w0, report)
+        after = fingerprint(backbone)
+        report.w0_before, report.w0_after, report.w0_unchanged = w0.digest, after.digest, w0.digest == after.digest
+        if not report.w0_unchanged:
+            moved = w0.differences(after)
+            raise MergeError(f"W0 moved in training: {len(moved)} tensors, first '{moved[0]}'; nothing was exported")
         proof = Proof(backbone, probe_from(backbone, task, batch, example), report, to_dtype)
         candidates = [tokenizer, image_processor if is_transformers(backbone) else None]
         processing = [part for part in candidates if part is not None] or processing_of(backbone)
@@ -116,26 +121,15 @@ def bytes_needed(backbone: nn.Module, formats: Iterable[str], dtype: torch.dtype
         floats, sizes = float_dtype(backbone), {}
         for module in backbone.modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None and id(tensor) not in adapter:
-                    sizes[id(tensor)] = _plain_bytes(module, name, tensor, dtype, floats)
+                if tensor is None or id(tensor) in adapter:
+                    continue
+                if name == "weight" and isinstance(module, nn.Linear) and scheme(module) is not None:
+                    sizes[id(tensor)] = module.in_features * module.out_features * (dtype or floats).itemsize
+                else:
+                    to = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+                    sizes[id(tensor)] = tensor.numel() * to.itemsize
         needed += sum(sizes.values())
     return needed
-
-
-def _plain_bytes(module: nn.Module, name: str, tensor: Tensor, to: torch.dtype | None, floats: torch.dtype) -> int:
-    if name == "weight" and isinstance(module, nn.Linear) and scheme(module) is not None:
-        return module.in_features * module.out_features * (to or floats).itemsize
-    dtype = to if to and tensor.is_floating_point() else tensor.dtype
-    return tensor.numel() * dtype.itemsize
-
-
-def _check_w0(backbone: nn.Module, before: Fingerprint, report: ExportReport) -> None:
-    after = fingerprint(backbone)
-    report.w0_before, report.w0_after = before.digest, after.digest
-    report.w0_unchanged = before.digest == after.digest
-    if not report.w0_unchanged:
-        moved = before.differences(after)
-        raise MergeError(f"W0 moved in training: {len(moved)} tensors, first '{moved[0]}'; nothing was exported")
 
 
 def _weights(folder: Path) -> tuple[int, int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,23 +77,16 @@ def merge_on_disk(
     try:
         # with room for headers, tokenizer and config
         with stage_folder(target, merge.size + merge.size // 100 + 2**24) as folder:
-            with _progress(merge.size) as advance:
-                report = merge.write(folder, advance)
+            columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+            with Progress(*columns, disable=merge.size < 2**29, transient=True) as bar:  # small models need none
+                task = bar.add_task("merging", total=merge.size)
+                report = merge.write(folder, lambda count: bar.advance(task, count))
             _write_side_files(base, folder, merge, report, heads)
     except OSError as error:
         raise LoRAError(f"'{target}' cannot be written ({error}); it is as it was") from error
     if warning := rounding_warning(report.kept, to_dtype or main_dtype(merge.checkpoint)):
         warnings.warn(warning, AdapterWarning, stacklevel=2)
     return report
-
-
-@contextmanager
-def _progress(size: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar over bytes, hidden for small models."""
-    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=size < 2**29, transient=True) as bar:
-        task = bar.add_task("merging", total=size)
-        yield lambda count: bar.advance(task, count)
 
 
 def _write_side_files(
@@ -109,10 +102,19 @@ def _write_side_files(
             (folder / inner).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / inner)
     text = (base / CONFIG).read_text(encoding="utf-8")
-    config = _edit_config(json.loads(text), merge, heads)
-    if config != json.loads(text):
-        text = _json(config)
-    write_bytes(folder / CONFIG, text.encode())
+    config = json.loads(text)
+    # Only the merge's changes: new labels, the class, the dtype, and ties.
+    edited = {**config, **heads, "architectures": [type(merge.plain).__name__]}
+    if merge.dtype is not None:
+        edited["dtype"] = dtype_name(merge.dtype)
+        edited.pop("torch_dtype", None)  # the field's older name
+    if merge.untied and merge.plain.config.tie_word_embeddings is False:  # type: ignore[union-attr]
+        edited["tie_word_embeddings"] = False
+        decoder = merge.plain.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+        for name, part in config.items():
+            if isinstance(part, dict) and getattr(merge.plain.config, name, None) is decoder:
+                edited[name] = {**part, "tie_word_embeddings": False}
+    write_bytes(folder / CONFIG, (text if edited == config else _json(edited)).encode())
     if merge.checkpoint.index is not None:
         index: dict[str, Any] = dict(merge.checkpoint.index)
         index["weight_map"] = {key: file for file, keys in report.files.items() for key in sorted(keys)}
@@ -124,21 +126,6 @@ def _write_side_files(
 
 def _json(values: Mapping[str, Any]) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
-def _edit_config(config: dict[str, Any], merge: StreamedMerge, heads: Mapping[str, Any]) -> dict[str, Any]:
-    """The base's config with only the merge's changes: new labels in `heads`, the class, the dtype, and ties."""
-    edited = {**config, **heads, "architectures": [type(merge.plain).__name__]}
-    if merge.dtype is not None:
-        edited["dtype"] = dtype_name(merge.dtype)
-        edited.pop("torch_dtype", None)  # the field's older name
-    if merge.untied and merge.plain.config.tie_word_embeddings is False:  # type: ignore[union-attr]
-        edited["tie_word_embeddings"] = False
-        text = merge.plain.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
-        for name, part in config.items():
-            if isinstance(part, dict) and getattr(merge.plain.config, name, None) is text:
-                edited[name] = {**part, "tie_word_embeddings": False}
-    return edited
 
 
 def _refuse_target(target: Path, read: Mapping[str, Path]) -> None:

@@ -45,10 +45,18 @@ def write_merged(
     folder.mkdir(parents=True)
     if is_transformers(plain):
         config: Any = plain.config
-        _name_labels(config, label_names)
+        known = getattr(config, "id2label", None) or {}
+        is_unnamed = all(name == f"LABEL_{i}" for i, name in known.items())  # by transformers' default
+        if label_names and is_unnamed and getattr(config, "num_labels", None) == len(label_names):
+            config.id2label = dict(enumerate(label_names))
+            config.label2id = {name: i for i, name in enumerate(label_names)}
         if problem_type is not None:
             config.problem_type = problem_type
-        _forget_quantization(plain)
+        quantizer: Any = getattr(plain, "hf_quantizer", None)
+        if quantizer is not None:  # its marks would quantize the plain files when they are loaded
+            quantizer.remove_quantization_config(plain)
+            for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+                plain.__dict__.pop(flag, None)
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         try:
             with quiet():
@@ -80,13 +88,9 @@ def state_without_ties(model: nn.Module) -> dict[str, Tensor]:
             groups.setdefault(tensor.untyped_storage().data_ptr() or key, {})[key] = tensor
     state: dict[str, Tensor] = {}
     for group in groups.values():
-        whole = next((key for key, tensor in group.items() if _is_whole(tensor)), None)
+        whole = next((key for key, t in group.items() if t.nbytes == t.untyped_storage().nbytes()), None)
         state |= {whole: group[whole]} if whole else {key: tensor.clone() for key, tensor in group.items()}
     return {key: tensor.contiguous() for key, tensor in state.items()}
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    return tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 def reader(plain: nn.Module, folder: Path) -> Callable[[], nn.Module]:
@@ -130,21 +134,3 @@ def processing_of(backbone: nn.Module) -> list[Any]:
     with quiet(), contextlib.suppress(Exception):  # many kinds, for a model without one
         return [transformers.AutoProcessor.from_pretrained(name)]  # type: ignore[no-untyped-call]
     return []
-
-
-def _name_labels(config: Any, names: list[str] | None) -> None:
-    """Write the label names into a config that has as many labels and only transformers' default names."""
-    if not names or getattr(config, "num_labels", None) != len(names):
-        return
-    if all(name == f"LABEL_{i}" for i, name in (config.id2label or {}).items()):
-        config.id2label = dict(enumerate(names))
-        config.label2id = {name: i for i, name in enumerate(names)}
-
-
-def _forget_quantization(model: nn.Module) -> None:
-    """Remove transformers' marks of quantization, which would quantize the plain files when they are loaded."""
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)
-        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-            model.__dict__.pop(flag, None)

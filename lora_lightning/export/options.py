@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
 from lora_lightning.lora.bank.strength import refuse_strength
 from lora_lightning.lora.errors import LoRAError, did_you_mean
-from lora_lightning.lora.formats.atomic_dir import refuse_occupied
 from lora_lightning.lora.frozen.dtype import DType, parse_dtype
 
 FORMATS = ("adapter", "merged")
@@ -56,9 +54,3 @@ def parse_options(
     if scale == 0:
         raise LoRAError("scale must be above 0, got 0: an export of it would be the base that the run began with")
     return wanted, to_dtype
-
-
-def check_target(target: Path) -> Path:
-    """Raise a LoRAError where `target` holds something other than an older export; returns `target`."""
-    refuse_occupied(target, "an export", REPORT)
-    return target

@@ -59,15 +59,12 @@ def first_batch(loaders: Iterable[Any], module: LightningModule) -> dict[str, An
         return {key: move_data_to_device(value, module.device) for key, value in batch.items()}
     if batch is None or _example(backbone, module.example_input_array) is not None:
         return None
+    parts = f" of {', '.join(type(part).__name__ for part in batch)}" if isinstance(batch, tuple | list) else ""
     raise LoRAError(
         "an export is proven on a batch that names the backbone's arguments, such as {'input_ids': tensor}; the data's"
-        f" first is {_describe(batch)}: let collate_fn return a dict, or give the module an example_input_array"
+        f" first is a {type(batch).__name__}{parts}: let collate_fn return a dict, or give the module an"
+        " example_input_array"
     )
-
-
-def _describe(batch: Any) -> str:
-    parts = f" of {', '.join(type(part).__name__ for part in batch)}" if isinstance(batch, tuple | list) else ""
-    return f"a {type(batch).__name__}{parts}"
 
 
 def probe_from(backbone: nn.Module, task: Task, batch: Mapping[str, Any] | None, example: Any = None) -> Probe:
@@ -90,22 +87,17 @@ def probe_from(backbone: nn.Module, task: Task, batch: Mapping[str, Any] | None,
             f"there is no batch to prove the export of {type(backbone).__name__} on: give the config a data section,"
             " or the model an example_input_array"
         )
+    if not isinstance(example, Mapping):
+        values = example if isinstance(example, tuple | list) else (example,)
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        names = [name for name, p in inspect.signature(backbone.forward).parameters.items() if p.kind in kinds]
+        example = dict(zip(names, values, strict=False))
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
-    return Probe(move_data_to_device(_as_keywords(backbone, example), device), "example_input_array")
+    return Probe(move_data_to_device(dict(example), device), "example_input_array")
 
 
 def _example(backbone: nn.Module | None, example: Any) -> Any:
     return getattr(backbone, "example_input_array", None) if example is None else example
-
-
-def _as_keywords(backbone: nn.Module, example: Any) -> dict[str, Any]:
-    """A tensor, a tuple or a mapping as arguments by name."""
-    if isinstance(example, Mapping):
-        return dict(example)
-    values = example if isinstance(example, tuple | list) else (example,)
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    names = [name for name, p in inspect.signature(backbone.forward).parameters.items() if p.kind in kinds]
-    return dict(zip(names, values, strict=False))
 
 
 def first_rows(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,29 +73,19 @@ def difference(adapted: list[Tensor], exported: list[Tensor], what: str) -> Diff
     Raises:
         MergeError: there is nothing to compare, or the outputs differ in number or shapes.
     """
-    shapes = [tuple(t.shape) for t in adapted]
-    if [tuple(t.shape) for t in exported] != shapes:
-        raise MergeError(f"{what} returns {len(exported)} outputs, {_shapes(exported)}, for {_shapes(adapted)}")
+    shapes, theirs = ([tuple(t.shape) for t in tensors] for tensors in (adapted, exported))
+    if theirs != shapes:
+        first = [", ".join(map(str, each[:4])) + (", ..." if len(each) > 4 else "") for each in (theirs, shapes)]
+        raise MergeError(f"{what} returns {len(theirs)} outputs, {first[0]}, for {first[1]}")
     if not any(torch.isfinite(t).any() for t in adapted):
         raise MergeError("the adapted model returns no finite number for the probe: nothing can be compared")
-    figures = torch.stack([_farthest(a.double(), b.double()) for a, b in zip(adapted, exported, strict=True)])
-    largest, relative = figures.amax(0).tolist()
-    return Difference(outputs=len(adapted), max_abs_diff=largest, max_rel_diff=relative)
-
-
-def _farthest(a: Tensor, b: Tensor) -> Tensor:
-    """Largest |b - a|, and that over the largest finite |a|; a NaN in one of the two passes through."""
-    equal = (a == b) | (a.isnan() & b.isnan())
-    far, size = (_largest(x) for x in (torch.where(equal, 0.0, (a - b).abs()), a[a.isfinite()].abs()))
-    return torch.stack([far, far / size.clamp_min(torch.finfo(torch.float32).tiny)])
-
-
-def _largest(values: Tensor) -> Tensor:
-    return values.max() if values.numel() else values.new_zeros(())
-
-
-def _shapes(tensors: list[Tensor]) -> str:
-    return ", ".join(str(tuple(t.shape)) for t in tensors[:4]) + (", ..." if len(tensors) > 4 else "")
+    largest = relative = torch.zeros((), dtype=torch.float64)
+    for a, b in ((a.double(), b.double()) for a, b in zip(adapted, exported, strict=True) if a.numel()):
+        far = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs()).max()
+        size = torch.where(a.isfinite(), a.abs(), 0.0).max().clamp_min(torch.finfo(torch.float32).tiny)
+        # Unlike Python's `max`, it passes a NaN on.
+        largest, relative = torch.maximum(largest, far), torch.maximum(relative, far / size)
+    return Difference(outputs=len(adapted), max_abs_diff=largest.item(), max_rel_diff=relative.item())
 
 
 def tolerance(backbone: nn.Module, dtype: torch.dtype | None = None) -> tuple[float, str]:

@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from lora_lightning.export.export import export
-from lora_lightning.export.options import FORMATS, check_target, parse_options
+from lora_lightning.export.options import FORMATS, REPORT, parse_options
 from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.export.verification import ExportReport
+from lora_lightning.lora.formats.atomic_dir import refuse_occupied
 from lora_lightning.lora.formats.peft.layout import fold_for_vllm, layer_layouts, vllm_targets
 from lora_lightning.lora.frozen.dtype import DType
 from lora_lightning.lora.frozen.tensors import adapter_tensors
@@ -62,7 +63,7 @@ class ExportAtEnd(Callback):
             return
         backbone = lora_module(pl_module, self).backbone
         if (folder := run.run_dir(trainer)) is not None:
-            check_target(Path(self.output_dir or folder / run.EXPORT))
+            refuse_occupied(Path(self.output_dir or folder / run.EXPORT), "an export", REPORT)
         if self.options["serving"] == "vllm":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the export shows them
