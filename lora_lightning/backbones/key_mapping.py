@@ -55,11 +55,6 @@ def groups_of(model: PreTrainedModel, checkpoint: Checkpoint, *, to_write: bool 
     return groups + [fusion.group(checkpoint, to_write=to_write) for fusion in fusions.values()]
 
 
-def groups_to_load(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Group]:
-    """The groups of `groups_of` for reading only."""
-    return groups_of(model, checkpoint, to_write=False)
-
-
 def name_of(model: PreTrainedModel, key: str) -> str:
     """The name in the model of the tensor that a file holds under `key`."""
     renamings, converters = _rules(model)

@@ -99,11 +99,9 @@ def _near(name: str, before: str = "; ", after: str = "") -> str:
     """Suggest paths on this disk with a similar name, in the same folder or in one with a similar name."""
     path = Path(name).expanduser()
     folders = [path.parent]
-    if not path.parent.is_dir() and path.parent.parent.is_dir():
-        folders = [path.parent.with_name(n) for n in near_misses(path.parent.name, _folders_in(path.parent.parent), 2)]
-    nearest = [f"'{folder / n}'" for folder in folders for n in near_misses(path.name, _folders_in(folder), 2)]
+    if not path.parent.is_dir():
+        beside = [folder.name for folder in path.parent.parent.glob("*/")]
+        folders = [path.parent.with_name(n) for n in near_misses(path.parent.name, beside, 2)]
+    inside = {folder: [inner.name for inner in folder.glob("*/")] for folder in folders}
+    nearest = [f"'{folder / n}'" for folder, names in inside.items() for n in near_misses(path.name, names, 2)]
     return f"{before}did you mean {' or '.join(nearest)}?{after}" if nearest else ""
-
-
-def _folders_in(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []

@@ -8,6 +8,7 @@ of the right shape on the meta device.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, modeling_utils
 
-from lora_lightning.backbones.key_mapping import groups_to_load
+from lora_lightning.backbones.key_mapping import groups_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.tensor_files import DTYPES
 from lora_lightning.lora.meta.key_mapping import base_of, keep_files
@@ -54,7 +55,7 @@ def load_on_meta(load: Callable[[], PreTrainedModel], given: Mapping[str, Any]) 
             f"{type(model).__name__} was not built on the meta device: its weights are no safetensors files, or this"
             " version of transformers opens them in another way; leave on_meta out"
         )
-    keep_files(model, list(dict.fromkeys(files)), groups_to_load)
+    keep_files(model, list(dict.fromkeys(files)), partial(groups_of, to_write=False))
     _tie_equal(model)
     return model
 

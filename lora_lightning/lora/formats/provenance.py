@@ -74,7 +74,6 @@ def write_record(
     model: nn.Module,
     layouts: list[LayerLayout],
     tensors: Mapping[str, Tensor],
-    dropouts: dict[str, float],
     config: Mapping[str, Any],
     *,
     digests: bool = True,
@@ -84,12 +83,13 @@ def write_record(
     Without `digests`, for tensors without values where only the length is needed, every digest is zeros.
     """
     blank = Fingerprint("0" * 64, {} if digests else dict.fromkeys(base_tensors(model), "0" * 16))
+    dropouts = {one.name: one.layer.lora_settings.dropout for one in layouts}
     slices = {one.name: one.layer.lora_settings.slices for one in layouts if one.one_alpha is None}
     return Record(
         base=fingerprint(model) if digests else blank,
         adapter=fingerprint_of_tensors(tensors).digest if digests else blank.digest,
         settings={one.name: one.loaded_settings for one in layouts},
-        dropouts=dropouts,
+        dropouts={name: dropout for name, dropout in dropouts.items() if dropout != config["lora_dropout"]},
         slices={name: parts.to_spec() for name, parts in slices.items() if parts},
         config=config_digests(config),
     ).to_metadata()

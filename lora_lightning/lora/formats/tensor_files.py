@@ -237,36 +237,33 @@ class Checkpoint:
 
     def __init__(self, directory: Path, names: Sequence[str] = ()) -> None:
         self.directory = directory
-        self.index = None if names else _read_index(directory)
+        self.index: dict[str, dict[str, str]] | None = None
         self.files: dict[str, list[str]] = {}
         """The keys of each file, in the file's order."""
         self.stored: dict[str, Stored] = {}
         self.metadata: dict[str, dict[str, str]] = {}
-        if self.index is not None:
-            names = sorted(set(self.index["weight_map"].values()))
-        for name in names or [SINGLE]:
+        if not names and not (directory / SINGLE).is_file():  # what transformers looks for first
+            self.index = _read_index(directory)
+        places = self.index["weight_map"] if self.index else {}
+        for name in names or sorted(set(places.values())) or [SINGLE]:
             pieces, self.metadata[name] = read_header(directory / name)
             if twice := next((key for key in pieces if key in self.stored), None):
                 # transformers takes the last one, but the index names one file
-                named = f"; {INDEX} names {self.index['weight_map'].get(twice, 'neither')}" if self.index else ""
+                named = f"; {INDEX} names {places.get(twice, 'neither')}" if self.index else ""
                 both = f"{self.stored[twice].path.name} and {name}"
                 raise LoRAError(f"'{twice}' is in two files of {directory}, {both}{named}: download it again")
             self.files[name] = list(pieces)
             self.stored |= pieces
-        lost = sorted(set(self.index["weight_map"]) - self.stored.keys()) if self.index else []
-        if lost:
+        if lost := sorted(places.keys() - self.stored.keys()):
             raise LoRAError(
                 f"{directory / INDEX} names tensors that no file holds ({first_few(lost)}): download it again"
             )
 
 
-def _read_index(directory: Path) -> dict[str, dict[str, str]] | None:
+def _read_index(directory: Path) -> dict[str, dict[str, str]]:
     path = directory / INDEX
-    if (directory / SINGLE).is_file():  # what transformers looks for first
-        return None
     if not directory.is_dir():
-        beside = [path.name for path in Path(directory).parent.glob("*") if path.is_dir()]
-        near = did_you_mean(Path(directory).name, beside)
+        near = did_you_mean(directory.name, [folder.name for folder in directory.parent.glob("*/")])
         hub = ": a model of the hub has to be downloaded first (hf download NAME)"
         raise LoRAError(f"no folder '{directory}'{near or hub}")
     if not path.is_file():

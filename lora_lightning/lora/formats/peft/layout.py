@@ -161,8 +161,11 @@ def zero_factors(layouts: list[LayerLayout]) -> dict[str, Tensor]:
     return zeros
 
 
-def bias_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
-    """PEFT's key of each trained bias, by our key: inside the wrapper where PEFT wraps the module."""
+def other_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
+    """PEFT's key of each tensor of `modules_to_save` and each trained bias, by our key.
+
+    A bias is inside the wrapper where PEFT wraps its module.
+    """
     inside = {one.path: f"{one.prefix}.base_layer" for one in layouts}
     for one in layouts:
         if isinstance(one.layer, LoRAParameter):
@@ -170,10 +173,10 @@ def bias_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
             inside[owner] = inside.get(owner, owner) + ".base_layer"
         elif isinstance(one.layer, LoRAMultiheadAttention):
             inside.setdefault(full_name(one.path, "out_proj"), full_name(one.path, "base_layer.out_proj.base_layer"))
-    return {
-        full_name(name, "lora_trained_bias"): full_name(inside.get(name, name).removeprefix("."), "bias")
-        for name, _ in grafted_modules(model, TrainedBias)
-    }
+    keys = {key: copy_key(key) for key in adapter_tensors(model) if copy_key(key) != key}
+    for name, _ in grafted_modules(model, TrainedBias):
+        keys[full_name(name, "lora_trained_bias")] = full_name(inside.get(name, name).removeprefix("."), "bias")
+    return keys
 
 
 def to_peft(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, Tensor]:
@@ -183,8 +186,7 @@ def to_peft(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, Tensor]:
     for layout in layouts:
         tensors |= layout.tensors()
     tensors |= {token_key(name): embedding.lora_tokens for name, embedding in grafted_modules(model, TokenRows)}
-    tensors |= {theirs: trained[ours] for ours, theirs in bias_keys(model, layouts).items()}
-    tensors |= {copy_key(key): tensor for key, tensor in trained.items() if copy_key(key) != key}
+    tensors |= {theirs: trained[ours] for ours, theirs in other_keys(model, layouts).items()}
     return {PREFIX + key: tensor for key, tensor in tensors.items()}
 
 
@@ -201,9 +203,7 @@ def from_peft(model: nn.Module, file: Mapping[str, Tensor], token_ids: Callable[
         ids = token_ids(name)
         rising = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
         ours[full_name(name, "lora_tokens")] = file[token_key(name)][rising]
-    ours |= {key: file[theirs] for key, theirs in bias_keys(model, layouts).items()}
-    ours |= {key: file[copy_key(key)] for key in adapter_tensors(model) if copy_key(key) != key}
-    return ours
+    return ours | {key: file[theirs] for key, theirs in other_keys(model, layouts).items()}
 
 
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

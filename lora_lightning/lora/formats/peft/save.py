@@ -82,7 +82,7 @@ def save_adapter(
     config = _config(model, layouts, base_model_name_or_path, task_type)
     if serving == "vllm":
         config["target_modules"] = vllm_targets(model, layouts)
-    record = write_record(model, layouts, tensors, _dropouts(layouts)[1], config)
+    record = write_record(model, layouts, tensors, config)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_together(Path(directory), {WEIGHTS: file_content(tensors, record), CONFIG: text.encode()})
     return Path(directory)
@@ -95,7 +95,7 @@ def adapter_file_bytes(
     layouts = layer_layouts(model)
     tensors = to_peft(model, layouts)
     config = _config(model, layouts, base_model_name_or_path, task_type)
-    return file_size(tensors, write_record(model, layouts, tensors, _dropouts(layouts)[1], config, digests=False))
+    return file_size(tensors, write_record(model, layouts, tensors, config, digests=False))
 
 
 def _config(
@@ -115,7 +115,7 @@ def _config(
         "base_model_name_or_path": base_model_name_or_path or config_name or None,
         "task_type": _task(model, task_type),
         **ranks_and_alphas(ranks, {layout.peft_name: layout.alpha for layout in layouts}),
-        "lora_dropout": _dropouts(layouts)[0],
+        "lora_dropout": _common_dropout(layouts),
         # Where a name is also the dotted end of another module's, one regular expression.
         "target_modules": "|".join(map(re.escape, modules)) if is_ambiguous else sorted(modules),
         "target_parameters": parameters or None,
@@ -140,12 +140,10 @@ def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> d
     return {"r": r, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
 
 
-def _dropouts(layouts: list[LayerLayout]) -> tuple[float, dict[str, float]]:
-    """The most common dropout, for PEFT's config, which holds one, and those that differ by module, for the record."""
-    dropouts = {layout.name: layout.layer.lora_settings.dropout for layout in layouts}
-    counts = Counter(dropouts.values())
-    common = max(counts, key=lambda dropout: (counts[dropout], dropout), default=0.0)
-    return common, {name: dropout for name, dropout in dropouts.items() if dropout != common}
+def _common_dropout(layouts: list[LayerLayout]) -> float:
+    """The most common dropout, for PEFT's config, which holds one; the record holds those that differ."""
+    counts = Counter(layout.layer.lora_settings.dropout for layout in layouts)
+    return max(counts, key=lambda dropout: (counts[dropout], dropout), default=0.0)
 
 
 def _task(model: nn.Module, task_type: str | None) -> str | None:
@@ -181,8 +179,9 @@ def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str,
     places = Counter(module for _, module in named_modules(model, remove_duplicate=False))
     twice = [one.name for one in layouts if places[one.layer.lora_owner] > 1]
     yield "adapts one place of a module that stands in several", twice
-    dropout, others = _dropouts(layouts)
-    yield f"knows one dropout, {dropout:g}, and would train on with it in", [*others]
+    dropout = _common_dropout(layouts)
+    others = [one.name for one in layouts if one.layer.lora_settings.dropout != dropout]
+    yield f"knows one dropout, {dropout:g}, and would train on with it in", others
     in_attention = [one.name for one in layouts if one.name != one.peft_name]
     yield "counts the update of an attention's out_proj twice (its issue 3774)", in_attention
     owners = {one.name: one.layer.lora_owner for one in layouts}
