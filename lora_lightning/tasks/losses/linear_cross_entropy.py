@@ -112,16 +112,28 @@ def linear_cross_entropy(
     by_hidden = torch.zeros_like(hidden if hidden.requires_grad else hidden[:0])
     sums: dict[Tensor, Tensor] = {}  # of the gradients of what trains
     size = rows_at_once(hidden, vocabulary)
+    is_frozen_product = is_product and not any(p.requires_grad for p in parameters)
+    # One piece of memory for all chunks: the C heap would keep some of those that are freed beside the next.
+    memory = hidden.new_empty(min(size, len(hidden)) if is_frozen_product else 0, vocabulary)
     for start in range(0, max(len(hidden), 1), size):  # without rows once too, so that gradients are zeros
         part = slice(start, start + size)
-        h = hidden[part].detach().requires_grad_(hidden.requires_grad)
-        # A product of two dimensions takes less memory than one of three.
-        out = F.linear(h, *parameters) if is_product else head(h.unsqueeze(0)).squeeze(0)
+        h = hidden[part].detach()
+        if is_frozen_product:
+            weight, *bias = parameters
+            out = memory[: len(h)]
+            torch.addmm(bias[0], h, weight.T, out=out) if bias else torch.mm(h, weight.T, out=out)
+        else:
+            h.requires_grad_(hidden.requires_grad)
+            # A product of two dimensions takes less memory than one of three.
+            out = F.linear(h, *parameters) if is_product else head(h.unsqueeze(0)).squeeze(0)
         logits = out.detach().to(wide, copy=not is_product)
-        losses, hits = loss_of_logits_(logits, labels[part], terms, label_smoothing, out.requires_grad)
+        needs_gradient = out.requires_grad or (is_frozen_product and hidden.requires_grad)
+        losses, hits = loss_of_logits_(logits, labels[part], terms, label_smoothing, needs_gradient)
         loss += losses.sum()
         correct += hits.sum()
-        if out.requires_grad:  # `logits` has its gradient now
+        if is_frozen_product and needs_gradient:
+            torch.mm(out.copy_(logits), parameters[0], out=by_hidden[part])
+        elif needs_gradient:  # `logits` has its gradient now
             leaves = _leaves(out)
             gradients = torch.autograd.grad(out, leaves, logits.to(out.dtype))
             for leaf, gradient in zip(leaves, gradients, strict=True):
