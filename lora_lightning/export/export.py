@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,20 +13,24 @@ import torch
 from torch import nn
 
 from lora_lightning.export.model_files import is_transformers, processing_of, write_labels
-from lora_lightning.export.options import FORMATS, REPORT, parse_options
 from lora_lightning.export.probe_batch import probe_from
 from lora_lightning.export.staging import stage_folder
 from lora_lightning.export.verification import ExportReport, Proof
-from lora_lightning.lora.bank.strength import scaled
-from lora_lightning.lora.errors import MergeError
+from lora_lightning.lora.bank.strength import refuse_strength, scaled
+from lora_lightning.lora.errors import LoRAError, MergeError, did_you_mean
 from lora_lightning.lora.formats.atomic_dir import refuse_occupied, write_bytes
 from lora_lightning.lora.formats.peft.save import save_adapter
-from lora_lightning.lora.frozen.dtype import DType, float_dtype
+from lora_lightning.lora.frozen.dtype import DType, float_dtype, parse_dtype
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.positions import in_evaluation
+
+FORMATS = ("adapter", "merged")
+REPORT = "export_report.json"
+SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
+"""A size as huggingface_hub's `parse_size_to_int` reads it."""
 
 BESIDE = 32_000_000
 """Bytes for the files beside the weights: tokenizers are up to this large."""
@@ -111,6 +116,45 @@ def export(
             report.merged_dir = str(target / "merged")
         write_bytes(folder / REPORT, (json.dumps(asdict(report), indent=2) + "\n").encode())
     return report
+
+
+def parse_options(
+    formats: str | Iterable[str],
+    dtype: DType = "auto",
+    max_shard_size: int | str | None = None,
+    serving: str | None = None,
+    scale: float = 1.0,
+) -> tuple[list[str], torch.dtype | None]:
+    """Each format once, from a list or from names with commas between, and the dtype, None for the backbone's.
+
+    Raises:
+        LoRAError: an option has an invalid value, or does not go with another option.
+    """
+    names = formats.split(",") if isinstance(formats, str) else [str(name) for name in formats]
+    wanted, to_dtype = list(dict.fromkeys(name.strip() for name in names if name.strip())), parse_dtype(dtype)
+    if "onnx" in wanted:
+        raise LoRAError(
+            "export writes no ONNX: export merged, and write ONNX from it with torch, as docs/export.md shows"
+        )
+    if unknown := [name for name in wanted if name not in FORMATS]:
+        near = did_you_mean(unknown[0], FORMATS)
+        raise LoRAError(f"unknown export format '{unknown[0]}'{near} (known: {', '.join(FORMATS)})")
+    if not wanted:
+        raise LoRAError(f"no export format given: name some of {', '.join(FORMATS)}")
+    is_size = max_shard_size > 0 if isinstance(max_shard_size, int) else SIZE.fullmatch(str(max_shard_size))
+    if max_shard_size is not None and not is_size:
+        raise LoRAError(f"max_shard_size must be bytes or a size such as 5GB, got {max_shard_size!r}")
+    if serving not in (None, "vllm"):
+        raise LoRAError(f"serving must be 'vllm' or left out, got {serving!r}{did_you_mean(str(serving), ['vllm'])}")
+    if serving is not None and "adapter" not in wanted:
+        raise LoRAError(
+            f"serving={serving!r} is a form of the adapter, got the formats {','.join(wanted)}: add adapter to them, or"
+            " leave serving out"
+        )
+    refuse_strength(scale)
+    if scale == 0:
+        raise LoRAError("scale must be above 0, got 0: an export of it would be the base that the run began with")
+    return wanted, to_dtype
 
 
 def bytes_needed(backbone: nn.Module, formats: Iterable[str], dtype: torch.dtype | None) -> int:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from lora_lightning.export.options import parse_options
+from lora_lightning.export.export import parse_options
 from lora_lightning.export.probe_batch import first_batch, loaders_of
 from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError

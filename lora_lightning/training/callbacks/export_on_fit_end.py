@@ -13,8 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from lora_lightning.export.export import export
-from lora_lightning.export.options import FORMATS, REPORT, parse_options
+from lora_lightning.export.export import FORMATS, REPORT, export, parse_options
 from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.formats.atomic_dir import refuse_occupied
