@@ -152,8 +152,9 @@ def grow(model: Any, tokens: list[str], tokenizer: transformers.PreTrainedTokeni
 
 
 def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
-    # A head of another size becomes a new head, like one that the weights lack.
-    kwargs = {"ignore_mismatched_sizes": True, **kwargs}
+    # A head of another size becomes a new head, like one that the weights lack. transformers 5.25 would download kernels
+    # that compute layers in place of their forward, which adapters are part of.
+    kwargs = {"ignore_mismatched_sizes": True, "use_kernels": False, **kwargs}
     model, info = cls.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     model.new_keys = sorted({*info["missing_keys"], *mismatched})  # of a new head or pooler, or the weights lack them
