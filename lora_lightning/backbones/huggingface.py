@@ -152,8 +152,8 @@ def grow(model: Any, tokens: list[str], tokenizer: transformers.PreTrainedTokeni
 
 
 def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
-    # A head of another size becomes a new head, like one that the weights lack. transformers 5.25 would download kernels
-    # that compute layers in place of their forward, which adapters are part of.
+    # A head of another size becomes a new head, like one that the weights lack. transformers 5.25 would download
+    # kernels that compute layers in place of their forward, which adapters are part of.
     kwargs = {"ignore_mismatched_sizes": True, "use_kernels": False, **kwargs}
     model, info = cls.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
     mismatched = [entry[0] for entry in info["mismatched_keys"]]

@@ -8,7 +8,7 @@ off where such a layer is adapted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_lightning.lora.config import LayerSettings
-from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
+from lora_lightning.lora.layers.base import WHOLE, Layout
 from lora_lightning.lora.layers.class_swap import Grafted, graft, own_forward_calls_super
-from lora_lightning.lora.layers.functional import block_rows, lora_delta, unblock_rows
-from lora_lightning.lora.layers.linear import LoRALinear
+from lora_lightning.lora.layers.functional import lora_delta
+from lora_lightning.lora.layers.linear import LoRALinear, Projection
 from lora_lightning.lora.targets.fused_projections import Slices
 
 PARTS = ("q", "k", "v")
@@ -28,38 +28,17 @@ OutProj = NonDynamicallyQuantizableLinear
 """The class of `out_proj`, and of no other layer."""
 
 
-class ReadWeight(AdaptedLayer):
-    """An adapted layer whose weights other code reads as `W0 + s B A`, computed at each read."""
-
-    has_input = False
-
-    @classmethod
-    def read_names(cls, module: nn.Module, settings: LayerSettings) -> tuple[str, ...]:
-        return tuple(cls.adapted_parameters(module, settings))
-
-    def lora_read(self, name: str) -> Tensor:
-        weight = self._parameters[name]
-        assert weight is not None
-        is_adapted = self.lora_enabled and "lora_settings" in self.__dict__
-        return self.updated_weights()[name].to(weight.dtype) if is_adapted else weight
-
-    def base_weight(self) -> Tensor:
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return weight
-
-
-class LoRAOutProj(ReadWeight, LoRALinear):
+class LoRAOutProj(LoRALinear):
     """The `out_proj` of `nn.MultiheadAttention`, an `nn.Linear` that is never called."""
 
-    has_lora_bias = False
+    has_input = has_lora_bias = False
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """As `nn.Linear`, for code that calls it after all: the weight reads as the adapted one."""
         return nn.Linear.forward(self, input)
 
 
-class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
+class LoRAMultiheadAttention(Projection, nn.MultiheadAttention):
     """`nn.MultiheadAttention` with in_proj adapted.
 
     Adapted as one weight, as PEFT does: q, k and v share A (r, width), and B is (3 width, r). With chosen parts, or
@@ -68,79 +47,43 @@ class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
     """
 
     kind = "MultiheadAttention"
-    linear_like = True
+    has_input = False
 
     @classmethod
-    def output_rows(cls, module: nn.Module) -> int:
-        """Outputs of the in-projection."""
-        return 3 * int(_as_attention(module).embed_dim)
-
-    @classmethod
-    def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        width, taken = _as_attention(module).embed_dim, _separate_parts(module, settings)
-        if taken is None:
-            return (settings.r, width), (3 * width, settings.r)
-        inputs = sum(_input_widths(module)[part] for part in taken)
-        return (settings.r, inputs), (len(taken) * width, settings.r)
-
-    @classmethod
-    def largest_rank(cls, module: nn.Module, settings: LayerSettings) -> int:
-        taken = _separate_parts(module, settings) or PARTS
-        return min(int(_as_attention(module).embed_dim), *(_input_widths(module)[part] for part in taken))
-
-    @classmethod
-    def adapted_parameters(cls, module: nn.Module, settings: LayerSettings) -> dict[str, nn.Parameter]:
-        parts = _separate_parts(module, settings) or PARTS
-        names = [IN_PROJ] if _has_one_weight(module) else [f"{part}_proj_weight" for part in parts]
-        return {name: module._parameters[name] for name in names}  # type: ignore[misc]
-
-    def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (r, in) and B (width, r) of each adapted part."""
-        taken = _separate_parts(self, self.lora_settings)
-        if taken is None:
-            return dict(zip(PARTS, ((self.lora_A, B) for B in self.lora_B.chunk(3)), strict=True))
-        inputs = torch.split(self.lora_A, [_input_widths(self)[part] for part in taken], dim=1)
-        return dict(zip(taken, zip(inputs, torch.split(self.lora_B, self.embed_dim), strict=True), strict=True))
-
-    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        is_shared = _separate_parts(self, self.lora_settings) is None
-        return super().factor_pairs() if is_shared else list(self._pairs().values())
-
-    def updates(self) -> Iterator[tuple[str, tuple[slice, ...], Tensor, Tensor]]:
-        dtype, scale = self._lora_dtype(), self.lora_settings.scale
-        if _has_one_weight(self):
-            factors = self.to_peft()
-            deltas = {IN_PROJ: lora_delta(factors["lora_A"], factors["lora_B"], scale, dtype)}
-        else:
-            deltas = {f"{part}_proj_weight": lora_delta(A, B, scale, dtype) for part, (A, B) in self._pairs().items()}
-        for name, weight in self.adapted_parameters(self, self.lora_settings).items():
-            yield name, (), weight.to(dtype), deltas[name]
-
-    def delta_weight(self, part: slice = WHOLE) -> Tensor:
-        """The updates of q, k and v, one above the other; only where they are one weight."""
-        ((_, _, _, delta),) = self.updates()
-        return delta
-
-    def peft_rank(self) -> int:
-        return self.lora_settings.r * (len(self._pairs()) if self._slices() else 1)
+    def layout(cls, module: Any, settings: LayerSettings) -> Layout:
+        r, width, parts = settings.r, module.embed_dim, _separate_parts(module, settings)
+        inputs = [width] if parts is None else list(parts.values())
+        weights = [IN_PROJ] if _has_one_weight(module) else [f"{part}_proj_weight" for part in parts or ()]
+        outputs = (3 if parts is None else len(parts)) * width
+        return Layout((r, sum(inputs)), (outputs, r), min(width, *inputs), tuple(weights))
 
     def _slices(self) -> Slices | None:
         """The layout where parts of one weight have separate factors. PEFT has no form for three weights."""
-        return self.lora_settings.slices if _has_one_weight(self) else None
+        return super()._slices() if _has_one_weight(self) else None
 
-    def to_peft(self) -> dict[str, Tensor]:
-        slices = self._slices()
-        if slices is None:
-            return super().to_peft()
-        A = torch.cat(torch.split(self.lora_A, self.embed_dim, dim=1))
-        return {**super().to_peft(), "lora_A": A, "lora_B": block_rows(self.lora_B, slices)}
+    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        parts = _separate_parts(self, self.lora_settings)
+        if parts is None:
+            return [(self.lora_A, self.lora_B)]
+        inputs = torch.split(self.lora_A, list(parts.values()), dim=1)
+        return list(zip(inputs, torch.split(self.lora_B, self.embed_dim), strict=True))
+
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        A, B = super().lora_factors()
+        return (A, B) if self._slices() is None else (torch.cat([A for A, _ in self.factor_pairs()]), B)
+
+    def delta_weight(self, part: slice = WHOLE, name: str = IN_PROJ) -> Tensor:
+        if _has_one_weight(self):
+            return super().delta_weight()
+        parts = _separate_parts(self, self.lora_settings) or {}
+        A, B = self.factor_pairs()[[*parts].index(name[0])]
+        return lora_delta(A, B, self.lora_settings.scale, self._lora_dtype())
 
     def from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        slices = self._slices()
-        if slices is None:
-            return dict(tensors)
-        A = torch.cat(torch.split(tensors["lora_A"], self.lora_settings.r), dim=1)
-        return {**tensors, "lora_A": A, "lora_B": unblock_rows(tensors["lora_B"], slices)}
+        A = tensors["lora_A"]
+        is_stacked = self._slices() is not None
+        beside = torch.cat(torch.split(A, self.lora_settings.r), dim=1) if is_stacked else A
+        return {**super().from_peft(tensors), "lora_A": beside}
 
 
 def _has_one_weight(module: nn.Module) -> bool:
@@ -148,21 +91,12 @@ def _has_one_weight(module: nn.Module) -> bool:
     return module._parameters.get(IN_PROJ) is not None
 
 
-def _separate_parts(module: nn.Module, settings: LayerSettings) -> tuple[str, ...] | None:
-    """The parts that each have an A; None where q, k and v share one."""
-    if settings.slices is not None:
-        return settings.slices.taken
-    return None if _has_one_weight(module) else PARTS
-
-
-def _input_widths(module: nn.Module) -> dict[str, int]:
-    attention = _as_attention(module)
-    return {"q": attention.embed_dim, "k": attention.kdim, "v": attention.vdim}
-
-
-def _as_attention(module: nn.Module) -> nn.MultiheadAttention:
-    assert isinstance(module, nn.MultiheadAttention)
-    return module
+def _separate_parts(module: Any, settings: LayerSettings) -> dict[str, int] | None:
+    """The inputs of each part that has an A of its own; None where q, k and v share one."""
+    if settings.slices is None and _has_one_weight(module):
+        return None
+    widths = dict(zip(PARTS, (module.embed_dim, module.kdim, module.vdim), strict=True))
+    return {part: widths[part] for part in (settings.slices.taken if settings.slices else PARTS)}
 
 
 def _switched_attribute(name: str, value: int) -> property:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,26 +24,38 @@ BLOCK = 2**20
 """Elements of one part of a weight: 4 MB in float32, of which a few are in memory at a time."""
 
 
+class Layout(NamedTuple):
+    """What a kind of layer makes of one base module."""
+
+    A: tuple[int, ...]
+    """The shape of A."""
+    B: tuple[int, ...]
+    """The shape of B, whose first dimension is the outputs."""
+    largest_rank: int
+    """The largest rank that W0 can have; a larger r would add nothing."""
+    weights: tuple[str, ...] = ("weight",)
+    """The parameters of the module that a merge changes."""
+
+
 class AdaptedLayer(Grafted):
     """Base of the adapted layers: factors A and B beside a frozen weight.
 
-    A and B are float32, or of W0's dtype where that is wider, on W0's device; so a bfloat16 base trains float32
-    adapters. Tensors of options that are off, such as DoRA's magnitude, are None.
+    A kind says its `layout`, its `refusal`, its `lora_update` in a forward that ends in `lora_finish`, and its
+    `delta_weight`; all else is here. A and B are float32, or of W0's dtype where that is wider, on W0's device; so a
+    bfloat16 base trains float32 adapters. Tensors of options that are off, such as DoRA's magnitude, are None.
     """
 
     kind: ClassVar[str]
     linear_like: ClassVar[bool] = False
-    """Whether `all-linear` takes this kind."""
+    """Whether `all-linear` takes this kind, and `slices` may choose parts of it."""
     dora_dim: ClassVar[int | None] = None
     """The dimension of the weight whose slices DoRA rescales; None where the kind has no DoRA form."""
-    output_dim: ClassVar[int] = -1
-    """The dimension of the output that holds the channels, counted from the end."""
     part_dim: ClassVar[int | None] = None
     """The dimension along which the update can be computed in parts; None where it is computed whole."""
     has_lora_bias: ClassVar[bool] = False
     """True where B may have a bias."""
     has_input: ClassVar[bool] = True
-    """False where other code reads the adapted weight, so that A has no input to which dropout could apply."""
+    """False where other code reads the adapted weight as `W0 + s B A`, so that dropout has no input to apply to."""
     has_inits: ClassVar[bool] = False
     """True where A and B are the factors of one matrix in W0's shape, as `init/from_weight.py` needs."""
 
@@ -59,25 +71,13 @@ class AdaptedLayer(Grafted):
     """A at the start, for the inits other than B = 0: `h = W0 x + s (B A - B0 A0) x`. Never trained."""
     lora_B0: Tensor | None
 
-    # What a kind of layer needs of a base module.
-
     @classmethod
-    def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def layout(cls, module: Any, settings: LayerSettings) -> Layout:
         """The shapes of A and B for this base module."""
         raise NotImplementedError
 
     @classmethod
-    def largest_rank(cls, module: nn.Module, settings: LayerSettings) -> int:
-        """The largest rank that W0 can have; a larger r would add nothing."""
-        raise NotImplementedError
-
-    @classmethod
-    def output_rows(cls, module: nn.Module) -> int | None:
-        """Rows of the weight, where it may hold several projections as `slices` needs; None where it cannot."""
-        return None
-
-    @classmethod
-    def refusal(cls, module: nn.Module, settings: LayerSettings) -> str | None:
+    def refusal(cls, module: Any, settings: LayerSettings) -> str | None:
         """Why this module cannot be adapted with these settings, and what to do; None where it can."""
         if settings.dropout and not cls.has_input:
             return (
@@ -89,14 +89,7 @@ class AdaptedLayer(Grafted):
     @classmethod
     def adapted_parameters(cls, module: nn.Module, settings: LayerSettings) -> dict[str, nn.Parameter]:
         """The parts of W0 that a merge changes, by their names in the module."""
-        weight = module._parameters["weight"]
-        assert weight is not None
-        return {"weight": weight}
-
-    @classmethod
-    def read_names(cls, module: nn.Module, settings: LayerSettings) -> tuple[str, ...]:
-        """Names of the weights that other code reads as `W0 + s B A` instead of calling the module."""
-        return ()
+        return {name: module._parameters[name] for name in cls.layout(module, settings).weights}  # type: ignore[misc]
 
     # Make and start.
 
@@ -106,29 +99,29 @@ class AdaptedLayer(Grafted):
 
         A and B have no values until `reset_lora_parameters`.
         """
-        graft(module, cls, cls.read_names(module, settings))
+        graft(module, cls, () if cls.has_input else cls.layout(module, settings).weights)
         assert isinstance(module, AdaptedLayer)
         module.add_factors(settings)
         return module
 
     def add_factors(self, settings: LayerSettings) -> None:
         """Allocate A, B and the tensors of the options."""
-        shape_a, shape_b = self.factor_shapes(self.lora_owner, settings)
-        frozen = next(iter(self.adapted_parameters(self.lora_owner, settings).values()))
+        layout = self.layout(self.lora_owner, settings)
+        frozen: Tensor = self.lora_owner._parameters[layout.weights[0]]  # type: ignore[assignment]
         is_subtracted = from_weight.is_subtracted(settings.init)
 
-        def empty(*shape: int) -> Tensor:
+        def empty(shape: tuple[int, ...]) -> Tensor:
             return torch.empty(shape, dtype=wide_dtype(frozen), device=frozen.device)
 
         # Directly into nn.Module's dictionaries: over hundreds of layers its attribute checks take most of the time.
         self._parameters.update(
-            lora_A=nn.Parameter(empty(*shape_a)),
-            lora_B=nn.Parameter(empty(*shape_b)),
-            lora_B_bias=nn.Parameter(empty(shape_b[0])) if settings.lora_bias else None,
-            lora_magnitude_vector=nn.Parameter(empty(shape_b[0])) if settings.use_dora else None,
+            lora_A=nn.Parameter(empty(layout.A)),
+            lora_B=nn.Parameter(empty(layout.B)),
+            lora_B_bias=nn.Parameter(empty(layout.B[:1])) if settings.lora_bias else None,
+            lora_magnitude_vector=nn.Parameter(empty(layout.B[:1])) if settings.use_dora else None,
         )
         self._buffers.update(
-            lora_A0=empty(*shape_a) if is_subtracted else None, lora_B0=empty(*shape_b) if is_subtracted else None
+            lora_A0=empty(layout.A) if is_subtracted else None, lora_B0=empty(layout.B) if is_subtracted else None
         )
         self.__dict__["lora_settings"] = settings
         # A module, so that the adapter's mode can differ from the base's.
@@ -144,14 +137,12 @@ class AdaptedLayer(Grafted):
         For an init that needs data, A is random and B zero until `set_init` is called; likewise for an init from W0
         where `from_w0` is False, since an adapter will be loaded.
         """
-        settings = self.lora_settings
-        A: Tensor = self.lora_A
-        B: Tensor = self.lora_B
-        if from_w0 and from_weight.is_from_weight(settings.init) and not A.is_meta:
-            A, B = from_weight.factors_from_weight(settings.init, self.base_matrix(), settings.r, settings.scale)
+        s = self.lora_settings
+        if from_w0 and from_weight.is_from_weight(s.init) and not self.lora_A.is_meta:
+            self.set_init(*from_weight.factors_from_weight(s.init, self.base_matrix(), s.r, s.scale))
         else:
             self.draw_factors()
-        self.set_init(A, B)
+            self.set_init(self.lora_A, self.lora_B)
         super().reset_lora_parameters()
 
     def draw_factors(self) -> None:
@@ -162,11 +153,9 @@ class AdaptedLayer(Grafted):
     @torch.no_grad()
     def set_init(self, A: Tensor, B: Tensor) -> None:
         """Start at these factors, and keep them as A0 and B0 where the init subtracts them."""
-        self.lora_A.copy_(A)
-        self.lora_B.copy_(B)
-        if self.lora_A0 is not None and self.lora_B0 is not None:
-            self.lora_A0.copy_(A)
-            self.lora_B0.copy_(B)
+        for tensor, value in ((self.lora_A, A), (self.lora_B, B), (self.lora_A0, A), (self.lora_B0, B)):
+            if tensor is not None:
+                tensor.copy_(value)
         if self.lora_B_bias is not None:
             self.lora_B_bias.zero_()
         if self.lora_magnitude_vector is not None:
@@ -193,13 +182,9 @@ class AdaptedLayer(Grafted):
                 raise LoRAError(f"a DoRA layer has a channel without W0 at a strength of {strength:g}: take another")
             for B in (self.lora_B, self.lora_B0):
                 if B is not None:
-                    B.copy_(self.scale_channels(B, (factor / base_factor).to(B.dtype)))
+                    B.mul_((factor / base_factor).to(B.dtype).view(-1, *[1] * (B.dim() - 1)))
             magnitude.copy_(base_factor * self.updated_norms())
         super().rescale_update(strength, done)
-
-    def scale_channels(self, B: Tensor, factor: Tensor) -> Tensor:
-        """B with the row of each output channel times its factor (channels,)."""
-        return B * factor.view(-1, *[1] * (B.dim() - 1))
 
     # Its place in the model.
 
@@ -216,7 +201,7 @@ class AdaptedLayer(Grafted):
         """Each A with the B that multiplies it, as matrices that are views: one pair, or one for each part."""
         return [(self.lora_A, self.lora_B)]
 
-    # Forward: `h = lora_finish(W0 x + b + lora_update(x))`.
+    # Forward: `h = lora_finish(W0 x + b + lora_update(x))`, or a read of the weight.
 
     def lora_input(self, x: Tensor) -> Tensor:
         """The input of A: x, with LoRA's dropout in training."""
@@ -232,8 +217,8 @@ class AdaptedLayer(Grafted):
         return rescale(out, self._along_output(self.dora_factor()), None if bias is None else self._along_output(bias))
 
     def _along_output(self, channels: Tensor) -> Tensor:
-        """A number per channel, in a shape that broadcasts against the output."""
-        return channels.view(-1, *[1] * (-1 - self.output_dim))
+        """A number per channel, in a shape that broadcasts against the output: B's trailing ones are the positions."""
+        return channels.view(-1, *[1] * (self.lora_B.dim() - 2))
 
     def dora_factor(self) -> Tensor:
         """DoRA's factor for each channel, 1 at the start."""
@@ -247,9 +232,12 @@ class AdaptedLayer(Grafted):
         assert self.dora_dim is not None
         # Autocast's half precision would round the factor of a fresh adapter to other than 1.
         with _no_autocast(self.lora_A):
-            weight, dtype = self.base_weight(), self._lora_dtype()
-            parts = ((weight[place].to(dtype) + self.delta_weight(part)) for place, part in self._parts(weight))
-            return channel_norms(parts, self.dora_dim, self.part_dim)
+            return channel_norms((W0 + delta for *_, W0, delta in self._parts()), self.dora_dim, self.part_dim)
+
+    def lora_read(self, name: str) -> Tensor:
+        weight: Tensor = self.lora_owner._parameters[name]  # type: ignore[assignment]
+        is_adapted = self.lora_enabled and "lora_settings" in self.__dict__
+        return self.updated_weights()[name].to(weight.dtype) if is_adapted else weight
 
     # Merge.
 
@@ -261,7 +249,7 @@ class AdaptedLayer(Grafted):
         """W0 as (out, in), also where the module holds its transpose."""
         return self.base_weight()
 
-    def delta_weight(self, part: slice = WHOLE) -> Tensor:
+    def delta_weight(self, part: slice = WHOLE, name: str = "weight") -> Tensor:
         """`s B A` (less `s B0 A0`) in W0's shape, in float32 or wider: the whole, or a part along `part_dim`."""
         raise NotImplementedError
 
@@ -270,36 +258,37 @@ class AdaptedLayer(Grafted):
 
         A large weight is yielded in parts, so that one part's update is in memory at a time.
         """
-        ((name, parameter),) = self.adapted_parameters(self.lora_owner, self.lora_settings).items()
-        weight = parameter if scheme(self.lora_owner) is None else self.base_weight()
         factor = None if self.lora_magnitude_vector is None else self.dora_factor()
-        for place, part in self._parts(weight):
-            delta = self.delta_weight(part)
-            before = weight[place].to(delta.dtype)
-            if factor is not None and self.dora_dim is not None:
+        for name, place, part, W0, delta in self._parts():
+            if factor is None or self.dora_dim is None:
+                yield name, place, W0, delta
+            else:
                 part_factor = factor[part] if self.part_dim == self.dora_dim else factor
-                delta = dora_update(before, delta, part_factor, self.dora_dim)
-            yield name, place, before, delta
+                yield name, place, W0, dora_update(W0, delta, part_factor, self.dora_dim)
+
+    def _parts(self) -> Iterator[tuple[str, tuple[slice, ...], slice, Tensor, Tensor]]:
+        """As `updates` without DoRA, with the part's slice along `part_dim`."""
+        dtype, dim = self._lora_dtype(), self.part_dim
+        for name, parameter in self.adapted_parameters(self.lora_owner, self.lora_settings).items():
+            weight = self.base_weight() if name == "weight" and scheme(self.lora_owner) else parameter
+            if dim is None or weight.numel() <= BLOCK:
+                yield name, (), WHOLE, weight.to(dtype), self.delta_weight(WHOLE, name)
+                continue
+            count = weight.shape[dim]
+            step = max(1, BLOCK * count // weight.numel())
+            for start in range(0, count, step):
+                part = slice(start, min(start + step, count))
+                place = (*[WHOLE] * dim, part)
+                yield name, place, part, weight[place].to(dtype), self.delta_weight(part, name)
 
     def updated_weights(self) -> dict[str, Tensor]:
         """`W0 + s B A` by the weights' names, in float32 or wider."""
         parts: dict[str, list[Tensor]] = {}
         with _no_autocast(self.lora_A):  # which would change the weight's dtype
-            for name, _, before, delta in self.updates():
-                parts.setdefault(name, []).append(before + delta)
+            for name, _, W0, delta in self.updates():
+                parts.setdefault(name, []).append(W0 + delta)
         dim = self.part_dim or 0
         return {name: pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim) for name, pieces in parts.items()}
-
-    def _parts(self, weight: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
-        """The index of each part in the weight, and its slice along `part_dim`."""
-        if self.part_dim is None or weight.numel() <= BLOCK:
-            yield (), WHOLE
-            return
-        count = weight.shape[self.part_dim]
-        step = max(1, BLOCK * count // weight.numel())
-        for start in range(0, count, step):
-            part = slice(start, min(start + step, count))
-            yield (WHOLE,) * self.part_dim + (part,), part
 
     def _lora_dtype(self) -> torch.dtype:
         """The dtype in which updates are added to W0."""

@@ -9,6 +9,7 @@ below the subclass in the MRO, so that the subclass changes `W0 x + s B A x`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -30,8 +31,8 @@ class Grafted(nn.Module):
     lora_enabled: bool = True
     """False while the adapter is switched off, see `disabled`."""
 
-    grafted_from: ClassVar[tuple[type[nn.Module], type[Grafted], tuple[str, ...]]]
-    """The module's class before, the added class, and the parameters that are read through `lora_read`."""
+    grafted_from: ClassVar[tuple[type[nn.Module], tuple[Graft, ...]]]
+    """The module's own class, and what was grafted onto it, innermost first."""
 
     lora_from_w0: ClassVar[tuple[str, ...]] = (
         "lora_copy",
@@ -109,7 +110,8 @@ class Grafted(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and deepcopy by the classes from which `graft` made this one, which has no import path."""
-        return _blank, (own_class(type(self)), *_grafts(type(self))), self.__getstate__()  # type: ignore[no-untyped-call]
+        own, grafts = _origin(type(self))
+        return _blank, (own, *grafts), self.__getstate__()  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Warn where another W0 is loaded below tensors that were made from the W0 before, and that stay."""
@@ -133,41 +135,30 @@ Graft = tuple[type[Grafted], tuple[str, ...]]
 
 def own_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class that the module had before anything was grafted onto it."""
-    while "grafted_from" in vars(cls):
-        assert issubclass(cls, Grafted)
-        cls = cls.grafted_from[0]
-    return cls
+    own: type[nn.Module] = _origin(cls)[0]
+    return own
 
 
-def _grafts(cls: type[nn.Module]) -> list[Graft]:
-    """What was grafted onto the module's own class, innermost first."""
-    if "grafted_from" not in vars(cls):
-        return []
-    assert issubclass(cls, Grafted)
-    base, added, read = cls.grafted_from
-    return [*_grafts(base), (added, read)]
+def _origin(cls: type) -> tuple[Any, tuple[Graft, ...]]:
+    origin: tuple[Any, tuple[Graft, ...]] = vars(cls).get("grafted_from", (cls, ()))
+    return origin
 
 
-def _blank(cls: type[nn.Module], *grafts: Graft) -> nn.Module:
-    made = _with_grafts(cls, *grafts)
-    module: nn.Module = made.__new__(made)
-    return module
+def _blank(own: Any, *grafts: Graft) -> nn.Module:
+    made = _with_grafts(own, *grafts)
+    return made.__new__(made)
 
 
-_MADE: dict[tuple[type[nn.Module], type[Grafted], tuple[str, ...]], type[nn.Module]] = {}
-
-
-def _with_grafts(base: type[nn.Module], *grafts: Graft) -> type[nn.Module]:
-    """The class with these grafts, each made once, so that layers of one kind have one type."""
-    for added, read in grafts:
-        key = (base, added, read)
-        if key not in _MADE:
-            names: dict[str, Any] = {"__module__": added.__module__, "grafted_from": key}
-            names |= {name: _reader(name) for name in read}
-            bases = (base, added) if _goes_below(added, base) else (added, base)
-            _MADE[key] = type(f"{added.__name__}[{base.__name__}]", bases, names)
-        base = _MADE[key]
-    return base
+@functools.cache
+def _with_grafts(own: Any, *grafts: Graft) -> type[nn.Module]:
+    """The class with these grafts, made once, so that layers of one kind have one type."""
+    base: type[nn.Module] = _with_grafts(own, *grafts[:-1]) if grafts else own
+    if not grafts:
+        return base
+    added, read = grafts[-1]
+    names = {"__module__": added.__module__, "grafted_from": (own, grafts), **{name: _reader(name) for name in read}}
+    bases = (base, added) if _goes_below(added, base) else (added, base)
+    return type(f"{added.__name__}[{base.__name__}]", bases, names)
 
 
 def is_shard(tensor: Tensor | None) -> bool:
@@ -207,16 +198,15 @@ def own_forward_calls_super(base: type[nn.Module], torch_class: type[nn.Module])
 
 def graft(module: nn.Module, added: type[Grafted], read: tuple[str, ...] = ()) -> None:
     """Put `added` into the module's class, in place; parameters named in `read` are read through `lora_read`."""
-    made = _with_grafts(own_class(type(module)), *_grafts(type(module)), (added, read))
-    object.__setattr__(module, "__class__", made)  # past nn.Module's slow checks
+    own, grafts = _origin(type(module))
+    object.__setattr__(module, "__class__", _with_grafts(own, *grafts, (added, read)))  # past nn.Module's slow checks
 
 
 def ungraft(module: nn.Module, added: type[Grafted]) -> None:
     """Take the class `added`, the last one grafted of its kind, out of the module's class, in place."""
-    grafts = _grafts(type(module))
+    own, grafts = _origin(type(module))
     last = max(i for i, (kind, _) in enumerate(grafts) if issubclass(kind, added))
-    del grafts[last]
-    module.__class__ = _with_grafts(own_class(type(module)), *grafts)  # type: ignore[assignment]
+    module.__class__ = _with_grafts(own, *grafts[:last], *grafts[last + 1 :])  # type: ignore[assignment]
 
 
 def take_out(module: nn.Module) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_lightning.lora.config import LayerSettings
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, Layout
 from lora_lightning.lora.layers.class_swap import own_forward_calls_super
-from lora_lightning.lora.layers.functional import conv_delta, conv_update, without_groups
+from lora_lightning.lora.layers.functional import lora_delta, without_groups
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -27,28 +28,27 @@ class _Conv(AdaptedLayer):
 
     dora_dim = 0
     has_lora_bias = True
+    groups: int
 
     @classmethod
-    def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out_channels, in_group, *kernel = _weight(module).shape
-        r = settings.r
-        return (r, in_group, *kernel), (out_channels, r // _groups(module), *(1 for _ in kernel))
+    def layout(cls, module: Any, settings: LayerSettings) -> Layout:
+        out_channels, in_group, *kernel = module.weight.shape
+        r, groups = settings.r, module.groups
+        largest = min(out_channels, groups * in_group * math.prod(kernel))
+        return Layout((r, in_group, *kernel), (out_channels, r // groups, *(1 for _ in kernel)), largest)
 
     @classmethod
-    def largest_rank(cls, module: nn.Module, settings: LayerSettings) -> int:
-        out_channels, *rest = _weight(module).shape
-        return min(out_channels, _groups(module) * math.prod(rest))
-
-    @classmethod
-    def refusal(cls, module: nn.Module, settings: LayerSettings) -> str | None:
+    def refusal(cls, module: Any, settings: LayerSettings) -> str | None:
         torch_class = next(cls for cls in CONVS if isinstance(module, cls))
         if not own_forward_calls_super(type(module), torch_class):
             return (
                 f"{type(module).__name__} has a forward of its own that uses its weight in an unknown way: exclude it"
             )
-        groups = _groups(module)
-        if settings.r % groups:
-            return f"it has {groups} groups and r={settings.r} is no multiple: set rank_pattern for it, or exclude it"
+        if settings.r % module.groups:
+            return (
+                f"it has {module.groups} groups and r={settings.r} is no multiple: set rank_pattern for it, or exclude"
+                " it"
+            )
         return super().refusal(module, settings)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -58,31 +58,35 @@ class _Conv(AdaptedLayer):
 
     def lora_update(self, x: Tensor) -> Tensor:
         """`s B * (A * x)`, of the output's shape."""
-        return conv_update(self._slide, self.lora_input(x), self.lora_A, self.lora_B, self.lora_settings.scale)
+        x = self.lora_input(x)
+        z: Tensor = self._conv_forward(x, self.lora_A.to(x.dtype), None)  # type: ignore[operator]  # with its padding
+        pointwise = (F.conv1d, F.conv2d, F.conv3d)[self.lora_A.dim() - 3]
+        return pointwise(z * self.lora_settings.scale, self.lora_B.to(x.dtype), groups=self.groups)
 
-    def _slide(self, x: Tensor, weight: Tensor) -> Tensor:
-        out: Tensor = self._conv_forward(x, weight, None)  # type: ignore[operator]  # torch's, with every padding mode
-        return out
+    def _stacks(self) -> tuple[Tensor, Tensor]:
+        """A (groups, r / groups, in / groups times kernel) and B (groups, out / groups, r / groups), as views."""
+        A, B = (torch.unflatten(factor.flatten(1), 0, (self.groups, -1)) for factor in (self.lora_A, self.lora_B))
+        return A, B
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """A pair for each group of channels: A (r / groups, in / groups times kernel), B (out / groups, r / groups)."""
-        factors = (torch.unflatten(factor.flatten(1), 0, (_groups(self), -1)) for factor in (self.lora_A, self.lora_B))
-        return list(zip(*factors, strict=True))
+        """A pair for each group of channels."""
+        return list(zip(*self._stacks(), strict=True))
 
-    def delta_weight(self, part: slice = WHOLE) -> Tensor:
-        return conv_delta(self.lora_A, self.lora_B, self.lora_settings.scale, self._lora_dtype())
+    def delta_weight(self, part: slice = WHOLE, name: str = "weight") -> Tensor:
+        delta = lora_delta(*self._stacks(), self.lora_settings.scale, self._lora_dtype())
+        return torch.unflatten(delta.flatten(0, 1), 1, self.lora_A.shape[1:])
 
     def to_peft(self) -> dict[str, Tensor]:
         """PEFT's A (r, in, kernel...) sees all channels; here it is zero at the channels of other groups."""
         tensors = super().to_peft()
         if self.lora_magnitude_vector is not None:
             tensors["lora_magnitude_vector"] = self.lora_magnitude_vector.view(1, -1, *self.lora_B.shape[2:])
-        return tensors if _groups(self) == 1 else {**tensors, "lora_A": without_groups(self.lora_A, _groups(self))}
+        return {**tensors, "lora_A": without_groups(self.lora_A, self.groups)}
 
     def from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "lora_magnitude_vector" in tensors:
             tensors = {**tensors, "lora_magnitude_vector": tensors["lora_magnitude_vector"].flatten()}
-        groups, A = _groups(self), tensors["lora_A"]
+        groups, A = self.groups, tensors["lora_A"]
         if groups == 1 or A.dim() != self.lora_A.dim() or A.shape[1] % groups:
             return dict(tensors)
         wide = torch.unflatten(torch.unflatten(A, 1, (groups, -1)), 0, (groups, -1))
@@ -100,31 +104,18 @@ class LoRAConv1d(_Conv, nn.Conv1d):  # type: ignore[misc]  # a wider forward
     """`nn.Conv1d`."""
 
     kind = "Conv1d"
-    output_dim = -2
 
 
 class LoRAConv2d(_Conv, nn.Conv2d):  # type: ignore[misc]  # a wider forward
     """`nn.Conv2d`."""
 
     kind = "Conv2d"
-    output_dim = -3
 
 
 class LoRAConv3d(_Conv, nn.Conv3d):  # type: ignore[misc]  # a wider forward
     """`nn.Conv3d`."""
 
     kind = "Conv3d"
-    output_dim = -4
-
-
-def _weight(module: nn.Module) -> Tensor:
-    assert isinstance(module, CONVS)
-    return module.weight
-
-
-def _groups(module: nn.Module) -> int:
-    assert isinstance(module, CONVS)
-    return module.groups
 
 
 def is_conv_unlike_peft(module: nn.Module) -> bool:

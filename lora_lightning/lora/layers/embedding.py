@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_lightning.lora.config import LayerSettings
 from lora_lightning.lora.init.random import init_random_
-from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, Layout
 from lora_lightning.lora.layers.class_swap import own_forward_calls_super
-from lora_lightning.lora.layers.functional import clip_norms, embedding_update, lora_delta
+from lora_lightning.lora.layers.functional import lora_delta
 
 
 class LoRAEmbedding(AdaptedLayer, nn.Embedding):
@@ -24,23 +27,17 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
     part_dim = 0
 
     @classmethod
-    def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        assert isinstance(module, nn.Embedding)
-        return (settings.r, module.num_embeddings), (module.embedding_dim, settings.r)
+    def layout(cls, module: Any, settings: LayerSettings) -> Layout:
+        rows, width, r = module.num_embeddings, module.embedding_dim, settings.r
+        return Layout((r, rows), (width, r), min(rows, width))
 
     @classmethod
-    def largest_rank(cls, module: nn.Module, settings: LayerSettings) -> int:
-        assert isinstance(module, nn.Embedding)
-        return min(module.num_embeddings, module.embedding_dim)
-
-    @classmethod
-    def refusal(cls, module: nn.Module, settings: LayerSettings) -> str | None:
+    def refusal(cls, module: Any, settings: LayerSettings) -> str | None:
         if not own_forward_calls_super(type(module), nn.Embedding):
             return (
                 f"{type(module).__name__} has a forward of its own that reads its weight, so the adapter would be"
                 f" ignored: exclude it, or name its weight in target_parameters"
             )
-        assert isinstance(module, nn.Embedding)
         if settings.use_dora and module.max_norm is not None:
             return "it has max_norm, which bounds each row, and DoRA rescales each column: switch one of them off"
         return super().refusal(module, settings)
@@ -53,16 +50,10 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
         return self.lora_finish(out + self.lora_update(input, out.dtype)) if self.lora_enabled else out
 
     def lora_update(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """`s B A[:, ids]`, (..., width)."""
-        update = embedding_update(
-            ids,
-            self.lora_A,
-            self.lora_B,
-            self.lora_settings.scale,
-            dtype=dtype,
-            padding_idx=self.padding_idx,
-            by_count=self.scale_grad_by_freq,
-        )
+        """`s B A[:, ids]`, (..., width); as in `nn.Embedding`, the padding row gets no gradient."""
+        A, s = self.lora_A.t(), self.lora_settings
+        z = F.embedding(ids, A, padding_idx=self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        update = F.linear(z.to(dtype) * s.scale, self.lora_B.to(dtype))
         if self.lora_dropout is None:
             return update
         # A's input is one-hot: dropping its entry drops the whole update.
@@ -70,18 +61,25 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
 
     def _forward_with_max_norm(self, ids: Tensor) -> Tensor:
         """Clip norms as `nn.Embedding` does, without a gradient through the clipping; but W0 does not change."""
-        assert self.max_norm is not None
         rows = self.weight[ids]
         if not self.lora_enabled:
-            return clip_norms(rows, self.max_norm, self.norm_type)
+            return self._clip_norms(rows)
         update = self.lora_update(ids, rows.dtype)
-        return clip_norms(rows + update, self.max_norm, self.norm_type) + (update - update.detach())
+        return self._clip_norms(rows + update) + (update - update.detach())
+
+    @torch.no_grad()
+    def _clip_norms(self, rows: Tensor) -> Tensor:
+        """Clip by the kernel with which `nn.Embedding` rewrites W0."""
+        assert self.max_norm is not None
+        flat = rows.detach().reshape(-1, rows.shape[-1]).clone()
+        index = torch.arange(flat.shape[0], device=flat.device)
+        return torch.embedding_renorm_(flat, index, self.max_norm, self.norm_type).view_as(rows)
 
     def draw_factors(self) -> None:
         """Set A to zero and draw B."""
         init_random_(self.lora_B.t(), self.lora_A, self.lora_settings.init)
 
-    def delta_weight(self, part: slice = WHOLE) -> Tensor:
+    def delta_weight(self, part: slice = WHOLE, name: str = "weight") -> Tensor:
         """Parts are along the rows."""
         return lora_delta(self.lora_A[:, part], self.lora_B, self.lora_settings.scale, self._lora_dtype()).mT
 

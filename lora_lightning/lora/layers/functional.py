@@ -5,8 +5,6 @@ Shapes: `n` rows, `k` inputs, `m` outputs, rank `r`; x is (..., k), W0 is (m, k)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,27 +71,6 @@ def unblock_rows(block: Tensor, slices: Slices) -> Tensor:
     return torch.cat([part[:, i * r : (i + 1) * r] for i, part in enumerate(taken)])
 
 
-# Convolutions: A is (r, in / groups, kernel...), B is (out, r / groups, 1...).
-
-
-def conv_update(convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`s B * (A * x)`: `convolve(x, A)` has the base layer's padding, stride, dilation and groups; B is pointwise.
-
-    Shapes: x (n, in, size...) or (in, size...); returns (n, out, size...).
-    """
-    z = convolve(x, A.to(x.dtype)) * scale
-    pointwise = (F.conv1d, F.conv2d, F.conv3d)[A.dim() - 3]
-    return pointwise(z, B.to(x.dtype), groups=A.shape[0] // B.shape[1])
-
-
-def conv_delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """The dense update (out, in / groups, kernel...): in each group of channels, B_g A_g over flattened kernels."""
-    groups = A.shape[0] // B.shape[1]
-    a = torch.unflatten(A.flatten(1), 0, (groups, -1))
-    b = torch.unflatten(B.flatten(1), 0, (groups, -1))
-    return torch.unflatten(lora_delta(a, b, scale, dtype).flatten(0, 1), 1, A.shape[1:])
-
-
 def without_groups(weight: Tensor, groups: int) -> Tensor:
     """A kernel (out, in / groups, kernel...) as (out, in, kernel...), with zeros at the channels of other groups."""
     if groups == 1:
@@ -103,28 +80,6 @@ def without_groups(weight: Tensor, groups: int) -> Tensor:
     index = torch.arange(groups, device=weight.device)
     wide[index, :, index] = torch.unflatten(weight, 0, (groups, -1))
     return wide.flatten(2, 3).flatten(0, 1)
-
-
-# Embeddings: A is (r, number of rows), B is (width, r).
-
-
-def embedding_update(
-    ids: Tensor, A: Tensor, B: Tensor, scale: float, *, dtype: torch.dtype, padding_idx: int | None, by_count: bool
-) -> Tensor:
-    """`s B A[:, ids]` for whole numbers `ids` (...), in `dtype`; returns (..., width).
-
-    As in `nn.Embedding`, the padding row gets no gradient, and `by_count` divides gradients by a row's frequency.
-    """
-    z = F.embedding(ids, A.t(), padding_idx=padding_idx, scale_grad_by_freq=by_count)
-    return F.linear(z.to(dtype) * scale, B.to(dtype))
-
-
-@torch.no_grad()
-def clip_norms(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    """Rows (..., width) with norms of at most `max_norm`, by the kernel with which `nn.Embedding` rewrites W0."""
-    flat = rows.detach().reshape(-1, rows.shape[-1]).clone()
-    index = torch.arange(flat.shape[0], device=flat.device)
-    return torch.embedding_renorm_(flat, index, max_norm, norm_type).view_as(rows)
 
 
 # Stacks of matrices, such as experts. PEFT's layout: A is (e r, in) with an expert's rows together, B is (out, r e)

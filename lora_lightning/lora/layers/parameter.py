@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.lora.config import LayerSettings
-from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, Layout
 from lora_lightning.lora.layers.class_swap import Grafted, graft, ungraft
 from lora_lightning.lora.layers.functional import lora_delta, stack_factors
 
@@ -31,16 +31,11 @@ class ParameterHost(Grafted):
             self.__dict__.pop("lora_values", None)
 
     def lora_read(self, name: str) -> Tensor:
-        """`W0 + s B A`."""
-        values = self.__dict__.get("lora_values", {})
+        values: dict[str, Tensor] = self.__dict__.get("lora_values", {})
         if name not in values:
-            W0 = self._parameters[name]
-            adapter = self._modules[CHILD + name]
-            assert W0 is not None
-            assert isinstance(adapter, LoRAParameter)
-            values[name] = adapter.updated_weights()[name].to(W0.dtype) if adapter.lora_enabled else W0
-        value: Tensor = values[name]
-        return value
+            adapter: Any = self._modules[CHILD + name]
+            values[name] = adapter.lora_read(name)
+        return values[name]
 
 
 class LoRAParameter(AdaptedLayer):
@@ -60,10 +55,6 @@ class LoRAParameter(AdaptedLayer):
         super().__init__()
         self._owner = (owner,)  # in a tuple, so that it does not become a child of its child
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Pickle as any module: this class is defined here, not made by `graft`."""
-        return object.__reduce_ex__(self, protocol)  # type: ignore[return-value]
-
     def lora_name(self, path: str) -> str:
         return f"{path.rpartition('.')[0]}.{self.lora_settings.parameter}".removeprefix(".")
 
@@ -72,27 +63,18 @@ class LoRAParameter(AdaptedLayer):
         return self._owner[0]
 
     @classmethod
-    def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        count, out_features, in_features = _layout(module, settings.parameter)
-        return (count * settings.r, in_features), (out_features, settings.r * count)
+    def layout(cls, module: Any, settings: LayerSettings) -> Layout:
+        r, parameter = settings.r, module._parameters[settings.parameter]
+        count, rows, columns = parameter.shape if parameter.dim() == 3 else (1, *parameter.shape)
+        outputs, inputs = (columns, rows) if _is_transposed(module, parameter) else (rows, columns)
+        return Layout((count * r, inputs), (outputs, r * count), min(rows, columns), (settings.parameter,))
 
     @classmethod
-    def largest_rank(cls, module: nn.Module, settings: LayerSettings) -> int:
-        return min(_layout(module, settings.parameter)[1:])
-
-    @classmethod
-    def refusal(cls, module: nn.Module, settings: LayerSettings) -> str | None:
+    def refusal(cls, module: Any, settings: LayerSettings) -> str | None:
         parameter = module._parameters[settings.parameter]
-        assert parameter is not None
         if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
             return f"it is {parameter.dtype} of shape {tuple(parameter.shape)}; expected a matrix or a stack of them"
         return super().refusal(module, settings)
-
-    @classmethod
-    def adapted_parameters(cls, module: nn.Module, settings: LayerSettings) -> dict[str, nn.Parameter]:
-        parameter = module._parameters[settings.parameter]
-        assert parameter is not None
-        return {settings.parameter: parameter}
 
     @classmethod
     def attach(cls, module: nn.Module, settings: LayerSettings) -> AdaptedLayer:
@@ -102,20 +84,23 @@ class LoRAParameter(AdaptedLayer):
         _regraft(module)
         return adapter
 
-    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        count, _, _ = _layout(self.lora_owner, self.lora_settings.parameter)
-        return list(zip(*stack_factors(self.lora_A, self.lora_B, count), strict=True))
+    def _stacks(self) -> tuple[Tensor, Tensor]:
+        """A (e, r, in) and B (e, out, r) of the entries of a stack, as views; a matrix is one entry."""
+        return stack_factors(self.lora_A, self.lora_B, self.lora_A.shape[0] // self.lora_settings.r)
 
-    def delta_weight(self, part: slice = WHOLE) -> Tensor:
+    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(*self._stacks(), strict=True))
+
+    def delta_weight(self, part: slice = WHOLE, name: str = "weight") -> Tensor:
         """Parts are along the matrix's rows or the stack's entries."""
-        name, scale, dtype = self.lora_settings.parameter, self.lora_settings.scale, self._lora_dtype()
-        parameter = self.adapted_parameters(self.lora_owner, self.lora_settings)[name]
+        s, dtype = self.lora_settings, self._lora_dtype()
+        parameter: Tensor = self.lora_owner._parameters[s.parameter]  # type: ignore[assignment]
         if parameter.dim() == 2:
-            return lora_delta(self.lora_A, self.lora_B[part], scale, dtype)
-        A, B = stack_factors(self.lora_A, self.lora_B, len(parameter))
-        if _is_transposed(self.lora_owner):
-            return lora_delta(B[part].mT, A[part].mT, scale, dtype)
-        return lora_delta(A[part], B[part], scale, dtype)
+            return lora_delta(self.lora_A, self.lora_B[part], s.scale, dtype)
+        A, B = (factors[part] for factors in self._stacks())
+        if _is_transposed(self.lora_owner, parameter):
+            A, B = B.mT, A.mT
+        return lora_delta(A, B, s.scale, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.lora_settings.parameter}{super().extra_repr()}"
@@ -130,15 +115,5 @@ def _regraft(module: nn.Module) -> None:
         graft(module, ParameterHost, names)
 
 
-def _layout(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """(entries of the stack, outputs, inputs); a matrix is one entry."""
-    parameter = module._parameters[name]
-    assert parameter is not None
-    if parameter.dim() == 2:
-        return 1, parameter.shape[0], parameter.shape[1]
-    count, rows, columns = parameter.shape
-    return (count, columns, rows) if _is_transposed(module) else (count, rows, columns)
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return bool(getattr(module, "is_transposed", False))
+def _is_transposed(module: nn.Module, parameter: Tensor) -> bool:
+    return parameter.dim() == 3 and bool(getattr(module, "is_transposed", False))

@@ -67,7 +67,7 @@ class Target:
     @property
     def largest_rank(self) -> int:
         """The smaller side of its weight."""
-        return self.kind.largest_rank(self.module, self.settings)
+        return self.kind.layout(self.module, self.settings).largest_rank
 
 
 @dataclass
@@ -300,14 +300,7 @@ def _settings(target: Target, config: LoRAConfig, parts: list[str], modules: dic
     name, names = target.name, target.names
     r = by_pattern("rank_pattern", config.rank_pattern, names, config.r)
     alpha = by_pattern("alpha_pattern", config.alpha_pattern, names, config.scaling_alpha)
-    spec: SliceSpec = by_pattern("slices", config.slices, names, [] if target.parameter else parts)
-    slices = None
-    if spec:
-        rows = target.kind.output_rows(target.module)
-        if rows is None:
-            raise TargetError(f"slices: '{name}', a {target.kind.kind}, has no parts to choose from")
-        slices = resolve_slices(name, target.module, modules.get(name.rpartition(".")[0]), rows, spec)
-    return LayerSettings(
+    settings = LayerSettings(
         r=r,
         alpha=alpha,
         scale=config.scale(r, alpha),
@@ -315,9 +308,16 @@ def _settings(target: Target, config: LoRAConfig, parts: list[str], modules: dic
         init=config.init,
         use_dora=config.use_dora,
         lora_bias=config.lora_bias,
-        slices=slices,
         parameter=target.parameter,
     )
+    spec: SliceSpec = by_pattern("slices", config.slices, names, [] if target.parameter else parts)
+    if not spec:
+        return settings
+    if not target.kind.linear_like:
+        raise TargetError(f"slices: '{name}', a {target.kind.kind}, has no parts to choose from")
+    rows = target.kind.layout(target.module, settings).B[0]
+    parent = modules.get(name.rpartition(".")[0])
+    return replace(settings, slices=resolve_slices(name, target.module, parent, rows, spec))
 
 
 def _without_narrow(targets: list[Target], config: LoRAConfig, selection: Selection) -> list[Target]:
@@ -369,8 +369,8 @@ def _option_refusal(target: Target) -> str | None:
             f"init 'loftq' takes back what quantization lost, and '{name}', {what},"
             f" is not quantized: load the base in 4 or 8 bits, or use init 'pissa'"
         )
-    shape_a, shape_b = kind.factor_shapes(module, settings)
-    reason = inits.refusal(init, settings.r, (shape_b[0], shape_a[1]))
+    layout = kind.layout(module, settings)
+    reason = inits.refusal(init, settings.r, (layout.B[0], layout.A[1]))
     return f"{reason} (module '{name}')" if reason else None
 
 
