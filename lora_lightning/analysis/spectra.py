@@ -49,7 +49,7 @@ def base_matrices(layer: AdaptedLayer, whole: Callable[[Tensor], Tensor] = lambd
     owner = layer.lora_owner
     if not isinstance(layer, LoRAParameter | LoRAMultiheadAttention):
         return weight_matrices(layer, whole(plain_weight(layer).detach()))
-    parts = layer.adapted_parameters(owner, layer.lora_settings).values()
+    parts = layer.adapted_parameters().values()
     stacked = isinstance(layer, LoRAParameter)
     return [matrix for part in parts for matrix in weight_matrices(owner, whole(part.detach()), stacked=stacked)]
 

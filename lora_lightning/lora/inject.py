@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar, overload
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -86,6 +87,16 @@ def inject(
         raise
 
 
+_SAVING = (
+    "save_pretrained would write W0 with stray lora_ keys that nothing opens: save_adapter(model, directory) writes"
+    " the adapter, and merge(model) makes a model that save_pretrained writes"
+)
+_RESIZING = (
+    "resize_token_embeddings would drop what is trained of the embedding or the output head: resize the plain"
+    " model, then inject(model, config)"
+)
+
+
 def guard_saving(model: nn.Module, *, is_adapted: bool) -> None:
     """Make `save_pretrained` of the transformers models in `model` raise while there is an adapter.
 
@@ -95,12 +106,10 @@ def guard_saving(model: nn.Module, *, is_adapted: bool) -> None:
     """
     for module in model.modules():
         if is_a(module, HF_MODEL):
-            for name in ("save_pretrained", "resize_token_embeddings"):
+            for name, message in (("save_pretrained", _SAVING), ("resize_token_embeddings", _RESIZING)):
                 module.__dict__.pop(name, None)
-            if is_adapted:
-                module.__dict__["save_pretrained"] = _refuse_save_pretrained
-                if _resizes_adapter(module):
-                    module.__dict__["resize_token_embeddings"] = _refuse_resize
+                if is_adapted and (message is _SAVING or _resizes_adapter(module)):
+                    module.__dict__[name] = partial(_refuse, message)
 
 
 def _resizes_adapter(model: Any) -> bool:
@@ -113,18 +122,8 @@ def _resizes_adapter(model: Any) -> bool:
     return any(tables.intersection(module.modules()) for module in trained)
 
 
-def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
-    raise LoRAError(
-        "save_pretrained would write W0 with stray lora_ keys that nothing opens: save_adapter(model, directory) writes"
-        " the adapter, and merge(model) makes a model that save_pretrained writes"
-    )
-
-
-def _refuse_resize(*args: Any, **kwargs: Any) -> None:
-    raise LoRAError(
-        "resize_token_embeddings would drop what is trained of the embedding or the output head: resize the plain"
-        " model, then inject(model, config)"
-    )
+def _refuse(message: str, *args: Any, **kwargs: Any) -> None:
+    raise LoRAError(message)
 
 
 def _graft_all(model: nn.Module, selection: Selection, *, run_init: bool) -> list[AdaptedModule]:
@@ -166,22 +165,19 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@overload
-def grafted_modules(model: nn.Module) -> list[tuple[str, Grafted]]: ...
+def grafted_modules(model: nn.Module) -> list[tuple[str, Grafted]]:
+    """Every module onto which a class was grafted, with its full name, once each."""
+    return modules_of_kind(model, Grafted)
 
 
-@overload
-def grafted_modules(model: nn.Module, kind: type[Kind]) -> list[tuple[str, Kind]]: ...
-
-
-def grafted_modules(model: nn.Module, kind: type[Grafted] = Grafted) -> list[tuple[str, Any]]:
-    """Every module onto which a class of this kind was grafted, with its full name, once each."""
+def modules_of_kind(model: nn.Module, kind: type[Kind]) -> list[tuple[str, Kind]]:
+    """Every module of this class, with its full name, once each."""
     return [(name, module) for name, module in named_modules(model) if isinstance(module, kind)]
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     """Every layer with A and B, with its full name, once each."""
-    return grafted_modules(model, AdaptedLayer)
+    return modules_of_kind(model, AdaptedLayer)
 
 
 def _adapt(target: Target, *, run_init: bool) -> AdaptedModule:

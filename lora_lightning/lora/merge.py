@@ -103,7 +103,7 @@ def fold(
         The share of the update that rounding kept; None where nothing is added to W0's weights.
 
     Raises:
-        MergeError: the update is not finite, or rounding would make a number infinite.
+        MergeError: W0 is no weight to add to, the update is not finite, or rounding would make a number infinite.
     """
     for name, trained, original in module.trained_tensors():
         refuse_overflow(f"'{full_name(path, name)}'", trained, original.dtype)
@@ -111,6 +111,7 @@ def fold(
     if not isinstance(module, AdaptedLayer):
         return None
     label, owner = module.lora_name(path), module.lora_owner
+    refuse_codes(label, module)
     merged, share = merged_weights(module, dtype, rounded_to, label=label)
     if (total := _merged_bias(module, label)) is not None and (bias := module._parameters["bias"]) is not None:
         # A new parameter: the old one may be tied.
@@ -144,7 +145,7 @@ def merged_weights(
     """
     merged: dict[str, Tensor] = {}
     wanted = lost = 0.0
-    whole = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
+    whole = layer.adapted_parameters()
     for name, place, before, delta in layer.updates():
         after = before + delta
         if name not in merged:
@@ -182,11 +183,9 @@ def _refuse_infinite(path: str, module: Grafted, plain_dtype: torch.dtype, dtype
     if not isinstance(module, AdaptedLayer):
         return
     label, is_quantized = module.lora_name(path), scheme(module) is not None
-    if not is_quantized:
-        refuse_codes(label, module)
+    refuse_codes(label, module)
     _merged_bias(module, label, dtype)
-    weights = module.adapted_parameters(module.lora_owner, module.lora_settings).values()
-    dtypes = {dtype or (plain_dtype if is_quantized else weight.dtype) for weight in weights}
+    dtypes = {dtype or (plain_dtype if is_quantized else w.dtype) for w in module.adapted_parameters().values()}
     is_large = any(tensor.numel() and tensor.abs().max() > LARGE for tensor in module.lora_tensors().values())
     if is_large or torch.float16 in dtypes:
         merged_weights(module, plain_dtype if is_quantized else None, dtype, label=label)

@@ -58,8 +58,8 @@ def refuse(model: nn.Module, *, dequantize: bool = False) -> None:
 
 
 def refuse_codes(name: str, layer: AdaptedLayer) -> None:
-    """Raise a MergeError for integer codes and 8-bit floats, which cannot hold an update."""
-    for weight in layer.adapted_parameters(layer.lora_owner, layer.lora_settings).values():
+    """Raise a MergeError for codes and 8-bit floats, which cannot hold an update, unless a merge dequantizes them."""
+    for weight in layer.adapted_parameters().values() if scheme(layer) is None else ():
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise MergeError(
                 f"'{name}' holds its weight as {weight.dtype}: load the backbone unquantized and merge there"

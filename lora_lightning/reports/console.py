@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from lora_lightning.lora.formats.atomic_dir import human_size
 from lora_lightning.lora.frozen.dtype import base_dtypes, dtype_name
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, modules_of_kind
 from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.layers.class_swap import Grafted
 from lora_lightning.lora.report import LEAST_KEPT, InjectionReport
@@ -128,7 +128,7 @@ def part_dtypes(backbone: nn.Module, backbone_mode: str, trainer: Trainer) -> di
         which is on in training in both modes.
     """
     chosen, precision = getattr(trainer, "precision_asked", None), str(trainer.precision)
-    copies = grafted_modules(backbone, SavedCopy)
+    copies = modules_of_kind(backbone, SavedCopy)
     heads = {id(t) for _, saved in copies for t in saved.lora_copy.parameters()}
     factors = [t for t in adapter_tensors(backbone).values() if id(t) not in heads and t.is_floating_point()]
     kind = trainer.strategy.root_device.type

@@ -19,7 +19,7 @@ from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.init.from_adapter import WarmStart, start_from_directory, start_from_state
 from lora_lightning.lora.init.from_data import init_from_data
-from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, modules_of_kind
 from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints import run_folder as run
@@ -33,7 +33,7 @@ BATCHES = 8
 
 def warn_of_frozen_new_head(backbone: nn.Module) -> None:
     """Warn of a head without pretrained values that does not train: it stays random."""
-    trained = tuple(f"{name}." for name, _ in (*grafted_modules(backbone, SavedCopy), *adapted_layers(backbone)))
+    trained = tuple(f"{name}." for name, _ in (*modules_of_kind(backbone, SavedCopy), *adapted_layers(backbone)))
     new: list[str] = getattr(backbone, "new_keys", [])  # keys without values in the files that `huggingface` read
     names = sorted({key.rpartition(".")[0] for key in new if not (trained and key.startswith(trained))})
     if names:

@@ -20,7 +20,7 @@ from lora_lightning.lora.errors import AdapterError, LoRAError, refuse_removed
 from lora_lightning.lora.formats.provenance import refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import plain_name
-from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, modules_of_kind
 from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.meta.empty_model import fill_from_files, inject_anywhere
 from lora_lightning.tasks.base import Stage, StepOutput, Task
@@ -227,7 +227,7 @@ class LoRAModule(LightningModule):
         for _, layer in adapted_layers(self.backbone):
             if layer.lora_dropout is not None:
                 layer.lora_dropout.train()
-        for _, saved in grafted_modules(self.backbone, SavedCopy):
+        for _, saved in modules_of_kind(self.backbone, SavedCopy):
             saved.lora_copy.train()
 
     def setup(self, stage: str) -> None:

@@ -87,7 +87,7 @@ def opened(directory, label="adapter"):
 
 def weight_deltas(layer):
     """What a merge adds to each weight of a layer, whole."""
-    weights, deltas = layer.adapted_parameters(layer.lora_owner, layer.lora_settings), {}
+    weights, deltas = layer.adapted_parameters(), {}
     for name, place, _, delta in layer.updates():
         whole = deltas.setdefault(name, torch.zeros(weights[name].shape, dtype=delta.dtype))
         whole[place] = delta
@@ -137,7 +137,7 @@ def test_what_files_and_model_hold_is_what_a_merge_adds(kind, tmp_path):
         pairs = [(layer.lora_settings.scale * (B @ A)).double() for A, B in update_pairs(layer)]
         assert [m.shape for m in W0] == [p.shape for p in pairs]
         torch.testing.assert_close(singular_values(pairs), want, rtol=1e-9, atol=1e-12)
-        weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings).values()
+        weights = layer.adapted_parameters().values()
         norm = math.sqrt(sum(float(p.detach().square().sum()) for p in weights))
         assert math.isclose(told[name].base.w0_norm, norm, rel_tol=1e-12)
         found = Weights(made(kind, adapted=False)).of(read[name])
@@ -184,7 +184,7 @@ def test_a_truncated_adapter_loads_and_holds_its_share_and_no_more_than_it_must(
         merged = theirs.merge_and_unload()
         for path, layer in adapted_layers(again):
             for name, delta in weight_deltas(layer).items():
-                W0 = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)[name]
+                W0 = layer.adapted_parameters()[name]
                 owner = path if layer.kind != "Parameter" else path.rpartition(".")[0]
                 assert relative(merged.get_parameter(f"{owner}.{name}"), W0 + delta) < 1e-9
 

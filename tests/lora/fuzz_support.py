@@ -21,7 +21,7 @@ from torch import nn
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, remove, save_adapter
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, modules_of_kind
 from lora_lightning.lora.layers import TokenRows
 from tests.factories import assert_same, move, snapshot
 from tests.lora.accidents import Accident
@@ -85,7 +85,7 @@ def write_pefts(folder: Path) -> None:
 def settings_of(model: nn.Module) -> dict:
     """Rank, alpha, dropout and all else of each layer, and the tokens whose rows train."""
     layers: dict = {name: layer.lora_settings for name, layer in adapted_layers(model)}
-    return layers | {name: rows.lora_token_ids.tolist() for name, rows in grafted_modules(model, TokenRows)}
+    return layers | {name: rows.lora_token_ids.tolist() for name, rows in modules_of_kind(model, TokenRows)}
 
 
 ABOUT = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version"}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
-from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, modules_of_kind
 from lora_lightning.lora.layers import SavedCopy
 from tests.factories import Own
 from tests.lora.kinds import shake
@@ -93,7 +93,7 @@ def test_settings_of_a_name_that_ends_another_stay_its_own(make, options, tmp_pa
     assert settings[0] == settings[1]
     if make is Own:
         assert {name: s.r for name, s in settings[0].items()} == {"inner.a+b (c)": 3, "inner.a": 2, "second": 2}
-    saved = [name for name, _ in grafted_modules(again, SavedCopy)]
+    saved = [name for name, _ in modules_of_kind(again, SavedCopy)]
     assert saved == options.get("modules_to_save", []), "a full name means that module alone"
     if options["target_modules"] in PEFT_TOO:
         theirs = peft.PeftModel.from_pretrained(build(make), tmp_path)

@@ -8,7 +8,7 @@ from torch import nn
 from lora_lightning import LoRAConfig, LoRAError, inject, merge, remove
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, TargetError
 from lora_lightning.lora.frozen.tensors import adapter_tensors, frozen_keys
-from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.inject import modules_of_kind
 from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias, graft
 from lora_lightning.lora.report import InjectionReport
 from tests.factories import Own, assert_same, distance, folded, move, sequential, snapshot
@@ -142,7 +142,7 @@ def test_only_the_named_head_trains_and_not_what_ends_like_it_or_trained_before(
     model.head.weight.requires_grad_(False)
     report = inject(model, LoRAConfig(r=2, target_modules=["first"], modules_to_save=["head"]))
     assert report.saved == {"head": 12 * 3 + 3}
-    assert [name for name, _ in grafted_modules(model, SavedCopy)] == ["head"]
+    assert [name for name, _ in modules_of_kind(model, SavedCopy)] == ["head"]
     trained = {"first.lora_A", "first.lora_B", "head.lora_copy.weight", "head.lora_copy.bias"}
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
     remove(model)

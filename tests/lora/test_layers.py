@@ -14,7 +14,7 @@ from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, sa
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, MergeError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.init.random import gaussian_, kaiming_
-from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.inject import modules_of_kind
 from lora_lightning.lora.layers import LoRAParameter, TrainedBias, fused_linear
 from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 from tests.lora.directories import of_peft
@@ -109,7 +109,7 @@ def test_all_trains_the_biases_that_peft_trains_with_an_ordinary_biass_gradient(
     inject(model, LoRAConfig(r=2, target_modules=["linear1"], bias="all"))
     for one in (model, plain):
         one(x).pow(3).sum().backward()
-    found = dict(grafted_modules(model, TrainedBias))
+    found = dict(modules_of_kind(model, TrainedBias))
     for name, module in found.items():
         torch.testing.assert_close(module.lora_trained_bias.grad, plain.get_submodule(name).bias.grad)
     theirs = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["linear1"], bias="all"))
@@ -118,7 +118,7 @@ def test_all_trains_the_biases_that_peft_trains_with_an_ordinary_biass_gradient(
     assert names == {f"{name}.bias" for name in found}
     model = net()
     inject(model, LoRAConfig(r=2, target_modules=["up"], bias="all", modules_to_save=["head"]))
-    assert [name for name, _ in grafted_modules(model, TrainedBias)] == ["up", "norm", "square"]
+    assert [name for name, _ in modules_of_kind(model, TrainedBias)] == ["up", "norm", "square"]
 
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True")

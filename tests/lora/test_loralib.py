@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lora_lightning import load_adapter, load_loralib, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
-from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.inject import modules_of_kind
 from lora_lightning.lora.layers import TrainedBias
 from tests.factories import distance, hf
 from tests.lora.directories import refused
@@ -125,7 +125,7 @@ def test_trained_biases_come_along(tmp_path, bias):
     model = theirs(bias)
     ours, _ = load(write(tmp_path, model, bias))
     assert distance(ours(IDS), model(IDS)) < 1e-12
-    assert {name for name, _ in grafted_modules(ours, TrainedBias)} == (
+    assert {name for name, _ in modules_of_kind(ours, TrainedBias)} == (
         {"conv", "qkv", "out"} if bias == "lora_only" else {"conv", "qkv", "norm", "out", "head"}
     )
 

@@ -19,7 +19,7 @@ from lora_lightning.lora.errors import ConfigError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.load import exact_config, load_tensors
 from lora_lightning.lora.frozen.spectrum import Pair, pad_pair, spectrum, subtract_init
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, modules_of_kind
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy
 from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.layers.functional import wide_dtype
@@ -119,7 +119,7 @@ def read_adapter(name: str, model: nn.Module) -> Source:
     for path, module in grafted_modules(model):
         if refused := next((tensor for tensor in module.lora_tensors() if tensor in reasons), None):
             raise LoRAError(f"cannot combine '{name}': its '{path}' {reasons[refused]}: leave it out")
-    heads = {path: module.lora_copy.state_dict() for path, module in grafted_modules(model, SavedCopy)}
+    heads = {path: module.lora_copy.state_dict() for path, module in modules_of_kind(model, SavedCopy)}
     return Source(layers={path: _read_layer(path, layer) for path, layer in adapted_layers(model)}, heads=heads)
 
 
@@ -132,7 +132,7 @@ def _read_layer(path: str, layer: AdaptedLayer) -> Layer:
     settings, dtype, tensors = layer.lora_settings, wide_dtype(layer.lora_A), layer.to_peft()
     blocks, groups = scale(*layer.factor_pairs()), layer.groups if isinstance(layer, CONVS) else 1
     whole = scale((tensors["lora_A"], tensors["lora_B"])) if settings.slices else blocks
-    weights, name = len(layer.adapted_parameters(layer.lora_owner, settings)), layer.lora_name(path)
+    weights, name = len(layer.adapted_parameters()), layer.lora_name(path)
     return Layer(name=name, settings=settings, groups=groups, weights=weights, blocks=blocks, whole=whole)
 
 

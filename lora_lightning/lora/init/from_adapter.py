@@ -22,7 +22,7 @@ from lora_lightning.lora.formats.peft.load import AdapterFiles, config_for, load
 from lora_lightning.lora.formats.provenance import check_base, refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name, refuse_misfits
-from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, modules_of_kind
 from lora_lightning.lora.layers import SavedCopy, TokenRows
 from lora_lightning.lora.layers.trained.module_copy import COPY
 from lora_lightning.lora.targets.patterns import by_pattern
@@ -63,7 +63,7 @@ def start_from_directory(model: nn.Module, directory: Path, *, allow_other_base:
         there, here = files.record and files.record.slices.get(name), parts and parts.to_spec()
         if there != here:
             raise AdapterError(f"the adapter was trained on the parts {there} of '{name}', this run says {here}")
-    for name, embedding in grafted_modules(model, TokenRows):
+    for name, embedding in modules_of_kind(model, TokenRows):
         if sorted(token_ids(files.peft, name)) != embedding.lora_token_ids.tolist():
             raise AdapterError(f"the adapter trains other tokens of '{name}' than lora.trainable_token_indices names")
     return _fill(model, ours, trained, left)
@@ -113,7 +113,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], trained: LoRAConfig, 
 
 
 def _head_names(model: nn.Module) -> list[str]:
-    return [name for name, _ in grafted_modules(model, SavedCopy)]
+    return [name for name, _ in modules_of_kind(model, SavedCopy)]
 
 
 def _keep_own_heads(

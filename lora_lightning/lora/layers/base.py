@@ -86,11 +86,6 @@ class AdaptedLayer(Grafted):
             )
         return None
 
-    @classmethod
-    def adapted_parameters(cls, module: nn.Module, settings: LayerSettings) -> dict[str, nn.Parameter]:
-        """The parts of W0 that a merge changes, by their names in the module."""
-        return {name: module._parameters[name] for name in cls.layout(module, settings).weights}  # type: ignore[misc]
-
     # Make and start.
 
     @classmethod
@@ -197,6 +192,11 @@ class AdaptedLayer(Grafted):
         """The module whose weight is adapted."""
         return self
 
+    def adapted_parameters(self) -> dict[str, nn.Parameter]:
+        """The parts of W0 that a merge changes, by their names in `lora_owner`."""
+        owner = self.lora_owner
+        return {name: owner._parameters[name] for name in self.layout(owner, self.lora_settings).weights}  # type: ignore[misc]
+
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Each A with the B that multiplies it, as matrices that are views: one pair, or one for each part."""
         return [(self.lora_A, self.lora_B)]
@@ -268,18 +268,16 @@ class AdaptedLayer(Grafted):
 
     def _parts(self) -> Iterator[tuple[str, tuple[slice, ...], slice, Tensor, Tensor]]:
         """As `updates` without DoRA, with the part's slice along `part_dim`."""
-        dtype, dim = self._lora_dtype(), self.part_dim
-        for name, parameter in self.adapted_parameters(self.lora_owner, self.lora_settings).items():
+        dim = self.part_dim
+        for name, parameter in self.adapted_parameters().items():
             weight = self.base_weight() if name == "weight" and scheme(self.lora_owner) else parameter
-            if dim is None or weight.numel() <= BLOCK:
-                yield name, (), WHOLE, weight.to(dtype), self.delta_weight(WHOLE, name)
-                continue
-            count = weight.shape[dim]
-            step = max(1, BLOCK * count // weight.numel())
+            count = 1 if dim is None or weight.numel() <= BLOCK else weight.shape[dim]
+            step = max(1, BLOCK * count // max(1, weight.numel()))
             for start in range(0, count, step):
-                part = slice(start, min(start + step, count))
-                place = (*[WHOLE] * dim, part)
-                yield name, place, part, weight[place].to(dtype), self.delta_weight(part, name)
+                part = WHOLE if count == 1 else slice(start, min(start + step, count))
+                place = () if count == 1 else (*[WHOLE] * (dim or 0), part)
+                delta = self.delta_weight(part, name)  # first, while the fewest wide tensors are in memory
+                yield name, place, part, weight[place].to(delta.dtype), delta
 
     def updated_weights(self) -> dict[str, Tensor]:
         """`W0 + s B A` by the weights' names, in float32 or wider."""
@@ -292,7 +290,7 @@ class AdaptedLayer(Grafted):
 
     def _lora_dtype(self) -> torch.dtype:
         """The dtype in which updates are added to W0."""
-        return wide_dtype(*self.adapted_parameters(self.lora_owner, self.lora_settings).values(), self.lora_A)
+        return wide_dtype(*self.adapted_parameters().values(), self.lora_A)
 
     # The layer's keys and tensors in PEFT's layout.
 

@@ -101,7 +101,7 @@ def swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, T
 def adapted_names(path: str, layer: AdaptedLayer) -> dict[str, str]:
     """The names in the model of the weights that the layer at `path` adapts, by their keys in the module."""
     owner = path if layer.lora_owner is layer else layer.lora_name(path).rpartition(".")[0]
-    return {key: full_name(owner, key) for key in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)}
+    return {key: full_name(owner, key) for key in layer.adapted_parameters()}
 
 
 @torch.no_grad()

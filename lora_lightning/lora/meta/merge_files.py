@@ -25,7 +25,7 @@ from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_con
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.merge import fold
-from lora_lightning.lora.merge_refusals import refuse, refuse_codes
+from lora_lightning.lora.merge_refusals import refuse
 from lora_lightning.lora.meta.empty_model import adapted_names, make_adapter_real, start_from_present, swap_tensors
 from lora_lightning.lora.meta.key_mapping import Base, BaseCheck, Group, names_by_tensor
 
@@ -121,7 +121,6 @@ class StreamedMerge:
         before = swap_tensors(self.model, W0)
         try:
             if isinstance(module, AdaptedLayer):
-                refuse_codes(module.lora_name(path), module)
                 start_from_present(module)
             share = fold(path, module, {}, self.dtype)
             if isinstance(module, AdaptedLayer) and share is not None:

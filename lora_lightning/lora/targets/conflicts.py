@@ -13,8 +13,8 @@ def refuse_shared_weights(selection: Selection) -> None:
     """Refuse a weight that two selected layers share: it would be merged into twice."""
     names: dict[int, list[str]] = {}
     for target in selection.targets:
-        for parameter in target.kind.adapted_parameters(target.module, target.settings).values():
-            names.setdefault(id(parameter), []).append(target.name)
+        for weight in target.kind.layout(target.module, target.settings).weights:
+            names.setdefault(id(target.module._parameters[weight]), []).append(target.name)
     for token in selection.tokens:
         names.setdefault(id(token.module.weight), []).append(token.name)
     for twins in names.values():

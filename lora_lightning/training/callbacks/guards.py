@@ -20,7 +20,7 @@ from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError, first_few
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
-from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, modules_of_kind
 from lora_lightning.lora.layers import SavedCopy, TokenRows
 from lora_lightning.reports.console import dtype_lines, first_lines, part_dtypes, show_data, show_injection, show_lines
 from lora_lightning.tasks.base import tensors_in
@@ -69,8 +69,8 @@ class FreezeBase(Callback):
         module = lora_module(pl_module, self)
         backbone, report = module.backbone, module.report
         present = {layer.lora_name(path) for path, layer in adapted_layers(backbone)}
-        present |= {name for name, _ in grafted_modules(backbone, SavedCopy)}
-        present |= {name for name, rows in grafted_modules(backbone, TokenRows) if rows.lora_tokens.requires_grad}
+        present |= {name for name, _ in modules_of_kind(backbone, SavedCopy)}
+        present |= {name for name, rows in modules_of_kind(backbone, TokenRows) if rows.lora_tokens.requires_grad}
         wanted = (*[row.module for row in report.modules], *report.saved, *report.tokens)
         if lost := [repr(name) for name in wanted if name not in present]:
             raise LoRAError(

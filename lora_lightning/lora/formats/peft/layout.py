@@ -23,7 +23,7 @@ from lora_lightning.lora.errors import AdapterError, first_few, warn
 from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key, token_key
 from lora_lightning.lora.frozen.spectrum import pad_pair, subtract_init
 from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name, named_modules, refuse_misfits
-from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, modules_of_kind
 from lora_lightning.lora.layers import (
     AdaptedLayer,
     LoRALinear,
@@ -174,7 +174,7 @@ def other_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
         elif isinstance(one.layer, LoRAMultiheadAttention):
             inside.setdefault(full_name(one.path, "out_proj"), full_name(one.path, "base_layer.out_proj.base_layer"))
     keys = {key: copy_key(key) for key in adapter_tensors(model) if copy_key(key) != key}
-    for name, _ in grafted_modules(model, TrainedBias):
+    for name, _ in modules_of_kind(model, TrainedBias):
         keys[full_name(name, "lora_trained_bias")] = full_name(inside.get(name, name).removeprefix("."), "bias")
     return keys
 
@@ -185,7 +185,7 @@ def to_peft(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, Tensor]:
     tensors = zero_factors(layouts)
     for layout in layouts:
         tensors |= layout.tensors()
-    tensors |= {token_key(name): embedding.lora_tokens for name, embedding in grafted_modules(model, TokenRows)}
+    tensors |= {token_key(name): embedding.lora_tokens for name, embedding in modules_of_kind(model, TokenRows)}
     tensors |= {theirs: trained[ours] for ours, theirs in other_keys(model, layouts).items()}
     return {PREFIX + key: tensor for key, tensor in tensors.items()}
 
@@ -199,7 +199,7 @@ def from_peft(model: nn.Module, file: Mapping[str, Tensor], token_ids: Callable[
     ours: dict[str, Tensor] = {}
     for layout in layouts:
         ours |= layout.to_ours(file)
-    for name, _ in grafted_modules(model, TokenRows):
+    for name, _ in modules_of_kind(model, TokenRows):
         ids = token_ids(name)
         rising = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
         ours[full_name(name, "lora_tokens")] = file[token_key(name)][rising]
@@ -223,9 +223,9 @@ def fold_for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLay
     reasons: dict[str, list[str]] = {
         "DoRA": [one.name for one in layouts if one.layer.lora_settings.use_dora],
         "a bias on B (lora_bias)": [one.name for one in layouts if one.layer.lora_settings.lora_bias],
-        "modules trained in full (modules_to_save)": [name for name, _ in grafted_modules(model, SavedCopy)],
-        "trained token rows": [name for name, _ in grafted_modules(model, TokenRows)],
-        "trained biases": [name for name, _ in grafted_modules(model, TrainedBias)],
+        "modules trained in full (modules_to_save)": [name for name, _ in modules_of_kind(model, SavedCopy)],
+        "trained token rows": [name for name, _ in modules_of_kind(model, TokenRows)],
+        "trained biases": [name for name, _ in modules_of_kind(model, TrainedBias)],
     }
     for one in sorted(layouts, key=lambda one: one.layer.kind):
         if not isinstance(one.layer, LoRALinear):

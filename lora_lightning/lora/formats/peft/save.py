@@ -20,7 +20,7 @@ from lora_lightning.lora.formats.peft.load import exact_patterns, refuse_meta
 from lora_lightning.lora.formats.provenance import write_record
 from lora_lightning.lora.formats.tensor_files import file_content, file_size
 from lora_lightning.lora.frozen.tensors import get_module, named_modules
-from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.inject import modules_of_kind
 from lora_lightning.lora.layers import LoRAConv1D, LoRAParameter, ParameterHost, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.layers.attention import OutProj
 from lora_lightning.lora.layers.conv import is_conv_unlike_peft
@@ -102,7 +102,7 @@ def _config(
     model: nn.Module, layouts: list[LayerLayout], base_model_name_or_path: str | None, task_type: str | None
 ) -> dict[str, Any]:
     settings = [layout.layer.lora_settings for layout in layouts]
-    biased = {module for _, module in grafted_modules(model, TrainedBias)}
+    biased = {module for _, module in modules_of_kind(model, TrainedBias)}
     biases = "lora_only" if biased <= {layout.layer.lora_owner for layout in layouts} else "all"
     parameters = [layout.peft_name for layout in layouts if isinstance(layout.layer, LoRAParameter)]
     ranks = {layout.peft_name: layout.rank for layout in layouts}
@@ -119,8 +119,8 @@ def _config(
         # Where a name is also the dotted end of another module's, one regular expression.
         "target_modules": "|".join(map(re.escape, modules)) if is_ambiguous else sorted(modules),
         "target_parameters": parameters or None,
-        "trainable_token_indices": {n: m.lora_token_ids.tolist() for n, m in grafted_modules(model, TokenRows)} or None,
-        "modules_to_save": [name for name, _ in grafted_modules(model, SavedCopy)] or None,
+        "trainable_token_indices": {n: m.lora_token_ids.tolist() for n, m in modules_of_kind(model, TokenRows)} or None,
+        "modules_to_save": [name for name, _ in modules_of_kind(model, SavedCopy)] or None,
         "use_rslora": any(layout.rslora for layout in layouts),
         "init_lora_weights": True,
         "bias": biases if biased else "none",
@@ -154,7 +154,7 @@ def _task(model: nn.Module, task_type: str | None) -> str | None:
         raise AdapterError(
             f"task_type must be one of {', '.join(TASKS)}, got '{task_type}'{did_you_mean(task_type, TASKS)}"
         )
-    brought = {inner for _, saved in grafted_modules(model, SavedCopy) for inner in saved.modules()}
+    brought = {inner for _, saved in modules_of_kind(model, SavedCopy) for inner in saved.modules()}
     ends = TASKS[task_type]
     missed = [n for n, m in named_modules(model) if ends and n.endswith(ends) and m not in brought]
     if not missed:
@@ -172,7 +172,7 @@ def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str,
 
     They are those of PEFT 0.21.2 and transformers 5.24; tests fail when one of them is gone.
     """
-    saved = [name for name, _ in grafted_modules(model, SavedCopy)]
+    saved = [name for name, _ in modules_of_kind(model, SavedCopy)]
     rest = [n for n, _ in named_modules(model) if not any(n == s or n.startswith(f"{s}.") for s in saved)]
     caught = [name for name in rest if name.endswith(tuple(saved))]
     yield "matches modules_to_save by the ends of names, within a word too, and misses tensors for", caught
@@ -192,9 +192,9 @@ def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str,
     uncalled = [name for name, owner in parameters.items() if owner in read or isinstance(owner, OutProj)]
     yield "drops the update of a parameter whose module is read and not called", uncalled
     # PEFT looks for them under that module's wrapper.
-    hosts = tuple(f"{name}." for name, _ in grafted_modules(model, ParameterHost) if name)
+    hosts = tuple(f"{name}." for name, _ in modules_of_kind(model, ParameterHost) if name)
     layers = [one.path.rpartition(".")[0] if one.name in parameters else one.path for one in layouts]
-    trained = [name for kind in (TrainedBias, TokenRows, SavedCopy) for name, _ in grafted_modules(model, kind)]
+    trained = [name for kind in (TrainedBias, TokenRows, SavedCopy) for name, _ in modules_of_kind(model, kind)]
     inside = list(dict.fromkeys(name for name in layers + trained if name.startswith(hosts)))
     yield "looks elsewhere for what is trained inside a module with adapted parameters", inside
     stacks = {n for _, m in named_modules(model) for n, p in m._parameters.items() if p is not None and p.dim() == 3}
