@@ -1,7 +1,4 @@
-"""Fold the update into W0: once, from pristine W0, in float32 or wider.
-
-A merge refuses before its first write, so that a refused model does not change.
-"""
+"""Fold the update into W0: once, from pristine W0, in float32 or wider."""
 
 from __future__ import annotations
 
@@ -50,28 +47,24 @@ def merge(
             device. The model is then unchanged.
     """
     with scaled(model, scale):
-        return _merge(model, dequantize=dequantize, dtype=dtype)
-
-
-def _merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> MergeReport:
-    refuse_merge(model, dequantize=dequantize, dtype=dtype)
-    plain_dtype, modules = float_dtype(model), grafted_modules(model)
-    for path, module in modules:
-        _refuse_infinite(path, module, plain_dtype, dtype)
-    if dtype is not None:
-        cast(model, dtype, widen=True)
-    report, ties, folded = MergeReport(), shared_parameters(model), dict[int, Any]()
-    for path, module in modules:
-        name = module.lora_name(path) if isinstance(module, AdaptedLayer) else path
-        is_quantized = isinstance(module, AdaptedLayer) and scheme(module) is not None
-        share = fold(path, module, folded, plain_dtype if is_quantized else None, dtype)
-        report.kept.update({} if share is None else {name: share})
-        report.dequantized.extend([name] if is_quantized else [])
-    for name, module in model.named_modules() if dequantize else ():
-        if scheme(module) is not None:
-            report.dequantized.append(name)
-            make_plain(module, plain_weight(module).to(plain_dtype))
-    remove(model)
+        refuse_merge(model, dequantize=dequantize, dtype=dtype)
+        plain_dtype, modules = float_dtype(model), grafted_modules(model)
+        for path, module in modules:
+            _refuse_infinite(path, module, plain_dtype, dtype)
+        if dtype is not None:
+            cast(model, dtype, widen=True)
+        report, ties, folded = MergeReport(), shared_parameters(model), dict[int, Any]()
+        for path, module in modules:
+            name = module.lora_name(path) if isinstance(module, AdaptedLayer) else path
+            is_quantized = isinstance(module, AdaptedLayer) and scheme(module) is not None
+            share = fold(path, module, folded, plain_dtype if is_quantized else None, dtype)
+            report.kept.update({} if share is None else {name: share})
+            report.dequantized.extend([name] if is_quantized else [])
+        for name, plain in model.named_modules() if dequantize else ():
+            if scheme(plain) is not None:
+                report.dequantized.append(name)
+                make_plain(plain, plain_weight(plain).to(plain_dtype))
+        remove(model)
     report.untied.extend(untied_since(model, ties))
     if report.untied:
         untie_config(model)
@@ -91,16 +84,8 @@ def fold(
 ) -> float | None:
     """Fold the update of one module, and what it trained in full, into its weights, in place.
 
-    This is the only arithmetic of merging: `merge` calls it for each module, and the merge of files calls it for a
-    module whose W0 is loaded for the moment.
-
-    Args:
-        path: of the module.
-        folded: new parameters by the id of the trained tensor: one mapping for a whole model keeps its ties.
-        dtype, rounded_to: as in `merged_weights`.
-
-    Returns:
-        The share of the update that rounding kept; None where nothing is added to W0's weights.
+    `folded` has new parameters by the id of the trained tensor: one mapping for a whole model keeps its ties. Returns
+    the share of the update that rounding kept; None where nothing is added to W0's weights.
 
     Raises:
         MergeError: W0 is no weight to add to, the update is not finite, or rounding would make a number infinite.
@@ -132,8 +117,6 @@ def merged_weights(
     label: str = "a layer",
 ) -> tuple[dict[str, Tensor], float]:
     """`W0 + s B A` for each of the layer's weights, and the share of the update that rounding kept.
-
-    A large layer is computed in parts, so that beside the results little memory is needed in the wide dtype.
 
     Args:
         dtype: of the results; the weight's dtype by default.

@@ -6,7 +6,7 @@ from torch import nn
 
 from lora_lightning.lora.layers.attention import LoRAMultiheadAttention, LoRAOutProj, OutProj
 from lora_lightning.lora.layers.base import AdaptedLayer
-from lora_lightning.lora.layers.class_swap import Grafted, graft, take_out, ungraft
+from lora_lightning.lora.layers.class_swap import Grafted, graft, take_out
 from lora_lightning.lora.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_lightning.lora.layers.embedding import LoRAEmbedding
 from lora_lightning.lora.layers.linear import CONV1D, LoRAConv1D, LoRALinear
@@ -37,14 +37,9 @@ def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
 
 
 __all__ = [
-    "KINDS",
     "AdaptedLayer",
     "Grafted",
     "LoRAConv1D",
-    "LoRAConv1d",
-    "LoRAConv2d",
-    "LoRAConv3d",
-    "LoRAEmbedding",
     "LoRALinear",
     "LoRAMultiheadAttention",
     "LoRAParameter",
@@ -55,5 +50,4 @@ __all__ = [
     "graft",
     "kind_of",
     "take_out",
-    "ungraft",
 ]

@@ -108,16 +108,14 @@ def _switched_attribute(name: str, value: int) -> property:
     return property(read, lambda module, stored: module.__dict__.update({name: stored}))
 
 
-class EncoderLayerHost(Grafted, nn.TransformerEncoderLayer):
-    """`nn.TransformerEncoderLayer` that calls its layers: torch's fused kernel needs an activation other than 0."""
+class EncoderHost(Grafted):
+    """`nn.TransformerEncoder` or its layer, without the kernels that read weights instead of calling modules.
 
-    activation_relu_or_gelu = _switched_attribute("activation_relu_or_gelu", 0)  # type: ignore[assignment]
+    A layer's kernel needs an activation other than 0; an encoder makes nested tensors of padded batches for it.
+    """
 
-
-class EncoderHost(Grafted, nn.TransformerEncoder):
-    """`nn.TransformerEncoder` without nested tensors for padded batches, which only its layers' kernels can read."""
-
-    use_nested_tensor = _switched_attribute("use_nested_tensor", False)  # type: ignore[assignment]
+    activation_relu_or_gelu = _switched_attribute("activation_relu_or_gelu", 0)
+    use_nested_tensor = _switched_attribute("use_nested_tensor", False)
 
 
 def hold_kernels_off(modules: list[nn.Module], adapted: list[nn.Module]) -> None:
@@ -127,8 +125,8 @@ def hold_kernels_off(modules: list[nn.Module], adapted: list[nn.Module]) -> None
     """
     called = {m for m in adapted if not isinstance(m, nn.MultiheadAttention | OutProj)}
     for module in modules:
-        for kind, host in ((nn.TransformerEncoderLayer, EncoderLayerHost), (nn.TransformerEncoder, EncoderHost)):
+        for kind in (nn.TransformerEncoderLayer, nn.TransformerEncoder):
             # A subclass whose forward replaces torch's does not reach its kernels.
             is_torchs = isinstance(module, kind) and own_forward_calls_super(type(module), kind)
             if is_torchs and called.intersection(module.modules()) - {module}:
-                graft(module, host)
+                graft(module, EncoderHost)

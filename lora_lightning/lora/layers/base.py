@@ -232,7 +232,8 @@ class AdaptedLayer(Grafted):
         assert self.dora_dim is not None
         # Autocast's half precision would round the factor of a fresh adapter to other than 1.
         with _no_autocast(self.lora_A):
-            return channel_norms((W0 + delta for *_, W0, delta in self._parts()), self.dora_dim, self.part_dim)
+            sums = (W0 + delta for _, _, W0, delta in self.updates(with_dora=False))
+            return channel_norms(sums, self.dora_dim, self.part_dim)
 
     def lora_read(self, name: str) -> Tensor:
         weight: Tensor = self.lora_owner._parameters[name]  # type: ignore[assignment]
@@ -253,22 +254,14 @@ class AdaptedLayer(Grafted):
         """`s B A` (less `s B0 A0`) in W0's shape, in float32 or wider: the whole, or a part along `part_dim`."""
         raise NotImplementedError
 
-    def updates(self) -> Iterator[tuple[str, tuple[slice, ...], Tensor, Tensor]]:
+    def updates(self, *, with_dora: bool = True) -> Iterator[tuple[str, tuple[slice, ...], Tensor, Tensor]]:
         """What a merge adds, as (a weight's name, the index of a part, W0 there, the update), both in the wide dtype.
 
         A large weight is yielded in parts, so that one part's update is in memory at a time.
         """
-        factor = None if self.lora_magnitude_vector is None else self.dora_factor()
-        for name, place, part, W0, delta in self._parts():
-            if factor is None or self.dora_dim is None:
-                yield name, place, W0, delta
-            else:
-                part_factor = factor[part] if self.part_dim == self.dora_dim else factor
-                yield name, place, W0, dora_update(W0, delta, part_factor, self.dora_dim)
-
-    def _parts(self) -> Iterator[tuple[str, tuple[slice, ...], slice, Tensor, Tensor]]:
-        """As `updates` without DoRA, with the part's slice along `part_dim`."""
-        dim = self.part_dim
+        dim, factor = self.part_dim, None
+        if with_dora and self.lora_magnitude_vector is not None:
+            factor = self.dora_factor()
         for name, parameter in self.adapted_parameters().items():
             weight = self.base_weight() if name == "weight" and scheme(self.lora_owner) else parameter
             count = 1 if dim is None or weight.numel() <= BLOCK else weight.shape[dim]
@@ -277,7 +270,10 @@ class AdaptedLayer(Grafted):
                 part = WHOLE if count == 1 else slice(start, min(start + step, count))
                 place = () if count == 1 else (*[WHOLE] * (dim or 0), part)
                 delta = self.delta_weight(part, name)  # first, while the fewest wide tensors are in memory
-                yield name, place, part, weight[place].to(delta.dtype), delta
+                W0 = weight[place].to(delta.dtype)
+                if factor is not None and self.dora_dim is not None:
+                    delta = dora_update(W0, delta, factor[part] if dim == self.dora_dim else factor, self.dora_dim)
+                yield name, place, W0, delta
 
     def updated_weights(self) -> dict[str, Tensor]:
         """`W0 + s B A` by the weights' names, in float32 or wider."""

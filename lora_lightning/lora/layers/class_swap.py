@@ -23,9 +23,9 @@ from lora_lightning.lora.errors import warn
 class Grafted(nn.Module):
     """A module whose class was extended in place. Derived classes add tensors, all named `lora_...`, and a `forward`.
 
-    A derived class holds the whole life cycle of what it adds: `attach` puts it into a module, `lora_tensors` are its
+    A derived class holds the whole life of what it adds: `attach` puts it into a module, `lora_tensors` are its
     tensors, `reset_lora_parameters` initializes them, `rescale_update` gives them another strength, `fold` writes what
-    trains in full into the module's weights for a merge, and `take_out` below removes whatever was added.
+    trains in full into the module's weights, and `take_out` below removes whatever was added.
     """
 
     lora_enabled: bool = True
@@ -69,11 +69,8 @@ class Grafted(nn.Module):
     def rescale_update(self, strength: float, done: set[int]) -> None:
         """Make each trained W, in place, `W0 + strength (W - W0)`; `strength.scaled` calls this and undoes it.
 
-        At 0 it equals W0, bit for bit. Whole numbers, such as a norm's count of batches, stay but for that.
-
-        Args:
-            strength: at least 0.
-            done: ids of the tensors that are scaled already, since several modules may share one.
+        At 0 it equals W0, bit for bit. Whole numbers, such as a norm's count of batches, stay but for that. `done`
+        holds the ids of the tensors that are scaled already, since several modules may share one.
         """
         for _, trained, original in self.trained_tensors():
             if id(trained) not in done:
@@ -162,10 +159,9 @@ def _with_grafts(own: Any, *grafts: Graft) -> type[nn.Module]:
 
 
 def is_shard(tensor: Tensor | None) -> bool:
-    """Whether FSDP2 has sharded the tensor, so that nothing is computed with it.
+    """Whether FSDP2 has sharded the tensor: it reads shards by name, and would take a computed value for a new W0.
 
-    FSDP2 reads its shards from the module by name, and would take a computed value for a new W0. The class is compared
-    by name, since importing it takes longer than importing this package.
+    The class is compared by name, since importing it takes longer than importing this package.
     """
     return type(tensor).__name__ == "DTensor"
 

@@ -15,9 +15,7 @@ from torch import Tensor
 def channel_norms(parts: Iterable[Tensor], dim: int, part_dim: int | None) -> Tensor:
     """Euclidean norms of a weight's channels over all dimensions but `dim`; returns (channels,).
 
-    Args:
-        parts: the weight in parts along `part_dim`, so that no copy of its size is in memory; or the whole weight, with
-            `part_dim` None.
+    The weight comes in parts along `part_dim`, so that no copy of its size is in memory.
     """
     norms = [torch.linalg.vector_norm(part.movedim(dim, 0).flatten(1), dim=1) for part in parts]
     if len(norms) == 1 or part_dim == dim:
@@ -35,16 +33,13 @@ def dora_factor(magnitude: Tensor, norms: Tensor) -> Tensor:
 def rescale(out: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
     """`factor (out - bias) + bias`, for `out = W0 x + update + bias`.
 
-    Written as a correction to `out`, so that a factor of 1 leaves every bit. `factor` and `bias` broadcast against
-    `out`.
+    Written as a correction to `out`, so that a factor of 1 leaves every bit. All three broadcast.
     """
     without_bias = out if bias is None else out - bias.to(out.dtype)
     return torch.addcmul(out, without_bias, (factor - 1).to(out.dtype))
 
 
-def dora_update(weight: Tensor, delta: Tensor, factor: Tensor, dim: int = 0) -> Tensor:
-    """`W' - W0` for a merge, in the dtype of `delta`: (factor - 1) W0 + factor delta, factor along `dim`."""
-    shape = [1] * weight.dim()
-    shape[dim] = -1
-    factor = factor.to(delta.dtype).view(shape)
-    return (factor - 1) * weight.to(delta.dtype) + factor * delta
+def dora_update(weight: Tensor, delta: Tensor, factor: Tensor, dim: int) -> Tensor:
+    """`W' - W0` for a merge: (factor - 1) W0 + factor delta, both in one dtype, factor along `dim`."""
+    factor = factor.to(delta.dtype).view(-1, *[1] * (weight.dim() - 1)).movedim(0, dim)
+    return (factor - 1) * weight + factor * delta

@@ -1,4 +1,4 @@
-"""The arithmetic of LoRA as pure functions of tensors, written once.
+"""The arithmetic of LoRA as pure functions of tensors.
 
 Shapes: `n` rows, `k` inputs, `m` outputs, rank `r`; x is (..., k), W0 is (m, k), A is (r, k), B is (m, r).
 """
@@ -13,10 +13,7 @@ from lora_lightning.lora.targets.fused_projections import Slices
 
 
 def lora_update(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`s (x A^T) B^T`, in the dtype of x: the rank-sized factors are cast, never the input.
-
-    Shapes: x (..., k), A (r, k), B (m, r); returns (..., m).
-    """
+    """`s (x A^T) B^T` (..., m), in the dtype of x: the rank-sized factors are cast, never the input."""
     return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
 
 

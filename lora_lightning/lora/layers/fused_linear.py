@@ -5,12 +5,10 @@
   autocast x is cast inside, so that layers with one input save one x.
 - z and its gradient have the memory order in which the thin products around them are fast: column-major in float32 and
   float64, row-major in half precision.
-- Dropout uses one random byte per element, so p is rounded to a multiple of 1/256 and the scale is corrected for it.
-  Only a seed is saved: backward generates the mask again, some rows at a time.
-- With many rows, `W' = W0 + s B A` is folded first, in float32 or float64, and one product with it replaces three; so
-  also in backward for dX.
-- On a CPU, backward takes the four rank-sized products of some rows together, so that x and the gradient of the output
-  are read from memory once.
+- Dropout uses one random byte per element, so p is rounded to a multiple of 1/256. Only a seed is saved: backward
+  generates the mask again.
+- With many rows, `W' = W0 + s B A` is folded first, in float32 or float64, and one product with it replaces three.
+- On a CPU, some rows are taken at a time, so that x and the gradient of the output are read from memory once.
 
 With B = 0 the output equals the backbone's, bit for bit. Everything for which `can_fuse` is false is computed in eager
 form.
@@ -72,7 +70,7 @@ def can_fuse(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
 
 
 def drops_by_bytes(p: float) -> bool:
-    """Whether p, rounded to a multiple of 1/256, is neither 0 nor 1, or is exactly 0."""
+    """Whether p is 0, or rounds to a multiple of 1/256 between 0 and 1."""
     return p == 0 or 0 < round(256 * p) < 256
 
 

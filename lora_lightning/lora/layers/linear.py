@@ -125,12 +125,12 @@ class _Linear(Projection):
     def _fuses(self, x: Any) -> bool:
         """Whether the fused form is used: the base layer's product must be torch's, with a frozen W0."""
         parameters: dict[str, Any] = self._parameters
-        weight = parameters.get("weight")
-        # Some wrappers, such as DataParallel, put plain tensors in the place of parameters.
-        if weight is None or weight.requires_grad or not parameters.keys() >= {"bias", "lora_A", "lora_B"}:
-            return False
         return (
-            can_fuse(x, weight, *parameters.values(), *self._buffers.values())
+            # Some wrappers, such as DataParallel, put plain tensors in the place of parameters.
+            (weight := parameters.get("weight")) is not None
+            and parameters.keys() >= {"bias", "lora_A", "lora_B"}
+            and not weight.requires_grad
+            and can_fuse(x, weight, *parameters.values(), *self._buffers.values())
             and _has_torchs_forward(type(self))  # type: ignore[arg-type]  # mypy takes no metaclass for hashable
             and drops_by_bytes(self.lora_settings.dropout)
         )

@@ -80,8 +80,12 @@ class LoRAParameter(AdaptedLayer):
     def attach(cls, module: nn.Module, settings: LayerSettings) -> AdaptedLayer:
         adapter = cls(module).train(module.training)
         adapter.add_factors(settings)
+        if isinstance(module, ParameterHost):  # grafted anew below, for all of its adapted parameters
+            ungraft(module, ParameterHost)
         module.add_module(CHILD + settings.parameter, adapter)
-        _regraft(module)
+        graft(
+            module, ParameterHost, tuple(name.removeprefix(CHILD) for name in module._modules if name.startswith(CHILD))
+        )
         return adapter
 
     def _stacks(self) -> tuple[Tensor, Tensor]:
@@ -104,15 +108,6 @@ class LoRAParameter(AdaptedLayer):
 
     def extra_repr(self) -> str:
         return f"{self.lora_settings.parameter}{super().extra_repr()}"
-
-
-def _regraft(module: nn.Module) -> None:
-    """Make the module's class read exactly its adapted parameters by `lora_read`."""
-    if isinstance(module, ParameterHost):
-        ungraft(module, ParameterHost)
-    names = tuple(name.removeprefix(CHILD) for name, m in module._modules.items() if isinstance(m, LoRAParameter))
-    if names:
-        graft(module, ParameterHost, names)
 
 
 def _is_transposed(module: nn.Module, parameter: Tensor) -> bool:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 
 class _Trace(threading.local):
-    kind: type[Tensor] | None = None
-    """The class of the fake tensors, while a trace runs."""
+    kind: type[Tensor] | None = None  # of the fake tensors, while a trace runs
 
 
 _trace = _Trace()
@@ -40,8 +39,5 @@ def is_traced() -> bool:
 
 def is_ordinary(tensor: Any) -> bool:
     """Whether the tensor and its data are of torch's plain classes, or of the trace's class."""
-    return isinstance(tensor, Tensor) and _is_torchs(type(tensor)) and _is_torchs(type(tensor.data))
-
-
-def _is_torchs(kind: type) -> bool:
-    return kind in (Tensor, nn.Parameter) or (kind is _trace.kind and kind is not None)
+    known = (Tensor, nn.Parameter, _trace.kind)
+    return isinstance(tensor, Tensor) and type(tensor) in known and type(tensor.data) in known

@@ -11,11 +11,7 @@ from lora_lightning.lora.layers.functional import wide_dtype
 
 
 class TrainedBias(Grafted):
-    """A module whose `.bias` reads as a trained copy; the original keeps its key and never changes.
-
-    This works for every kind of module with a bias, also where the parent reads it, as `nn.MultiheadAttention` reads
-    that of `out_proj`.
-    """
+    """A module whose `.bias` reads as a trained copy, also where a parent reads it; the original never changes."""
 
     lora_trained_bias: nn.Parameter
 
@@ -31,10 +27,7 @@ class TrainedBias(Grafted):
 
     @classmethod
     def attach(cls, module: nn.Module, copies: dict[int, nn.Parameter]) -> None:
-        """Copy the module's bias, in float32 or wider, and train the copy.
-
-        `copies` maps the originals' ids to their copies, so that tied biases have one copy.
-        """
+        """Train a copy of the module's bias, in float32 or wider; `copies`, by the originals' ids, keep ties."""
         graft(module, cls)
         original = module._parameters["bias"]
         assert original is not None

@@ -26,11 +26,7 @@ class TokenRows(Grafted, nn.Embedding):
 
     @classmethod
     def attach(cls, module: nn.Module, token_ids: list[int], tied: list[nn.Module]) -> None:
-        """Train these rows of `module`, in place.
-
-        Args:
-            tied: the heads and embeddings that share the module's weight.
-        """
+        """Train these rows of `module`, in place, for it and for the `tied` modules that share its weight."""
         graft(module, cls)
         assert isinstance(module, cls)
         shape, dtype = (len(token_ids), module.embedding_dim), wide_dtype(module.weight)
@@ -48,9 +44,7 @@ class TokenRows(Grafted, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Whole numbers (...) to (..., width)."""
         out = super().forward(input)
-        if not self.lora_enabled:
-            return out
-        return self.put_in(out, input)
+        return self.put_in(out, input) if self.lora_enabled else out
 
     def put_in(self, out: Tensor, ids: Tensor) -> Tensor:
         """`out` (..., width), looked up for `ids` (...), with the trained rows at the chosen tokens."""
