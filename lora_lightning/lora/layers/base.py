@@ -290,15 +290,17 @@ class AdaptedLayer(Grafted):
 
     # The layer's keys and tensors in PEFT's layout.
 
-    @staticmethod
-    def peft_keys(name: str) -> dict[str, str]:
+    peft_ends: ClassVar[dict[str, str]] = {
+        "lora_A": "lora_A.weight",
+        "lora_B": "lora_B.weight",
+        "lora_B_bias": "lora_B.bias",
+        "lora_magnitude_vector": "lora_magnitude_vector",
+    }
+
+    @classmethod
+    def peft_keys(cls, name: str) -> dict[str, str]:
         """PEFT's key for each tensor that a layer at the module `name` may have."""
-        return {
-            "lora_A": f"{name}.lora_A.weight",
-            "lora_B": f"{name}.lora_B.weight",
-            "lora_B_bias": f"{name}.lora_B.bias",
-            "lora_magnitude_vector": f"{name}.lora_magnitude_vector",
-        }
+        return {tensor: f"{name}.{end}" for tensor, end in cls.peft_ends.items()}
 
     def peft_rank(self) -> int:
         """The rank of the adapter as PEFT sees it."""
@@ -307,7 +309,7 @@ class AdaptedLayer(Grafted):
     def to_peft(self) -> dict[str, Tensor]:
         """Our trained tensors in PEFT's layout, without loss."""
         tensors = self.lora_tensors()
-        return {name: tensors[name] for name in AdaptedLayer.peft_keys("") if name in tensors}
+        return {name: tensors[name] for name in self.peft_ends if name in tensors}
 
     def from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `to_peft`.

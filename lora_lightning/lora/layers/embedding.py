@@ -25,6 +25,7 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
     kind = "Embedding"
     dora_dim = 1
     part_dim = 0
+    peft_ends = AdaptedLayer.peft_ends | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 
     @classmethod
     def layout(cls, module: Any, settings: LayerSettings) -> Layout:
@@ -82,8 +83,3 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
     def delta_weight(self, part: slice = WHOLE, name: str = "weight") -> Tensor:
         """Parts are along the rows."""
         return lora_delta(self.lora_A[:, part], self.lora_B, self.lora_settings.scale, self._lora_dtype()).mT
-
-    @staticmethod
-    def peft_keys(name: str) -> dict[str, str]:
-        keys = AdaptedLayer.peft_keys(name)
-        return {**keys, "lora_A": f"{name}.lora_embedding_A", "lora_B": f"{name}.lora_embedding_B"}
