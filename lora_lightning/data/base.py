@@ -87,10 +87,7 @@ class LoadsSets(LightningDataModule, ABC):
         ends: bool = True,
         **options: Any,
     ) -> DataLoader[Any]:
-        """Return a loader of rows or of this process's share of a stream; training's can be resumed.
-
-        `order` is the class of the sampler, `lengths` as there, `ends` as in `StreamLoader`.
-        """
+        """Return a loader of rows or of this process's share of a stream; see `EpochSampler` and `StreamLoader`."""
         trainer, batch_size = self.trainer, self.batch_size if training else self.eval_batch_size
         options = {"batch_size": batch_size, "num_workers": self.num_workers, "collate_fn": self.collate, **options}
         options["generator"] = seeded_generator(self.seed)
@@ -107,7 +104,7 @@ class TableData(LoadsSets):
     """Rows of files or of a Hugging Face set to batches. A subclass defines the columns of a row and its encoding.
 
     In order: `read`, `check`, `check_targets` and `filter` of each split, the missing splits, `encode` of each split
-    once.
+    once. A missing file or column, and a wrong value, raise a LoRAError with file, row and column.
 
     Args:
         path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;

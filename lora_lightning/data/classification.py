@@ -193,9 +193,6 @@ class TextClassificationData(OneLabel, TextPairData):
         drop_duplicates: keep the first of rows with the same text.
         min_words: leave out shorter texts.
         texts: arguments of `TextPairData`.
-
-    Raises:
-        LoRAError: a missing file or column, an empty text or label, a label that training never saw.
     """
 
     def __init__(
@@ -249,9 +246,6 @@ class MultiLabelTextData(LabelNames, TextPairData):
         label_columns: in place of `label_column`, a column of 0 and 1 for each label, whose name is the label's.
         label_names: names in the order of their numbers. By default the set's, else the sorted values in train.
         texts: arguments of `TextPairData`.
-
-    Raises:
-        LoRAError: a missing file or column, an empty text, a cell without labels, an unknown label.
     """
 
     one_label_each = False
@@ -306,9 +300,6 @@ class TextRegressionData(TextPairData):
     Args:
         number_column: the number to predict, in any unit.
         texts: arguments of `TextPairData`.
-
-    Raises:
-        LoRAError: a missing file or column, an empty text, a number that is missing, no number or not finite.
     """
 
     num_classes = 1

@@ -37,9 +37,6 @@ class DatasetData(LoadsSets):
         pin_memory: put batches into pinned memory, which a GPU copies faster.
         drop_last: leave out the last batch in training where it is smaller.
         seed: of the order in training.
-
-    Raises:
-        LoRAError: the dataset of a stage is missing or empty.
     """
 
     def __init__(
@@ -101,9 +98,6 @@ class Share(IterableDataset[Any]):
     """This process's and worker's share of a stream: every n-th example.
 
     Args:
-        data: the stream, the same in all processes.
-        world_size: the number of processes.
-        rank: this process's number.
         even: leave out an incomplete last round, so that all have equally many: in training they wait for each other.
     """
 
@@ -153,9 +147,6 @@ def hub_dataset(
         shuffle_buffer: of a stream, the number of examples among which the next is chosen; 0 keeps its order.
         seed: of that shuffle.
         revision: branch, tag or commit on the hub.
-
-    Raises:
-        LoRAError: no such set, split or column.
     """
     data = _load(path, split, name, streaming, revision)
     if data.column_names:  # which not every stream knows

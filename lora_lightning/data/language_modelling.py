@@ -50,9 +50,6 @@ class LanguageModellingData(GivesPrompts):
         shuffle_buffer: documents in memory among which a stream is shuffled.
         batch_size: rows per batch and process in training.
         texts: arguments of `TextData`.
-
-    Raises:
-        LoRAError: a missing file or column, a row that is not text, or no row with at least two tokens.
     """
 
     cut_by: Mapping[str, str | None] = {IN_PIECES: None}
@@ -134,10 +131,13 @@ class LanguageModellingData(GivesPrompts):
         stream = stream.map(with_number, with_indices=True)
         if split == "train":
             stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-        return self.encode_stream(stream, names, split)
+        batches, of_rows = {"batched": True, "batch_size": AT_ONCE}, {"max_length": self.max_length}
+        of_texts = {**self._options(), "place": self.place(split), "trainable": True}
+        stream = stream.map(encode_texts, remove_columns=[*names, ROW], fn_kwargs=of_texts, **batches)
+        into_rows = pack_rows if self.packing else cut_to_train
+        return stream.map(into_rows, remove_columns=[DOCUMENT], fn_kwargs=of_rows, **batches)
 
     def encoded_rows(self, split: str) -> Any:
-        """The same; of a stream this process's share."""
         if not self.streaming:
             return super().encoded_rows(split)
         self._encoded |= self.streams
@@ -158,13 +158,6 @@ class LanguageModellingData(GivesPrompts):
         _ = self.encoded_rows("train")  # raises where there is none
         return self._loader(endless(self.streams["train"], self.trainer), training=True, ends=False)
 
-    def encode_stream(self, stream: datasets.IterableDataset, names: list[str], split: str) -> datasets.IterableDataset:
-        of_texts = {**self._options(), "place": self.place(split), "trainable": True}
-        batches, of_rows = {"batched": True, "batch_size": AT_ONCE}, {"max_length": self.max_length}
-        stream = stream.map(encode_texts, remove_columns=[*names, ROW], fn_kwargs=of_texts, **batches)
-        into_rows = pack_rows if self.packing else cut_to_train
-        return stream.map(into_rows, remove_columns=[DOCUMENT], fn_kwargs=of_rows, **batches)
-
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Pieces of documents in the order of the file, never packed and never streamed."""
         tables = sorted(self.tables, key=lambda name: "_" in name)  # the first set, then those of a name
@@ -177,7 +170,6 @@ class LanguageModellingData(GivesPrompts):
         return loaders if len(loaders) > 1 else loaders[0]
 
     def held_out_rows(self, count: int) -> Any:
-        """The same; of a stream its first texts."""
         if not self.streaming:
             return super().held_out_rows(count)
         streams = read_tables(self.path, self.name, self.text_by, streaming=True)
@@ -200,7 +192,7 @@ def encode_texts(
 
     Args:
         trainable: leave out texts that are blank or of a single token, which nothing predicts.
-        place: the set's name in errors, of a stream, which nothing has checked yet.
+        place: the set's name in errors.
     """
     for number, text in zip(rows[ROW], rows[column], strict=True):
         if not isinstance(text, str):
@@ -239,12 +231,9 @@ def endless(stream: datasets.IterableDataset, trainer: Trainer | None) -> Endles
 
 
 class Endless(IterableDataset[Any]):
-    """A stream that is repeated without end, in another order each time.
+    """A stream that is repeated without end, a shuffled one in another order each time.
 
-    Args:
-        stream: of rows; a shuffled one has an order for each epoch.
-        rank: this process's number; the processes take turns in one order, also over the ends of the stream.
-        world_size: the number of processes.
+    Processes take turns in one order, also over the ends of the stream.
     """
 
     def __init__(self, stream: datasets.IterableDataset, rank: int = 0, world_size: int = 1) -> None:

@@ -30,9 +30,6 @@ class PairData(TextData):
         anchor_prefix: put before each anchor, as E5 has `query: `.
         positive_prefix: put before each positive and negative, as E5 has `passage: `.
         texts: arguments of `TextData`. A larger `batch_size` gives more negatives.
-
-    Raises:
-        LoRAError: a missing file or column, an empty text, a negative that equals the row's positive.
     """
 
     blank_inputs = False

@@ -42,9 +42,6 @@ class PreferenceData(TextData):
         max_prompt_length: tokens of a prompt that are kept where a pair is too long; half of `max_length` by default.
         batch_size: pairs per batch and process in training.
         texts: arguments of `TextData`.
-
-    Raises:
-        LoRAError: a missing file or column, an empty answer, a row that mixes texts and messages.
     """
 
     padding_side = "right"

@@ -76,9 +76,6 @@ class SequenceToSequenceData(TargetData):
         source_lang: of a tokenizer for many languages (mBART, NLLB), the sources' language code.
         target_lang: the targets' language code.
         texts: arguments of `TextData`.
-
-    Raises:
-        LoRAError: a missing file or column, or a value that is no text.
     """
 
     cut_by: Mapping[str, str | None] = {"targets cut": "max_target_length"}
@@ -162,10 +159,6 @@ class PromptCompletionData(TargetData):
         max_length: tokens of prompt and completion at most; first the prompt's beginning is cut, then the completion's
             end.
         texts: arguments of `TextData`.
-
-    Raises:
-        LoRAError: a missing file or column, a value that is no text, a prompt without tokens, or a tokenizer without
-            an end token.
     """
 
     def __init__(

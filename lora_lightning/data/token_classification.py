@@ -44,10 +44,6 @@ class TokenClassificationData(LabelNames, TextData):
         label_names: names in the order of their numbers. By default the set's, else the sorted tags in train.
         label_all_pieces: give a word's label to all of its tokens in training; predictions and metrics use the first.
         texts: arguments of `TextData`. The tokenizer must be a fast one.
-
-    Raises:
-        LoRAError: a missing file or column, words and tags of different number, an empty sentence, a tag that is not in
-            train.
     """
 
     first_label = OUTSIDE
@@ -152,15 +148,8 @@ def encode_words(
 def read_conll(file: str, words: str = "tokens", tags: str = "ner_tags", tag_field: int = -1) -> datasets.Dataset:
     """Read a row for each sentence, with a list of words and a list of tags: a line for each word, then a blank one.
 
-    Fields are separated by tabs, or by blanks where the file has no tab. The word is the first. A file with one field
-    per line has no tags.
-
-    Args:
-        words, tags: the columns' names.
-        tag_field: the tag's field, from 0; -1 is the last.
-
-    Raises:
-        LoRAError: the file is no text in UTF-8, has no words, or a line has more or fewer fields than the others.
+    Fields are separated by tabs, or by blanks where the file has no tab. The word is the first, the tag that of the
+    number `tag_field`. A file with one field per line has no tags.
     """
     sentences = list(_sentences(file))
     if not sentences:

@@ -188,11 +188,7 @@ def conversation_columns(
 def prompt_columns(
     template: ChatTemplate, messages: Sequence[Message], tools: Any, *, answered: bool
 ) -> dict[str, list[Any]]:
-    """The conversation up to its last answer, and that answer as the only reference.
-
-    Args:
-        answered: False where a conversation may end without an answer; then all of it is the prompt.
-    """
+    """The conversation up to its last answer, the only reference; all of it where it need not be `answered`."""
     end = last_answer(messages) if answered or messages[-1]["role"] == "assistant" else None
     references = [] if end is None else [messages[end]["content"]]
     return {f"{PROMPT}input_ids": template.prompt_ids(messages[:end], tools), REFERENCES: references}

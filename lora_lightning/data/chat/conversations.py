@@ -56,9 +56,6 @@ def layout_of(names: Sequence[str], given: Mapping[str, str] | None, *, answers:
         names: the table's columns.
         given: the user's columns by part; without them the known names are used.
         answers: whether rows must have an answer; those of `predict` need none.
-
-    Raises:
-        LoRAError: the columns are neither given nor known.
     """
 
     def used(layout: Mapping[str, str]) -> dict[str, str]:
@@ -77,11 +74,7 @@ def layout_of(names: Sequence[str], given: Mapping[str, str] | None, *, answers:
 
 
 def check_chat_columns(given: Mapping[str, str] | None) -> dict[str, str] | None:
-    """The user's `columns`, checked: each is of a known part, and they make a conversation.
-
-    Raises:
-        LoRAError: an unknown part; neither messages nor a prompt and an answer.
-    """
+    """The user's `columns`, checked: each is of a known part, and they make a conversation."""
     if given is None:
         return None
     for part in given:
@@ -95,14 +88,9 @@ def check_chat_columns(given: Mapping[str, str] | None) -> dict[str, str] | None
 
 
 def conversation_of(row: Mapping[str, Any], layout: Mapping[str, str], system: str | None = None) -> list[Message]:
-    """The messages of a row, checked; without an answer (rows of `predict`) they end with the prompt.
+    """The messages of a row, a BadRow where a value is wrong; without an answer they end with the prompt.
 
-    Args:
-        layout: the column of each part.
-        system: a system message for conversations without one.
-
-    Raises:
-        BadRow: a value is wrong.
+    `layout` has the column of each part, `system` is a system message for conversations without one.
     """
     cells = {part: row.get(column) for part, column in layout.items()}
     for part, cell in cells.items():
@@ -128,11 +116,7 @@ def conversation_of(row: Mapping[str, Any], layout: Mapping[str, str], system: s
 
 
 def tools_of(row: Mapping[str, Any], layout: Mapping[str, str]) -> list[dict[str, Any]] | None:
-    """The tools that a conversation may call: a list of JSON schemas, or that list as JSON text; None for none.
-
-    Raises:
-        BadRow: it is neither.
-    """
+    """The tools that a conversation may call: a list of JSON schemas, or that list as JSON text; None for none."""
     cell = row.get(layout["tools"]) if "tools" in layout else None
     if cell is None or cell in ("", []):
         return None

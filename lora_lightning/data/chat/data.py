@@ -65,9 +65,6 @@ class ChatData(GivesPrompts):
             are not cut.
         batch_size: conversations per batch and process in training.
         texts: arguments of `TextData`.
-
-    Raises:
-        LoRAError: a missing file or column, a row that is no conversation, or one that the template refuses.
     """
 
     def __init__(

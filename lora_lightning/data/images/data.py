@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,6 @@ class ImageData(OneLabel, ImageTable):
             such pairs by split. Images are arrays (h, w), (h, w, 3) or (h, w, 4) of uint8, or (h, w) of uint16.
         drop_duplicates: keep the first of images with the same content.
         images: arguments of `ImageTable` and `TableData` by name.
-
-    Raises:
-        LoRAError: an image that does not open, an empty folder of a class, a missing column, a label that is missing or
-            not in train, with file, row and column.
     """
 
     def __init__(
@@ -59,11 +55,9 @@ class ImageData(OneLabel, ImageTable):
     ) -> None:
         super().__init__(path, **images)
         self.image_column, self.label_column = image_column, label_column
+        self.image_columns, self.input_columns = [image_column], [image_column]
+        self.target_columns = [label_column]
         self.given_label_names, self.reader, self.drop_duplicates = label_names, reader, drop_duplicates
-
-    @property
-    def image_columns(self) -> Sequence[str]:
-        return [self.image_column]
 
     def read_images(self) -> dict[str, datasets.Dataset]:
         if self.reader is not None:
@@ -117,9 +111,6 @@ class ImageData(OneLabel, ImageTable):
             tables[known_split(split)] = datasets.Dataset.from_dict(columns)
         return tables
 
-    def columns(self, split: str) -> Sequence[str | None]:
-        return [self.image_column, None if split == "predict" else self.label_column]
-
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         if not self.drop_duplicates or split == "predict":
             return table
@@ -129,7 +120,6 @@ class ImageData(OneLabel, ImageTable):
         return table if len(rows) == len(table) else table.select(rows.values())
 
     def encode(self, table: datasets.Dataset, split: str) -> Any:
-        """Return rows that are decoded when batches are made."""
         targets: dict[str, Any] = {} if split == "predict" else {"labels": self.targets(table, split)}
         return Rows(self.cells(table, split, self.image_column), **self.transforms, **targets)
 

@@ -109,9 +109,11 @@ class Cells:
         if isinstance(cell, int):
             return np.asarray(self.arrays[cell])
         path, content = self._path(cell), cell["bytes"] if isinstance(cell, dict) else None
-        if content is None and not path:
+        if content is not None:
+            return bytes(content)
+        if not path:
             raise ValueError("there is none")
-        return bytes(content) if content is not None else path if "://" in path else str(self.root / path)
+        return path if "://" in path else str(self.root / path)
 
     def read(self, i: int, how: Callable[[Any], Any] = read_rgb, what: str = "an image") -> Any:
         """One image through `open_image`, `read_rgb` or the like; a BadImageError where it does not open."""
@@ -151,10 +153,8 @@ class Rows(Dataset[dict[str, Any]]):
     A key is a row's index; with the epoch in front, (epoch, index), the example is augmented.
 
     Args:
-        images: the column of images.
         evaluation: the transform of examples without an epoch in their key.
         training: the transform of the others, drawn from (seed, epoch, row) in any process and order.
-        seed: of the augmentation.
         others: further entries of the examples by name, such as `labels`.
     """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,6 @@ class SegmentationData(LabelNames, ImageTable):
         reduce_labels: for sets where 0 means no label, such as ADE20K: 0 is ignored and 1 is the first label.
         batch_size: images per batch and process in training.
         images: arguments of `ImageTable` and `TableData` by name; the whole image is always shown.
-
-    Raises:
-        LoRAError: an image or a mask that is missing or does not open, a mask of another size than its image, a value
-            that is no label, with the file.
     """
 
     def __init__(
@@ -71,12 +66,10 @@ class SegmentationData(LabelNames, ImageTable):
         if 0 <= ignore_index < len(self.given_label_names):
             raise LoRAError(f"ignore_index {ignore_index} is one of the labels")
         self.image_column, self.mask_column = image_column, mask_column
+        self.image_columns = [image_column, mask_column]
+        self.input_columns, self.target_columns = [image_column], [mask_column]
         self.folders = (image_folder, mask_folder)
         self.ignore_index, self.reduce_labels = ignore_index, reduce_labels
-
-    @property
-    def image_columns(self) -> Sequence[str]:
-        return [self.image_column, self.mask_column]
 
     def read_images(self) -> dict[str, datasets.Dataset]:
         folders = folders_by_split(self.path)
@@ -94,19 +87,13 @@ class SegmentationData(LabelNames, ImageTable):
             raise LoRAError(f"no folder {mask_root} beside {root}")
         images = {file.relative_to(root).with_suffix(""): str(file) for file in some_images(root)}
         masks = {file.relative_to(mask_root).with_suffix(""): str(file) for file in image_files(mask_root)}
-        for what, ones, others in (
-            ("images without a mask", images, masks),
-            ("masks without an image", masks, images),
-        ):
+        pairs = (("images without a mask", images, masks), ("masks without an image", masks, images))
+        for what, ones, others in pairs:
             if alone := sorted(ones[name] for name in ones.keys() - others.keys()):
                 raise LoRAError(f"{folder} has {what} of the same name: {first_few(alone)}")
         return {self.image_column: list(images.values()), self.mask_column: [masks[name] for name in images]}
 
-    def columns(self, split: str) -> Sequence[str | None]:
-        return [self.image_column, None if split == "predict" else self.mask_column]
-
     def encode(self, table: datasets.Dataset, split: str) -> Any:
-        """Return rows that are decoded when batches are made."""
         images = self.cells(table, split, self.image_column)
         if split == "predict":
             return Rows(images, **self.transforms)
@@ -115,16 +102,7 @@ class SegmentationData(LabelNames, ImageTable):
 
 
 class MaskRows(Rows):
-    """`Rows` whose labels are masks.
-
-    Args:
-        images: the column of images.
-        masks: the column of masks.
-        num_classes: number of labels.
-        ignored: the value of pixels without a label.
-        reduce: whether 0 is such a value too, and 1 the first label.
-        transforms: arguments of `Rows`.
-    """
+    """`Rows` whose labels are masks; `ignored` is a pixel without one, with `reduce` 0 too, and 1 the first label."""
 
     def __init__(
         self, images: Cells, masks: Cells, num_classes: int, ignored: int, reduce: bool, **transforms: Any

@@ -5,8 +5,9 @@ from __future__ import annotations
 import glob
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 
 
 class ImageCells(TableData):
-    """A `TableData` whose rows have images, which are decoded only when a batch needs them.
+    """A `TableData` whose rows have images, decoded only when a batch needs them: pixels take more room than files.
 
     Args:
         path: as in `TableData`.
@@ -39,6 +40,8 @@ class ImageCells(TableData):
         verify: check before training that each file can be opened (`open`, the header alone) or decoded (`decode`).
         table: arguments of `TableData` by name.
     """
+
+    image_columns: Sequence[str]
 
     def __init__(
         self, path: str | dict[str, str], image_root: str | None = None, verify: Verify = "open", **table: Any
@@ -48,11 +51,6 @@ class ImageCells(TableData):
         self.files: dict[str, list[str]] = {}  # by split, where each row is a file of a folder
         self._arrays: list[Any] = []
         self._verified = False
-
-    @property
-    @abstractmethod
-    def image_columns(self) -> Sequence[str]:
-        """Columns of images."""
 
     def read(self) -> dict[str, datasets.Dataset]:
         """The tables with images as paths and bytes: `datasets` would decode each row on access."""
@@ -95,18 +93,16 @@ class ImageCells(TableData):
             return
         for split, table in self.tables.items():
             with self._kind_of_set(split) as kind:
-                rows: Iterable[int] = range(len(table))
-                rows = tqdm(rows, desc=f"check images, {split}", disable=len(table) < SHOWN_FROM, leave=False)
+                how: dict[str, Any] = {"desc": f"check images, {split}", "disable": len(table) < SHOWN_FROM}
                 encoded: Any = self.encode(table, kind) if self.verify == "decode" else None
                 columns = [] if encoded else [self.cells(table, kind, name) for name in self._columns_of_paths(table)]
-                for i in rows:
+                for i in tqdm(range(len(table)), leave=False, **how):
                     _ = encoded and encoded[i]
                     for cells in columns:
                         cells.read(i, open_image).close()
         self._verified = True
 
     def cells(self, table: datasets.Dataset, split: str, column: str) -> Cells:
-        """A column of images of a split."""
         return Cells(
             table=table.select_columns([column]),
             column=column,
@@ -171,24 +167,20 @@ class ImageTable(ImageCells):
         self.preprocessing_name, self.image_size, self.crop_share = preprocessing, image_size, crop_share
         self.augment = augment or Augmentation(crop_scale=None, flip=0.0)
         self.max_train_rows = max_train_rows
-        self._preprocessing: Preprocessing | None = None
 
-    @property
+    @cached_property
     def preprocessing(self) -> Preprocessing:
         """The preprocessing of evaluation, read on first use."""
-        if self._preprocessing is None:
-            how = Preprocessing() if self.preprocessing_name is None else preprocessing_of(self.preprocessing_name)
-            how = how.at(self.image_size)
-            if self.crop_share is not None:
-                resize = how.size if self.crop_share == 1 else round(min(how.size) / self.crop_share)
-                how = replace(how, resize=resize)
-            options: dict[str, Any] = {name: value for name, value in self.given.items() if value is not None}
-            for name in options.keys() & {"mean", "std"}:
-                options[name] = tuple(float(x) for x in options[name])
-                if len(options[name]) != 3:
-                    raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {options[name]}")
-            self._preprocessing = replace(how, **options)
-        return self._preprocessing
+        how = Preprocessing() if self.preprocessing_name is None else preprocessing_of(self.preprocessing_name)
+        how = how.at(self.image_size)
+        options: dict[str, Any] = {name: value for name, value in self.given.items() if value is not None}
+        if self.crop_share is not None:
+            options["resize"] = how.size if self.crop_share == 1 else round(min(how.size) / self.crop_share)
+        for name in options.keys() & {"mean", "std"}:
+            options[name] = tuple(map(float, options[name]))
+            if len(options[name]) != 3:
+                raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {options[name]}")
+        return replace(how, **options)
 
     @property
     def transforms(self) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import datasets
@@ -34,9 +34,6 @@ class ImageTextData(ImageCells):
         max_length: tokens per text at most; the tokenizer's limit by default.
         padding: to the `longest` text of a batch, or to `max_length`, as SigLIP was trained.
         images: arguments of `ImageCells` and `TableData` by name. A larger `batch_size` gives more negatives.
-
-    Raises:
-        LoRAError: a missing file or column, an image that does not open, an empty text, with file, row and column.
     """
 
     def __init__(
@@ -53,18 +50,13 @@ class ImageTextData(ImageCells):
         super().__init__(path, **images)
         self.processor_name, self.image_column, self.text_column = processor, image_column, text_column
         self.group_column, self.max_length, self.padding = group_column, max_length, padding
-        self._processor: Any = None
+        self.image_columns, self.input_columns = [image_column], [image_column, text_column]
+        self.target_columns = [group_column]
 
-    @property
-    def image_columns(self) -> Sequence[str]:
-        return [self.image_column]
-
-    @property
+    @cached_property
     def processor(self) -> Any:
         """The processor, loaded on first use; an export saves it beside the model."""
-        if self._processor is None:
-            self._processor = load_processor(AutoProcessor, self.processor_name)
-        return self._processor
+        return load_processor(AutoProcessor, self.processor_name)
 
     @property
     def tokenizer(self) -> Any:
@@ -76,16 +68,11 @@ class ImageTextData(ImageCells):
         """The id of the padding token."""
         return self.processor.tokenizer.pad_token_id  # type: ignore[no-any-return]
 
-    def columns(self, split: str) -> Sequence[str | None]:
-        return [self.image_column, self.text_column, None if split == "predict" else self.group_column]
-
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise at a cell that holds no image, and at an empty text."""
         super().check(table, split)
         self.check_texts(table, split, [self.text_column], blank=False)
 
     def encode(self, table: datasets.Dataset, split: str) -> Any:
-        """Return rows that are decoded when batches are made, since pixels would take more room than files."""
         named = list(values_of(table, self.group_column)) if self.group_column and split != "predict" else None
         texts = list(values_of(table, self.text_column))
         _, cut = tokenize_cut(self.processor.tokenizer, self.max_length, text=texts)

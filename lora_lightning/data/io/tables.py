@@ -51,9 +51,6 @@ def read_tables(
         name: the configuration of a hub set.
         text_by: the rows of a .txt; its one column is `text`.
         readers: readers of files by suffix.
-
-    Raises:
-        LoRAError: a file is missing, empty, or of an unknown kind.
     """
     read = partial(_read_file, text_by=text_by, readers=readers or {}, streaming=streaming)
     files = files_read(path, readers)

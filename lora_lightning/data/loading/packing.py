@@ -31,15 +31,8 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
     Needs at most 11/9 of the fewest possible rows, plus one (Johnson 1974); for typical texts hardly more.
 
-    Args:
-        lengths: of each document, 1 to `max_length`.
-        max_length: of a row.
-
     Returns:
         The documents' numbers by row, in ascending order within a row, and rows by their first.
-
-    Raises:
-        LoRAError: a document does not fit into a row.
     """
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # rows by their room in tokens
@@ -66,11 +59,7 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def cut(rows: Rows, *, max_length: int) -> dict[str, list[Any]]:
-    """Cut rows longer than `max_length` into pieces, in order. For `table.map(batched=True)`.
-
-    Columns of lists are cut equally, and single values are repeated for each piece. The first label of each piece is
-    -100.
-    """
+    """Cut rows into pieces of `max_length`, single values repeated for each, the first label of each -100."""
     starts = [range(0, len(ids), max_length) for ids in rows["input_ids"]]
     pieces = {
         name: [
@@ -90,10 +79,7 @@ def cut_to_train(rows: Rows, *, max_length: int) -> dict[str, list[Any]]:
 
 
 def pack_rows(rows: Rows, *, max_length: int) -> dict[str, list[list[int]]]:
-    """Cut and pack rows of `input_ids` and `labels`, and add `position_ids`. For `table.map(batched=True)`.
-
-    A packed row with nothing to train on is left out.
-    """
+    """Cut and pack rows of `input_ids` and `labels`, and add `position_ids`; without rows with nothing to train on."""
     pieces = cut({name: rows[name] for name in ("input_ids", "labels")}, max_length=max_length)
     lengths = [len(ids) for ids in pieces["input_ids"]]
     pieces["position_ids"] = [list(range(length)) for length in lengths]

@@ -31,12 +31,9 @@ class EpochSampler(DistributedSampler[Any]):
     `DistributedSampler`.
 
     Args:
-        data: the dataset, for its length.
-        batch_size: examples per batch and process.
         lengths: of each example; with them, batches have examples of similar length, and the longest batch comes first,
             so that a lack of memory shows at once.
         shuffle: use a new order each epoch; without it, the data's order, with each example once.
-        seed: of the order.
     """
 
     def __init__(
@@ -164,7 +161,6 @@ class ResumableLoader(Loader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The epoch, the number of its batches so far, and the settings of its order."""
         return {"epoch": self._epoch, "batches": self._count, "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,7 +203,6 @@ class StreamLoader(Loader):
         stream: the same rows each time, apart from the epoch.
         trainer: the training's; None in evaluation.
         ends: whether each epoch begins the stream anew. A stream without an end goes on over epochs.
-        options: of torch's DataLoader.
     """
 
     def __init__(
@@ -243,7 +238,6 @@ class StreamLoader(Loader):
         return {"batch_size": int(self.batch_size or 1), "num_workers": self.num_workers, "processes": processes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the settings, to compare them when the stream is resumed."""
         self._was = dict(state_dict)
 
 
