@@ -267,15 +267,7 @@ class TableData(LoadsSets):
         return None if self.streaming else sum(len(self.tables[name]) for name in self.sets(split))
 
     def columns_to_join(self, index: int, wanted: Sequence[str] | None = None) -> dict[str, list[Any]]:
-        """The columns that are written beside predictions, by name.
-
-        Args:
-            index: the number of the set to predict on.
-            wanted: names of columns, or `all` alone; `id` by default where there is such a column.
-
-        Raises:
-            LoRAError: the set has no such column, or is not predicted row by row.
-        """
+        """The columns that are written beside predictions on this set: `wanted`, `all`, or `id` if any."""
         names = (self.sets("predict") or self.sets("test"))[index:]
         if not names or (wanted is None and not self.predicts_rows):
             return {}
@@ -379,12 +371,7 @@ class TableData(LoadsSets):
     def encode_by(
         self, function: Callable[..., Any], table: datasets.Dataset, split: str, **options: Any
     ) -> datasets.Dataset:
-        """`table.map` in batches, cached by the rows and the options, with a progress bar.
-
-        Args:
-            function: must close over plain values only, since datasets pickles it.
-            options: its keyword arguments.
-        """
+        """`table.map` in batches, cached by the rows and the options, which datasets pickles with the function."""
         options |= {"function": function, "version": VERSION}
         described = {"remove_columns": table.column_names, "desc": f"encode {split}"}
         return table.map(encode_batch, batched=True, fn_kwargs=options, num_proc=self.num_proc, **described)

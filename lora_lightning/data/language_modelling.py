@@ -190,9 +190,7 @@ def encode_texts(
 ) -> dict[str, Any]:
     """Token ids of whole texts, each with `end` behind it; all but the first are trained on.
 
-    Args:
-        trainable: leave out texts that are blank or of a single token, which nothing predicts.
-        place: the set's name in errors.
+    `trainable` leaves out texts that are blank or of a single token, which nothing predicts.
     """
     for number, text in zip(rows[ROW], rows[column], strict=True):
         if not isinstance(text, str):

@@ -146,11 +146,7 @@ def encode_pairs(
 def fit_to_length(
     prompt: list[int], answers: list[list[int]], max_length: int, max_prompt_length: int, first: int | None = None
 ) -> list[list[int]]:
-    """Prompt and answers, cut to fit into `max_length`: first the prompt's beginning, then the answers' ends.
-
-    Args:
-        first: a token that is kept where a prompt begins with it.
-    """
+    """Prompt and answers, cut to fit: first the prompt's beginning (a token `first` stays), then the answers' ends."""
     if len(prompt) + max(map(len, answers)) > max_length and len(prompt) > max_prompt_length:
         keeps_first = prompt[0] == first and max_prompt_length > 1
         prompt = [*prompt[:1], *prompt[1 - max_prompt_length :]] if keeps_first else prompt[-max_prompt_length:]

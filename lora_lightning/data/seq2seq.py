@@ -228,11 +228,7 @@ def encode_prompts(
     max_length: int,
     with_prompts: bool,
 ) -> dict[str, Any]:
-    """Token ids of prompt, completion and end, with labels on the latter two; and the prompts alone where wanted.
-
-    `prompt_cut` and `completion_cut` say of each row whether a part of it was lost, `prompt_length` how many tokens its
-    prompt has.
-    """
+    """Token ids of prompt, completion and end, with labels on the latter two; and the prompts alone where wanted."""
     prompts: list[list[int]] = tokenizer(fill_template(templates[0], rows), verbose=False)["input_ids"]  # type: ignore[assignment]
     encoded: dict[str, Any] = {"prompt_length": [len(ids) for ids in prompts]}
     encoded["prompt_cut"] = [len(ids) > max_length for ids in prompts]

@@ -174,10 +174,7 @@ def encode_each(
 def conversation_columns(
     template: ChatTemplate, messages: Sequence[Message], tools: Any, *, train_on: TrainOn, max_length: int
 ) -> dict[str, Any]:
-    """Token ids and labels up to the last answer, cut to `max_length`, and how many tokens to train on remain of all.
-
-    The first label does not count, since nothing predicts the first token.
-    """
+    """Token ids and labels up to the last answer, cut; how many labels remain (nothing predicts the first token)."""
     end = last_answer(messages)
     ids, labels = template.encode(messages[: 0 if end is None else end + 1], tools, train_on)
     trained, whole = (sum(label != IGNORED for label in labels[1:stop]) for stop in (max_length, None))

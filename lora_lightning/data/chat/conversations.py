@@ -50,13 +50,7 @@ class BadRow(Exception):
 
 
 def layout_of(names: Sequence[str], given: Mapping[str, str] | None, *, answers: bool = True) -> dict[str, str]:
-    """The column of each part.
-
-    Args:
-        names: the table's columns.
-        given: the user's columns by part; without them the known names are used.
-        answers: whether rows must have an answer; those of `predict` need none.
-    """
+    """The column of each part: the user's, `given`, else of known names; without `answers` rows need have none."""
 
     def used(layout: Mapping[str, str]) -> dict[str, str]:
         return {part: name for part, name in layout.items() if answers or part != "answer" or name in names}

@@ -112,12 +112,7 @@ def doubled_columns(path: str | dict[str, str]) -> dict[str, list[str]]:
 def check_names(
     names: Sequence[str], columns: Iterable[str | None], where: str, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise for a column that is not among a table's names.
-
-    Args:
-        where: the set's name in errors.
-        settings: the options with column names, such as `label_column`.
-    """
+    """Raise for a column that is not among a table's names; `settings` have the options such as `label_column`."""
     known = [name for name in names if name != ROW]
     for column in columns:
         if column is not None and column not in names:
