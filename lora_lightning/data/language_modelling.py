@@ -131,6 +131,9 @@ class LanguageModellingData(GivesPrompts):
         stream = stream.map(with_number, with_indices=True)
         if split == "train":
             stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+        return self.encode_stream(stream, names, split)
+
+    def encode_stream(self, stream: datasets.IterableDataset, names: list[str], split: str) -> datasets.IterableDataset:
         batches, of_rows = {"batched": True, "batch_size": AT_ONCE}, {"max_length": self.max_length}
         of_texts = {**self._options(), "place": self.place(split), "trainable": True}
         stream = stream.map(encode_texts, remove_columns=[*names, ROW], fn_kwargs=of_texts, **batches)
