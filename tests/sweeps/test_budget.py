@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from lora_lightning import LoRAConfig, LoRAError
-from lora_lightning.commands.sweep.rank_budget import rank_for, trainable
+from lora_lightning.commands.sweep.base_config import rank_for, trainable
 from lora_lightning.commands.sweep.sweep import Request, Sweep
 from tests.factories import bert
 from tests.recipes.recipe import CONFIGS

@@ -1,16 +1,20 @@
-"""The config of a sweep, parsed as `fit` does, and built without weights where the model comes from the hub.
+"""The config that a sweep varies, parsed as `fit` does, and its model without weights where it comes from the hub.
 
-So `fit`'s errors are raised before the first trial.
+So `fit`'s errors are raised before the first trial, and `--budget` counts what trains without a download. The paper's
+Table 5 compares sets of matrices at an equal number of parameters: A and B, and all else that trains, such as a new
+head, which every set has.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pkgutil
 import re
+import sys
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +24,15 @@ from torch import nn
 
 from lora_lightning.backbones.huggingface import huggingface
 from lora_lightning.cli.build import build_run
-from lora_lightning.lora.inject import remove
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import LoRAError, TargetError
+from lora_lightning.lora.inject import inject, remove
 from lora_lightning.training.preflight import user_metrics_class, why_unlogged
 
-NOT_COMPARED = ("config", "name", "runs_dir", "ckpt_path")
-"""Parts of a fit's config that a sweep sets itself."""
+SET_BY_SWEEP = ("config", "name", "runs_dir", "ckpt_path")
+"""Parts of a fit's config that a sweep sets itself, and that are not compared with an earlier sweep's."""
+MOST = 2**16
+"""The largest rank that is tried: no layer is wider."""
 
 
 @functools.wraps(huggingface)
@@ -45,14 +53,14 @@ def _without_weights(config: Any) -> None:
     config.trainer["precision"] = None  # it would set how the backbone loads
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Base:
     """A config and what it monitors."""
 
     name: str
     """The run's name in the config."""
     config: dict[str, Any]
-    """Resolved, as plain data."""
+    """Resolved, in JSON's types, without anything that differs between processes."""
     backbone: nn.Module
     """Plain, without adapters."""
     metric: str
@@ -65,13 +73,14 @@ class Base:
     parser: Any
     """The command's parser, which checks further flags of `fit`."""
 
-    def check(self, args: Sequence[str]) -> Any:
-        """The config of `fit ARGS`, each value of its type.
+    def check(self, args: Sequence[str]) -> LoRAConfig:
+        """The `model.lora` of `fit ARGS`, all of whose values are checked.
 
         Raises:
-            SystemExit: `fit` refuses it; its line is on the screen.
+            ConfigError: a field of `model.lora` has an invalid value.
+            SystemExit: `fit` refuses a value; its line is on the screen.
         """
-        return self.parser.parse_args(["fit", *args]).fit
+        return LoRAConfig(**self.parser.parse_args(["fit", *args]).fit.model.lora.as_dict())
 
 
 def open_base(args: Sequence[str], *, trainer: bool = False) -> Base:
@@ -93,9 +102,11 @@ def open_base(args: Sequence[str], *, trainer: bool = False) -> Base:
             metric, goal = str(options["monitor"]), str(options.get("mode") or "min")
     ours = all(callback.class_path.startswith(("lora_lightning.", "lightning.pytorch.")) for callback in callbacks)
     all_known = ours and not user_metrics_class(module)
+    values = {key: value for key, value in config.as_dict().items() if key not in SET_BY_SWEEP}
+    text = json.dumps(values, default=lambda thing: re.sub(r" at 0x[0-9a-f]+", "", str(thing)))
     return Base(
         name=str(config.name),
-        config=plain_config(config),
+        config=json.loads(text),
         backbone=remove(module.backbone),
         metric=metric,
         goal=goal,
@@ -105,8 +116,36 @@ def open_base(args: Sequence[str], *, trainer: bool = False) -> Base:
     )
 
 
-def plain_config(config: Any) -> dict[str, Any]:
-    """The config in JSON's types, without anything that differs between processes."""
-    values = {key: value for key, value in config.as_dict().items() if key not in NOT_COMPARED}
-    text = json.dumps(values, default=lambda thing: re.sub(r" at 0x[0-9a-f]+", "", str(thing)))
-    return dict(json.loads(text))
+def trainable(backbone: nn.Module, config: LoRAConfig) -> int:
+    """Parameters that train with this config. The backbone, which may be on the meta device, does not change.
+
+    Raises:
+        TargetError: the config does not fit it.
+    """
+    try:
+        return inject(backbone, config, run_init=False).trainable
+    finally:
+        remove(backbone)
+
+
+def rank_for(backbone: nn.Module, config: LoRAConfig, budget: int) -> int:
+    """The r with which this config's trainable parameters are nearest to `budget`; of two equal ones the smaller.
+
+    They grow with r, so bisection finds the last r below the budget; it or the next is the nearest.
+
+    Raises:
+        LoRAError: r = 1 already has more than twice the budget.
+        TargetError: the config does not fit the backbone.
+    """
+    first = trainable(backbone, dataclasses.replace(config, r=1, alpha=None))
+    if first > 2 * budget:
+        raise LoRAError(f"a budget of {budget:,} is too small: with r = 1 {first:,} parameters train")
+
+    def count(r: int) -> int:
+        try:
+            return trainable(backbone, dataclasses.replace(config, r=r, alpha=None))
+        except TargetError:  # too large for a layer
+            return sys.maxsize
+
+    below = max(1, bisect_right(range(1, MOST), budget, key=count))
+    return min(below, below + 1, key=lambda r: abs(count(r) - budget))

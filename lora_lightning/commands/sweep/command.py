@@ -9,23 +9,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lora_lightning.commands.sweep.fits import FIT, LOG, Say, Stopped, run_fits
 from lora_lightning.commands.sweep.ranking import Point, rank_points
-from lora_lightning.commands.sweep.report import PAGE, about_of, next_command, table, write
-from lora_lightning.commands.sweep.search_space import RANK, readable_value, short_names
-from lora_lightning.commands.sweep.study import Trial, refuse_other
+from lora_lightning.commands.sweep.report import PAGE, about_of, table, write
+from lora_lightning.commands.sweep.search_space import RANK, readable_settings
+from lora_lightning.commands.sweep.study import Study, Trial, refuse_other
 from lora_lightning.commands.sweep.sweep import Request, Sweep
 from lora_lightning.commands.sweep.together import Watch, run_together
 from lora_lightning.lora.errors import LoRAError
@@ -41,7 +31,10 @@ def run_on_screen(*, seeds: str | None, **options: Any) -> None:
         LoRAError: the request is not valid, or no fit has a metric.
         SystemExit: it was interrupted; the same command resumes it.
     """
-    sweep = Sweep(Request(seeds=_seeds(seeds), **options))
+    numbers = [] if seeds is None else seeds.strip("[] ").split(",")
+    if not all(number.strip().isdigit() for number in numbers):
+        raise LoRAError(f"seeds are whole numbers with commas between, such as 1,2,3; got {seeds}")
+    sweep = Sweep(Request(seeds=list(map(int, numbers)), **options))
     trainer = sweep.base.trainer
     with nullcontext() if trainer is None else in_all_processes(trainer, unless=(Stopped, SystemExit)):
         if rank() == 0:
@@ -55,13 +48,11 @@ def run_sweep(sweep: Sweep, say: Say, watch: Watch = lambda _: None, command: Se
     """Run the fits that are not done, write the results, also after an interruption, and return them ranked.
 
     Args:
-        say: called with each trial and `begins` or `ends`.
-        watch: called after each round of turns, where members of one fit take turns.
         command: of a fit, without its flags.
     """
     about, earlier = sweep.about | {"seeds": list(sweep.request.seeds)}, about_of(sweep.folder)
     refuse_other(sweep.folder.name, earlier, sweep.about)  # of another study, whose fits' results would be taken
-    study = sweep.open_study()
+    study = Study(sweep)
     if earlier is None:
         write(sweep.folder, about, [], plots=False)
     try:
@@ -77,8 +68,15 @@ def run_sweep(sweep: Sweep, say: Say, watch: Watch = lambda _: None, command: Se
 
 def _run(sweep: Sweep) -> None:
     screen = Console(soft_wrap=True, file=sys.stdout, highlight=False)  # also while a member's output goes to its log
-    for line in _notes(sweep):
-        screen.print(line, markup=False)
+    best = "largest" if sweep.goal == "max" else "smallest"
+    screen.print(f"{sweep.count} fits, ranked by {sweep.metric} ({best} first)", markup=False)
+    alpha = sweep.base.config["model"]["lora"]["alpha"]
+    if RANK in sweep.keys and "model.lora.alpha" not in sweep.keys and alpha is not None:
+        screen.print(
+            f"alpha is {alpha:g} for every r, as in the paper, so the scale alpha / r falls as r grows;"
+            " --model.lora.alpha null gives every r alpha = 2 r",
+            markup=False,
+        )
     try:
         with _lines(screen, sweep) as (say, watch):
             points = run_sweep(sweep, say, watch)
@@ -89,40 +87,22 @@ def _run(sweep: Sweep) -> None:
     Console().print(table(str(sweep.folder), points, sweep.keys, sweep.metric, sweep.goal))
     if points[0].state != "complete":
         raise LoRAError(f"no fit of the sweep came to its end; what each said is in '{sweep.folder}/*/{LOG}'")
-    screen.print(f"then: {next_command(points)}")
+    run = next(trial.run for trial in points[0].trials)
+    screen.print(f"then: lora-lightning test --ckpt_path {run}")
     screen.print(f"numbers, page and figures: {sweep.folder / PAGE}")
-
-
-def _notes(sweep: Sweep) -> Iterator[str]:
-    """Notes before hours of fits."""
-    yield f"{sweep.count} fits, ranked by {sweep.metric} ({'largest' if sweep.goal == 'max' else 'smallest'} first)"
-    alpha = sweep.base.config["model"]["lora"]["alpha"]
-    if RANK in sweep.keys and "model.lora.alpha" not in sweep.keys and alpha is not None:
-        yield (
-            f"alpha is {alpha:g} for every r, as in the paper, so the scale alpha / r falls as r grows;"
-            " --model.lora.alpha null gives every r alpha = 2 r"
-        )
-
-
-class _Rate(ProgressColumn):
-    """The rate of steps, of which every member takes one in turn."""
-
-    def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:.2f} steps/s")
 
 
 @contextmanager
 def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
     """Prints a line for each beginning and end, above a bar where the screen is a terminal."""
-    names, together = short_names(sweep.keys), sweep.request.together
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(12 if together else 40)]
-    columns += [MofNCompleteColumn(), _Rate() if together else TimeElapsedColumn(), TimeRemainingColumn()]
+    together = sweep.request.together
+    columns = [TextColumn("{task.description}"), BarColumn(12 if together else 40), MofNCompleteColumn()]
+    columns += [TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("making the members" if together else "fits", total=sweep.count)
 
         def say(trial: Trial, what: str) -> None:
-            settings = ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in trial.values.items())
-            settings += "" if trial.seed is None else f", seed {trial.seed}"
+            settings = readable_settings(trial.values) + ("" if trial.seed is None else f", seed {trial.seed}")
             if what == "begins":
                 screen.print(f"begins: {settings} ({sweep.folder / trial.name / LOG})", markup=False)
                 return
@@ -132,13 +112,8 @@ def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
 
         def watch(population: Population) -> None:
             left = sum(member.is_left for member in population.members)
-            rungs, passed = population.rungs, len(population.decisions)
-            text = f"{left}/{len(population.members)} members"
-            if passed < len(rungs):
-                text += f", rung {passed + 1}/{len(rungs)} at step {rungs[passed]}"
-            elif rungs:
-                text += ", past the rungs"
             steps = max(member.trainer.global_step for member in population.members)
+            text = f"steps, {left} of {len(population.members)} members"
             bar.update(task, description=text, completed=steps, total=population.steps)
 
         yield say, watch
@@ -149,10 +124,3 @@ def _result(trial: Trial, metric: str) -> str:
         return trial.error
     value = "no figure" if trial.value is None else f"{metric} {trial.value:.4f}"
     return value + ("" if trial.seconds is None else f" in {trial.seconds / 60:.1f} minutes")
-
-
-def _seeds(text: str | None) -> Sequence[int]:
-    parts = [] if text is None else text.strip("[] ").split(",")
-    if not all(part.strip().isdigit() for part in parts):
-        raise LoRAError(f"seeds are whole numbers with commas between, such as 1,2,3; got {text}")
-    return [int(part) for part in parts]

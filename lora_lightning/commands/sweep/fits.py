@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,6 +33,7 @@ PERIOD, PATIENCE = 0.2, 60.0
 SET_PDEATHSIG = 1
 """The option of Linux's prctl that sets the signal a process gets when its parent dies, also by SIGKILL."""
 Say = Callable[[Trial, str], None]
+"""Called with each trial and `begins` or `ends`."""
 
 
 class Stopped(BaseException):
@@ -44,83 +44,67 @@ def run_fits(sweep: Sweep, study: Study, say: Say, command: Sequence[str] = FIT)
     """Run all fits, several at once, also those that other processes leave. On an interruption they save and end.
 
     Args:
-        say: called with each trial and `begins` or `ends`.
         command: of a fit, without its flags.
 
     Raises:
         Stopped: by SIGTERM.
         KeyboardInterrupt: by Ctrl-C.
     """
+    watches = sweep.request.pruner != "none"
+    watch = [f"--trainer.callbacks+={CALLBACK}"] if watches else []
+    running: dict[int, tuple[Trial, subprocess.Popen[bytes]]] = {}  # by job
+
+    def begin(job: int, environment: Mapping[str, str]) -> None:
+        while job not in running and (trial := study.next()) is not None:
+            if read_result(trial, sweep):  # the sweep was killed between a fit's end and its record
+                finish(trial)
+                continue
+            words = [*command, *fit_flags(sweep, trial), *watch]
+            process = _start(words, sweep.folder / trial.name / LOG, environment)
+            running[job] = trial, process
+            study.set_owner(trial.number, process.pid)
+            say(trial, "begins")
+
+    def look(job: int) -> None:
+        """Prune the fit if it falls behind, and record it if it has ended."""
+        trial, process = running[job]
+        code = process.poll()
+        if watches:
+            trial.reported = reported_values(sweep.folder / trial.name, sweep.metric)
+            if code is None and trial.state == "running" and study.should_prune(trial):
+                trial.state = "pruned"
+                _send(process, signal.SIGTERM)
+        if code is not None:
+            del running[job]
+            if not (code == 0 and read_result(trial, sweep)) and trial.state != "pruned":
+                trial.state, trial.error = "failed", _fault(sweep, trial, code)
+            finish(trial)
+
+    def finish(trial: Trial) -> None:
+        study.finish(trial)
+        say(trial, "ends")
+
     environments = shares(sweep.request.jobs, torch.cuda.device_count(), os.environ)
-    fits = _Fits(sweep, study, say, command)
     try:
         with _stop_on_sigterm():
             while study.is_open():
                 for job, environment in enumerate(environments):
-                    fits.begin(job, environment)
+                    begin(job, environment)
                 time.sleep(PERIOD)
                 study.beat()
-                fits.look()
+                for job in list(running):
+                    look(job)
     finally:
-        fits.end_all()
-
-
-@dataclass
-class _Fits:
-    """The running fits."""
-
-    sweep: Sweep
-    study: Study
-    say: Say
-    command: Sequence[str]
-    running: dict[int, tuple[Trial, subprocess.Popen[bytes]]] = field(default_factory=dict)
-    """By job."""
-
-    def begin(self, job: int, environment: Mapping[str, str]) -> None:
-        """Begin the next fit where the job has none."""
-        while job not in self.running and (trial := self.study.next()) is not None:
-            if read_result(trial, self.sweep):  # the sweep was killed between a fit's end and its record
-                self._finish(trial)
-                continue
-            watch = [f"--trainer.callbacks+={CALLBACK}"] if self.sweep.watches else []
-            command = [*self.command, *fit_flags(self.sweep, trial), *watch]
-            process = _start(command, self.sweep.folder / trial.name / LOG, environment)
-            self.running[job] = trial, process
-            self.study.set_owner(trial.number, process.pid)
-            self.say(trial, "begins")
-
-    def look(self) -> None:
-        """Prune fits, and record those that have ended."""
-        for job, (trial, process) in list(self.running.items()):
-            code = process.poll()
-            if self.sweep.watches:
-                trial.reported = reported_values(self.sweep.folder / trial.name, self.sweep.metric)
-                if code is None and trial.state == "running" and self.study.should_prune(trial):
-                    trial.state = "pruned"
-                    _send(process, signal.SIGTERM)
-            if code is None:
-                continue
-            del self.running[job]
-            if not (code == 0 and read_result(trial, self.sweep)) and trial.state != "pruned":
-                trial.state, trial.error = "failed", _fault(self.sweep, trial, code)
-            self._finish(trial)
-
-    def end_all(self) -> None:
-        """End all fits at once, so that they save in parallel, and release their trials."""
-        for _, process in self.running.values():
+        for _, process in running.values():  # all at once, so that they save in parallel
             _send(process, signal.SIGTERM)
-        for trial, process in self.running.values():
+        for trial, process in running.values():
             try:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(PATIENCE)
             finally:
                 _send(process, signal.SIGKILL)
                 process.wait()
-            self.study.release(trial.number)
-
-    def _finish(self, trial: Trial) -> None:
-        self.study.finish(trial)
-        self.say(trial, "ends")
+            study.release(trial.number)
 
 
 def fit_flags(sweep: Sweep, trial: Trial) -> list[str]:

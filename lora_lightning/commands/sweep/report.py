@@ -55,12 +55,6 @@ def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.3g}"
 
 
-def next_command(points: Sequence[Point]) -> str:
-    """The command that tests the best fit."""
-    best = next((trial for trial in points[0].trials if trial.run), None)
-    return "" if best is None else f"lora-lightning test --ckpt_path {best.run}"
-
-
 def csv_of(points: Sequence[Point], keys: Sequence[str], metric: str) -> str:
     """A row for each fit, with its point's place and mean."""
     text = io.StringIO(newline="")

@@ -28,7 +28,6 @@ SET_BY_SWEEP = {
     "seed_everything": "--seeds",
 }
 """Flags of fit that a sweep sets itself, and the sweep's flag for each."""
-OPEN, CLOSE = "[{(", "]})"
 
 
 def import_optuna() -> Any:
@@ -63,11 +62,7 @@ def parse_space(grid: Sequence[str], ranges: Sequence[str]) -> Space:
 
 
 def parse_grid(text: str) -> tuple[str, CategoricalDistribution]:
-    """`KEY=V1,V2,...`; a comma within brackets or quotes belongs to its value.
-
-    Raises:
-        LoRAError: the form is wrong, or a value is repeated.
-    """
+    """`KEY=V1,V2,...`; a comma within brackets or quotes belongs to its value."""
     key, rest = _key_and_rest(text, "--grid", "model.lora.r=1,2,4,8")
     values = split(rest)
     if not all(values):
@@ -78,11 +73,7 @@ def parse_grid(text: str) -> tuple[str, CategoricalDistribution]:
 
 
 def parse_range(text: str) -> tuple[str, IntDistribution | FloatDistribution]:
-    """`KEY=LOW..HIGH` or `KEY=LOW..HIGH:log`; integers where both ends are written without a point.
-
-    Raises:
-        LoRAError: the form is wrong, or LOW is not below HIGH.
-    """
+    """`KEY=LOW..HIGH` or `KEY=LOW..HIGH:log`; integers where both ends are written without a point."""
     key, rest = _key_and_rest(text, "--range", "model.optimizer.init_args.lr=1e-4..1e-2:log")
     ends, _, how = rest.partition(":")
     first, _, last = ends.partition("..")
@@ -95,6 +86,14 @@ def parse_range(text: str) -> tuple[str, IntDistribution | FloatDistribution]:
     if all(end.strip().lstrip("+-").isdigit() for end in (first, last)):
         return key, kinds.IntDistribution(int(low), int(high), log=bool(how))
     return key, kinds.FloatDistribution(low, high, log=bool(how))
+
+
+def _key_and_rest(text: str, option: str, example: str) -> tuple[str, str]:
+    key, _, rest = text.partition("=")
+    key = key.strip().removeprefix("--")
+    if not key or not rest.strip():
+        raise LoRAError(f"{option} {text}: expected a flag of fit and its values, such as {example}")
+    return key, rest.strip()
 
 
 def text_of(value: Any) -> str:
@@ -141,7 +140,7 @@ def split(text: str) -> list[str]:
         elif letter in "'\"":
             quote = letter
         else:
-            depth += (letter in OPEN) - (letter in CLOSE)
+            depth += (letter in "[{(") - (letter in "]})")
         if letter == "," and not depth and not quote:
             parts.append("")
         else:
@@ -160,12 +159,18 @@ def number(text: str) -> float | None:
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """By key the shortest ending of its dotted name that tells all keys apart."""
-    longest = max((key.count(".") + 1 for key in keys), default=1)
-    for count in range(1, longest + 1):
+    names: dict[str, str] = {}
+    for count in itertools.count(1):
         names = {key: ".".join(key.split(".")[-count:]) for key in keys}
         if len(set(names.values())) == len(names):
             break
     return names
+
+
+def readable_settings(values: Values) -> str:
+    """A point as text for people: `r = 4, lr = 1e-3`."""
+    names = short_names(list(values))
+    return ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in values.items())
 
 
 def readable_value(value: str) -> str:
@@ -173,11 +178,3 @@ def readable_value(value: str) -> str:
     if not (value.startswith("[") and value.endswith("]")) or "[" in value[1:]:
         return value
     return ", ".join(part.strip("'\"") for part in split(value[1:-1]))
-
-
-def _key_and_rest(text: str, option: str, example: str) -> tuple[str, str]:
-    key, _, rest = text.partition("=")
-    key = key.strip().removeprefix("--")
-    if not key or not rest.strip():
-        raise LoRAError(f"{option} {text}: expected a flag of fit and its values, such as {example}")
-    return key, rest.strip()

@@ -17,29 +17,24 @@ last checkpoint where the folder is shared, and begins anew where it is not.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_lightning.commands.sweep.search_space import (
-    Space,
-    Values,
-    import_optuna,
-    readable_value,
-    short_names,
-    text_of,
-)
+from lora_lightning.commands.sweep.search_space import Values, import_optuna, readable_value, short_names, text_of
+from lora_lightning.commands.sweep.sweep import Sweep
 from lora_lightning.lora.errors import LoRAError, MissingPackageError, first_line
 
-Sampler = Literal["grid", "random", "tpe"]
-Pruner = Literal["none", "median", "hyperband"]
 State = Literal["running", "complete", "pruned", "failed"]
 JOURNAL = "study.log"
 """Optuna's journal file in the sweep's folder, where no storage is named."""
@@ -83,57 +78,32 @@ def folder_name(number: int, values: Values, seed: int | None) -> str:
 
 
 class Study:
-    """All fits of a sweep, shared by all processes that open the same storage and name.
-
-    Args:
-        folder: the sweep's, whose name is the study's.
-        space: the swept flags.
-        about: what makes it this study: the config, the metric and the like, as plain data.
-        points: the values of a grid's points, or the number of a sampler's.
-        seeds: with each of which every point is fitted.
-        complete: adds values that depend on a sampler's, such as the r of a budget.
+    """All fits of a sweep, shared by all processes that open the same storage and the same folder's name.
 
     Raises:
         LoRAError: the study exists with another `about`, with the first difference; the storage cannot be opened.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        space: Space,
-        about: Mapping[str, Any],
-        points: Sequence[Values] | int,
-        *,
-        goal: str,
-        seeds: Sequence[int | None] = (None,),
-        sampler: Sampler = "grid",
-        pruner: Pruner = "none",
-        storage: str | None = None,
-        complete: Callable[[Values], Values] = dict,
-    ) -> None:
-        self.optuna = import_optuna()
-        self.states = self.optuna.trial.TrialState
-        self.best = max if goal == "max" else min
-        self.space, self.sampler, self.seeds, self.complete = space, sampler, seeds, complete
-        self.points: dict[str, Values | None] = (
-            dict.fromkeys(map(str, range(points)))
-            if isinstance(points, int)
-            else {json.dumps(values): values for values in points}
-        )
-        pruners = self.optuna.pruners
-        self.study = self.optuna.create_study(
-            study_name=folder.name,
-            storage=_journal(folder, storage) if storage is None or "://" not in storage else _database(storage),
-            direction=f"{goal}imize",
-            pruner={  # the median of Optuna waits for five, which a small sweep may not have
-                "none": pruners.NopPruner,
-                "median": lambda: pruners.MedianPruner(n_startup_trials=2),
-                "hyperband": pruners.HyperbandPruner,
-            }[pruner](),
+    def __init__(self, sweep: Sweep) -> None:
+        optuna, request, name = import_optuna(), sweep.request, sweep.folder.name
+        self.sweep, self.states = sweep, optuna.trial.TrialState
+        self.points: dict[str, Values | None] = {
+            str(i) if values is None else json.dumps(values): values for i, values in enumerate(sweep.points)
+        }
+        pruners = {  # the median of Optuna waits for five, which a small sweep may not have
+            "none": optuna.pruners.NopPruner,
+            "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=2),
+            "hyperband": optuna.pruners.HyperbandPruner,
+        }
+        self.study = optuna.create_study(
+            study_name=name,
+            storage=_open_storage(request.storage or str(sweep.folder / JOURNAL)),
+            direction=f"{sweep.goal}imize",
+            pruner=pruners[request.pruner](),
             load_if_exists=True,
         )
-        refuse_other(folder.name, self.study.user_attrs.get("about"), about)
-        self.study.set_user_attr("about", about)
+        refuse_other(name, self.study.user_attrs.get("about"), sweep.about)
+        self.study.set_user_attr("about", sweep.about)
         self.opened_at = len(self._trials())
         """The number of trials before: a fit that failed in one of them is tried again."""
         self.owned: dict[int, Any] = {}
@@ -144,26 +114,30 @@ class Study:
 
     def is_open(self) -> bool:
         """Whether a fit waits or runs, here or in another process."""
-        return bool(self._missing(also_running=True))
+        attempts, fits = self._attempts(), itertools.product(self.points, self.sweep.seeds)
+        return not all(any(map(self._is_made, attempts[fit])) for fit in fits)
 
     def next(self) -> Trial | None:
         """Take the next fit that no process makes; None where there is none at the moment."""
         self._close_abandoned()
-        while missing := self._missing():
-            self.study.enqueue_trial(*missing[0])
-            if self.sampler != "grid":
-                self.study.sampler = self._sampler(int(missing[0][1]["point"]))
-            handle = self.study.ask({} if self.sampler == "grid" else self.space)  # perhaps another process's trial
+        request, space = self.sweep.request, self.sweep.space
+        while fit := next(self._missing(), None):
+            params, attributes = fit
+            self.study.enqueue_trial(params, attributes)
+            if request.sampler != "grid":
+                self.study.sampler = self._sampler(int(attributes["point"]))
+            handle = self.study.ask({} if request.sampler == "grid" else space)  # perhaps another process's trial
             self.owned[handle.number] = handle
-            fit = handle.user_attrs
-            if "point" not in fit or self._is_taken(handle.number):
+            known = handle.user_attrs
+            if "point" not in known or self._is_taken(handle):
                 self.release(handle.number)
                 continue
             self.set_owner(handle.number)
-            values = fit["values"] or self.complete({key: text_of(handle.params[key]) for key in self.space})
+            values = known["values"] or self.sweep.complete({key: text_of(handle.params[key]) for key in space})
+            name = known["name"] or folder_name(handle.number, values, known["seed"])
             handle.set_user_attr("values", values)
-            handle.set_user_attr("name", fit["name"] or folder_name(handle.number, values, fit["seed"]))
-            return self._view(self._trials()[handle.number])
+            handle.set_user_attr("name", name)
+            return Trial(number=handle.number, values=values, seed=known["seed"], name=name)
         return None
 
     def set_owner(self, number: int, process: int = 0) -> None:
@@ -181,15 +155,15 @@ class Study:
         """Report new values to the pruner, and return its decision."""
         handle = self.owned[trial.number]
         known = len(self._trials()[trial.number].intermediate_values)
-        for step in range(known, len(trial.reported)):
-            handle.report(trial.reported[step], step + 1)
+        for step, value in enumerate(trial.reported[known:], known + 1):
+            handle.report(value, step)
         return bool(trial.reported) and bool(handle.should_prune())
 
     def finish(self, trial: Trial) -> None:
         """Write a fit's result."""
         handle, states = self.owned.pop(trial.number), self.states
         if trial.state == "pruned" and trial.reported:
-            trial.value = self.best(trial.reported)
+            trial.value = max(trial.reported) if self.sweep.goal == "max" else min(trial.reported)
         handle.set_user_attr("result", {name: getattr(trial, name) for name in RESULT})
         value = trial.value if trial.state == "complete" else None
         end = states.PRUNED if trial.state == "pruned" else states.FAIL if value is None else states.COMPLETE
@@ -201,28 +175,38 @@ class Study:
 
     def trials(self) -> list[Trial]:
         """The newest trial of each fit that was begun, in the order of their beginnings."""
-        newest = {_fit(trial): self._view(trial) for trial in self._trials() if trial.user_attrs.get("name")}
-        return sorted(newest.values(), key=lambda trial: trial.index)
+        newest = []
+        for attempts in self._attempts().values():
+            if named := [trial for trial in attempts if trial.user_attrs.get("name")]:
+                known = named[-1].user_attrs
+                fit = {name: known[name] for name in ("values", "seed", "name")}
+                newest.append(Trial(number=named[-1].number, **fit, **known.get("result", {})))
+        return sorted(newest, key=lambda trial: trial.index)
 
     def _trials(self) -> list[Any]:
         return list(self.study.get_trials(deepcopy=False))
 
-    def _missing(self, *, also_running: bool = False) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    def _attempts(self) -> defaultdict[tuple[str | None, int | None], list[Any]]:
+        """Optuna's trials by the fit, a point and a seed, that each is an attempt at."""
+        attempts = defaultdict(list)
+        for trial in self._trials():
+            attempts[trial.user_attrs.get("point"), trial.user_attrs.get("seed")].append(trial)
+        return attempts
+
+    def _missing(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Optuna's parameters and our attributes of each fit that is neither made nor being made, in order."""
-        trials = self._trials()
-        there = {_fit(trial) for trial in trials if self._is_made(trial) or (self._runs(trial) and not also_running)}
-        points: dict[str, Any] = {point: ({}, values) for point, values in self.points.items()}
-        names: dict[Any, str] = {}
-        for trial in trials:
-            if trial.user_attrs.get("name") and (point := trial.user_attrs["point"]) in points:
-                points[point] = trial.params, trial.user_attrs["values"]
-                names[_fit(trial)] = trial.user_attrs["name"]
-        return [
-            (params, {"point": point, "seed": seed, "values": values, "name": names.get((point, seed))})
-            for seed in self.seeds
-            for point, (params, values) in points.items()
-            if (point, seed) not in there and (values or seed == self.seeds[0])  # a proposal is made with the first
-        ]
+        attempts = self._attempts()
+        named = {fit: [trial for trial in trials if trial.user_attrs.get("name")] for fit, trials in attempts.items()}
+        proposals = {point: trials[-1] for (point, _), trials in named.items() if trials}
+        for seed, (point, values) in itertools.product(self.sweep.seeds, self.points.items()):
+            if any(self._is_made(trial) or self._runs(trial) for trial in attempts[point, seed]):
+                continue
+            earlier = proposals.get(point)
+            known = values if earlier is None else earlier.user_attrs["values"]
+            if known or seed == self.sweep.seeds[0]:  # a proposal is made with the first
+                name = next((trial.user_attrs["name"] for trial in named.get((point, seed), ())), None)
+                params = {} if earlier is None else earlier.params
+                yield params, {"point": point, "seed": seed, "values": known, "name": name}
 
     def _is_made(self, trial: Any) -> bool:
         """Whether a trial has a result that stays; that of a failed one stays for this command alone."""
@@ -232,20 +216,17 @@ class Study:
     def _runs(self, trial: Any) -> bool:
         return bool(trial.state == self.states.RUNNING)
 
-    def _is_taken(self, number: int) -> bool:
+    def _is_taken(self, handle: Any) -> bool:
         """Whether the fit of a trial is made, or being made under a smaller number."""
-        trials = self._trials()
-        same = [trial for trial in trials if _fit(trial) == _fit(trials[number])]
-        return any(self._is_made(trial) or (self._runs(trial) and trial.number < number) for trial in same)
+        same = self._attempts()[handle.user_attrs["point"], handle.user_attrs["seed"]]
+        return any(self._is_made(trial) or (self._runs(trial) and trial.number < handle.number) for trial in same)
 
     def _close_abandoned(self) -> None:
         """Close the unfinished trials of processes that died."""
         for trial in self._trials():
             if self._runs(trial) and trial.number not in self.owned and self._is_abandoned(trial):
-                try:
+                with suppress(ValueError):  # another process was first
                     self.study.tell(trial.number, state=self.states.FAIL)
-                except ValueError:
-                    continue  # another process was first
 
     def _is_abandoned(self, trial: Any) -> bool:
         host, *processes = trial.user_attrs.get("owner", [None])
@@ -254,50 +235,36 @@ class Study:
         now = time.monotonic()
         return now - self._first_seen.setdefault((trial.number, trial.user_attrs.get("beat", 0)), now) > SILENCE
 
-    def _view(self, frozen: Any) -> Trial:
-        known = frozen.user_attrs
-        fit = {name: known[name] for name in ("values", "seed", "name")}
-        return Trial(number=frozen.number, **fit, **known.get("result", {}))
-
     def _sampler(self, seed: int) -> Any:
         """The sampler. Its seed is a proposal's number, so that no two processes get the same points."""
-        samplers = self.optuna.samplers
-        if self.sampler == "random":
+        samplers = import_optuna().samplers
+        if self.sweep.request.sampler == "random":
             return samplers.RandomSampler(seed=seed)
         # A third at random, at most Optuna's ten: with ten of a dozen trials it would learn from two.
         random = max(2, min(10, len(self.points) // 3))
         return samplers.TPESampler(seed=seed, n_startup_trials=random, constant_liar=True, multivariate=False)
 
 
-def _fit(trial: Any) -> tuple[str | None, int | None]:
-    """What a trial is an attempt at: a point, and a seed."""
-    return trial.user_attrs.get("point"), trial.user_attrs.get("seed")
-
-
-def _journal(folder: Path, storage: str | None) -> Any:
-    """Optuna's journal, a file that may be in a shared folder."""
-    file = folder / JOURNAL if storage is None else Path(storage)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    storages = import_optuna().storages
-    return storages.JournalStorage(storages.journal.JournalFileBackend(str(file)))
-
-
-def _database(url: str) -> Any:
-    """Optuna's storage in a database of SQLAlchemy's.
+def _open_storage(place: str) -> Any:
+    """Optuna's journal in a file, which may be on a shared disk, or its storage in a database of SQLAlchemy's.
 
     Raises:
-        LoRAError: it cannot be opened, or is SQLite.
-        MissingPackageError: the database's driver is not installed.
+        LoRAError: the database cannot be opened, or is SQLite.
+        MissingPackageError: its driver is not installed.
     """
-    shown = "--storage " + re.sub(r"(://[^:/@]*):[^@]*@", r"\1@", url)  # without the password
-    if url.startswith("sqlite"):
+    storages = import_optuna().storages
+    if "://" not in place:
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        return storages.JournalStorage(storages.journal.JournalFileBackend(place))
+    shown = "--storage " + re.sub(r"(://[^:/@]*):[^@]*@", r"\1@", place)  # without the password
+    if place.startswith("sqlite"):
         raise LoRAError(
             f"{shown}: SQLite can hand one trial to two processes: take a file for Optuna's journal: --storage"
-            f" {Path(url).stem}.log"
+            f" {Path(place).stem}.log"
         )
     for attempt in range(3):  # of processes that make the tables at once all but one fail
         try:
-            return import_optuna().storages.RDBStorage(url)
+            return storages.RDBStorage(place)
         except ImportError as error:
             missing = error.__cause__ or error  # SQLAlchemy's, which names the driver
             raise MissingPackageError(

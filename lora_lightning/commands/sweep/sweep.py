@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lora_lightning.commands.sweep.base_config import Base, open_base
-from lora_lightning.commands.sweep.rank_budget import rank_for
+from lora_lightning.commands.sweep.base_config import Base, open_base, rank_for
 from lora_lightning.commands.sweep.search_space import (
     MATRICES,
     RANK,
@@ -23,8 +23,6 @@ from lora_lightning.commands.sweep.search_space import (
     grid_points,
     parse_space,
 )
-from lora_lightning.commands.sweep.study import Pruner, Sampler, Study
-from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.reports.figures import refuse_missing
 from lora_lightning.training.population.halving import RUNGS, Halving
@@ -54,9 +52,9 @@ class Request:
     """Flags of fit, the same for every trial."""
     grid: Sequence[str] = ()
     ranges: Sequence[str] = ()
-    sampler: Sampler = "grid"
+    sampler: Literal["grid", "random", "tpe"] = "grid"
     trials: int | None = None
-    pruner: Pruner = "none"
+    pruner: Literal["none", "median", "hyperband"] = "none"
     metric: str | None = None
     goal: str | None = None
     jobs: int = 1
@@ -77,14 +75,24 @@ class Request:
         return parse_space(self.grid, self.ranges)
 
     def __post_init__(self) -> None:
-        is_grid, budgeted = self.sampler == "grid", self.budget is not None
+        is_grid, budgeted, space = self.sampler == "grid", self.budget is not None, self.space
+        apart = {
+            "--sampler": not is_grid,
+            "--jobs": self.jobs > 1,
+            "--seeds": bool(self.seeds),
+            "--pruner": self.pruner != "none",
+            "--storage": self.storage is not None,
+        }
+        unfit = ", ".join(flag for flag, is_set in apart.items() if is_set)
+        shared = [key for key in space if not key.startswith(VARY)]
+        grid = [word for text in self.grid for word in ("--grid", text)]
         problems = {
-            "a sweep needs something to sweep: --grid model.lora.r=1,2,4,8": not self.space,
+            "a sweep needs something to sweep: --grid model.lora.r=1,2,4,8": not space,
             f"--budget chooses r for each set of matrices: leave {RANK} out of --grid and --range": (
-                budgeted and RANK in self.space
+                budgeted and RANK in space
             ),
             f'--budget compares sets of matrices: give --grid "{MATRICES}=[query],[query,value],all-linear"': (
-                budgeted and not hasattr(self.space.get(MATRICES), "choices")
+                budgeted and not hasattr(space.get(MATRICES), "choices")
             ),
             "--trials is for --sampler random or tpe: a grid has as many as it has points": (
                 is_grid and self.trials is not None
@@ -98,35 +106,18 @@ class Request:
             "--halving compares the members of one fit: give --together with it": (
                 self.halving is not None and not self.together
             ),
+            f"--together fits one grid in one process: leave {unfit} out, or --together": self.together and unfit,
+            f"--together: '{''.join(shared[:1])}' cannot differ between members, which share W0, data, precision,"
+            " strategy and the number of steps; each in a fit of its own:"
+            f" {shlex.join(['lora-lightning', 'sweep', *self.fit, *grid])}": self.together and shared,
         }
         for problem, is_there in problems.items():
             if is_there:
                 raise LoRAError(problem)
-        if self.together:
-            self._refuse_apart()
-        if self.plots:
-            refuse_missing()
-
-    def _refuse_apart(self) -> None:
-        """Raise for what one fit of several members cannot have."""
-        options = {
-            "--sampler": self.sampler != "grid",
-            "--jobs": self.jobs > 1,
-            "--seeds": bool(self.seeds),
-            "--pruner": self.pruner != "none",
-            "--storage": self.storage is not None,
-        }
-        if unfit := [flag for flag, is_set in options.items() if is_set]:
-            raise LoRAError(f"--together fits one grid in one process: leave {', '.join(unfit)} out, or --together")
-        if unfit := [key for key in self.space if not key.startswith(VARY)]:
-            grid = [word for text in self.grid for word in ("--grid", text)]
-            apart = shlex.join(["lora-lightning", "sweep", *self.fit, *grid])
-            raise LoRAError(
-                f"--together: '{unfit[0]}' cannot differ between members, which share W0, data, precision, strategy and"
-                f" the number of steps; each in a fit of its own: {apart}"
-            )
         if self.halving is not None:
             Halving(self.halving, self.rungs)
+        if self.plots:
+            refuse_missing()
 
 
 class Sweep:
@@ -144,20 +135,21 @@ class Sweep:
         self.request, self.base, self.space = request, base, request.space
         self.folder = Path(request.runs_dir) / (request.name or f"{base.name}-sweep")
         self.metric, self.goal = self._metric()
-        self._check_values()
+        for key, kind in self.space.items():
+            for value in bounds(kind):
+                base.check([*request.fit, *first_values(self.space), f"--{key}={value}"])
         if base.trainer is not None:
             refuse_strategy(base.trainer)
         self.ranks = {} if request.budget is None else self._ranks(request.budget)
         """By set of matrices the r that the budget chooses."""
         self.keys = [*self.space, *([RANK] if self.ranks else [])]
         """The swept flags, and r where a budget chooses it."""
+        self.seeds: Sequence[int | None] = request.seeds or [None]
         is_grid = request.sampler == "grid"
-        seeds: Sequence[int | None] = request.seeds or [None]
-        points = [self._complete(values) for values in grid_points(self.space)] if is_grid else request.trials or 0
-        self.count = (points if isinstance(points, int) else len(points)) * len(seeds)
+        self.points = [self.complete(p) for p in grid_points(self.space)] if is_grid else [None] * (request.trials or 0)
+        """Values of a grid; None for each that a sampler will propose."""
+        self.count = len(self.points) * len(self.seeds)
         """The number of fits."""
-        self.watches = request.pruner != "none"
-        """Whether fits report each validation, for a pruner."""
         self.about: dict[str, Any] = {
             "metric": self.metric,
             "goal": self.goal,
@@ -165,25 +157,13 @@ class Sweep:
             "keys": self.keys,
             "config": _without(base.config, [*self.keys, *(["seed_everything"] if request.seeds else [])]),
         }
+        """What makes it this sweep; one with another is refused."""
         if request.together:  # decisions at rungs do not hold for other rungs
             self.about["together"] = {"halving": request.halving, "rungs": list(request.rungs)}
         if not is_grid:
             self.about["choices"] = {key: fixed_of(values) for key, values in self.space.items()}
-        self.open_study = functools.partial(
-            Study,
-            self.folder,
-            self.space,
-            self.about,
-            points,
-            goal=self.goal,
-            seeds=seeds,
-            sampler=request.sampler,
-            pruner=request.pruner,
-            storage=request.storage,
-            complete=self._complete,
-        )
 
-    def _complete(self, values: Values) -> Values:
+    def complete(self, values: Values) -> Values:
         """The values with the r that the budget chose."""
         return {**values, RANK: str(self.ranks[values[MATRICES]])} if self.ranks else values
 
@@ -197,23 +177,11 @@ class Sweep:
             raise LoRAError(f"--metric {metric} is not what the config monitors ({base.metric}): say --mode min or max")
         return metric, goal
 
-    def _check_values(self) -> None:
-        """Check every value with fit's parser.
-
-        Raises:
-            ConfigError: a field of `model.lora` has an invalid value.
-        """
-        for key, kind in self.space.items():
-            for value in bounds(kind):
-                args = [*self.request.fit, *first_values(self.space), f"--{key}={value}"]
-                LoRAConfig(**self.base.check(args).model.lora.as_dict())  # its checks, beside its types
-
     def _ranks(self, budget: int) -> dict[str, int]:
         """For each set of matrices the r that is nearest to the budget."""
         ranks = {}
         for value in bounds(self.space[MATRICES]):
-            lora = self.base.check([*self.request.fit, f"--{MATRICES}={value}"]).model.lora
-            config = LoRAConfig(**{**lora.as_dict(), "init": "gaussian"})
+            config = dataclasses.replace(self.base.check([*self.request.fit, f"--{MATRICES}={value}"]), init="gaussian")
             try:
                 ranks[value] = rank_for(self.base.backbone, config, budget)
             except LoRAError as error:

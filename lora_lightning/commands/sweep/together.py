@@ -21,6 +21,7 @@ from lora_lightning.training.preflight import refuse_contradictions
 from lora_lightning.training.strategies.collectives import run_in_all, run_in_first
 
 Watch = Callable[[Population], None]
+"""Called after each round of turns."""
 
 
 def run_together(
@@ -30,8 +31,6 @@ def run_together(
 
     Args:
         study: in rank 0 alone, which takes trials and records their results.
-        say: called with each trial and `begins` or `ends`.
-        watch: called after each round of turns.
 
     Raises:
         Stopped: by SIGTERM, once all members have saved.
@@ -75,6 +74,7 @@ def run_together(
 
 
 def _members(sweep: Sweep, trials: Mapping[str, Trial]) -> tuple[list[Member], LightningDataModule]:
+    """A member for each trial, over the first one's W0 and data."""
     members: list[Member] = []
     data: LightningDataModule | None = None
 
