@@ -87,8 +87,7 @@ def _run(sweep: Sweep) -> None:
     Console().print(table(str(sweep.folder), points, sweep.keys, sweep.metric, sweep.goal))
     if points[0].state != "complete":
         raise LoRAError(f"no fit of the sweep came to its end; what each said is in '{sweep.folder}/*/{LOG}'")
-    run = next(trial.run for trial in points[0].trials)
-    screen.print(f"then: lora-lightning test --ckpt_path {run}")
+    screen.print(f"then: lora-lightning test --ckpt_path {points[0].trials[0].run}")
     screen.print(f"numbers, page and figures: {sweep.folder / PAGE}")
 
 
