@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_lightning.commands.sweep.fits import FIT, LOG, Say, Stopped, run_fits
 from lora_lightning.commands.sweep.ranking import Point, rank_points
 from lora_lightning.commands.sweep.report import PAGE, about_of, table, write
-from lora_lightning.commands.sweep.search_space import RANK, readable_settings
+from lora_lightning.commands.sweep.search_space import RANK, point_text
 from lora_lightning.commands.sweep.study import Study, Trial, refuse_other
 from lora_lightning.commands.sweep.sweep import Request, Sweep
 from lora_lightning.commands.sweep.together import Watch, run_together
@@ -101,7 +101,7 @@ def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
         task = bar.add_task("making the members" if together else "fits", total=sweep.count)
 
         def say(trial: Trial, what: str) -> None:
-            settings = readable_settings(trial.values) + ("" if trial.seed is None else f", seed {trial.seed}")
+            settings = point_text(trial.values) + ("" if trial.seed is None else f", seed {trial.seed}")
             if what == "begins":
                 screen.print(f"begins: {settings} ({sweep.folder / trial.name / LOG})", markup=False)
                 return

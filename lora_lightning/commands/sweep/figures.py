@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_lightning.commands.sweep.ranking import Point
-from lora_lightning.commands.sweep.search_space import (
-    MATRICES,
-    RANK,
-    number,
-    readable_settings,
-    readable_value,
-    short_names,
-)
+from lora_lightning.commands.sweep.search_space import MATRICES, RANK, number, point_text, readable_value, short_names
 from lora_lightning.reports.console import short_count
 from lora_lightning.reports.figures import COLORS, COLUMN, PAGE, Drawing, figure, plot_style
 
@@ -51,19 +44,18 @@ def figures(
                 f"{metric} of each member at the rungs, and its best checkpoint's; a cross is where it was dropped."
             )
             drawings["halving"] = Drawing("Halving", caption, halving_curves(decisions, points, metric))
-        if done and MATRICES in keys and (budget is not None or RANK not in keys):
-            title, caption = "Which matrices", "All at the same rank."
-            if budget is not None:
-                title += ", at an equal number of parameters"
-                caption = (
-                    f"Each set at the rank with which nearest to {budget:,} parameters train (the paper's Table 5)."
-                )
+        if done and budget is not None:
+            caption = f"Each set at the rank with which nearest to {budget:,} parameters train (the paper's Table 5)."
+            title = "Which matrices, at an equal number of parameters"
             drawings["matrices"] = Drawing(title, caption + note, matrices(_best(done, MATRICES), metric))
         elif done and RANK in keys:
             title, caption = "Rank", f"{metric} by r."
             if MATRICES in keys:
                 title, caption = "Rank against which matrices", "The paper's Table 6."
             drawings["rank"] = Drawing(title, caption + note, rank_curves(_best(done, MATRICES, RANK), metric))
+        elif done and MATRICES in keys:
+            caption = "All at the same rank." + note
+            drawings["matrices"] = Drawing("Which matrices", caption, matrices(_best(done, MATRICES), metric))
         for key in others if done else ():
             caption = f"{metric} of every point by {key}."
             drawings[names[key].replace(".", "-")] = Drawing(names[key], caption, scatter(done, key, metric))
@@ -177,7 +169,7 @@ def halving_curves(decisions: Sequence[Mapping[str, Any]], points: Sequence[Poin
         if not course:
             continue
         shares, values = list(course), list(course.values())
-        label = readable_settings(point.values)
+        label = point_text(point.values)
         style: dict[str, Any] = {"color": COLORS[place % len(COLORS)], "ls": "-" if place < len(COLORS) else "--"}
         if dropped_at is not None:
             label += f", dropped at {dropped_at}"
@@ -202,11 +194,11 @@ def _best(points: Sequence[Point], *keys: str) -> list[Point]:
     best: dict[tuple[str | None, ...], Point] = {}
     for point in points:  # best first
         best.setdefault(tuple(point.values.get(key) for key in keys), point)
-    sets = [point.values.get(MATRICES) for point in sorted(points, key=lambda point: point.trials[0].index)]
-    return sorted(
-        best.values(),
-        key=lambda point: (sets.index(point.values.get(MATRICES)), float(point.values.get(RANK, 0))),
-    )
+    first: dict[str | None, int] = {}
+    for point in sorted(points, key=lambda point: point.trials[0].index):
+        first.setdefault(point.values.get(MATRICES), len(first))
+    ordered = sorted(best.values(), key=lambda point: float(point.values.get(RANK, 0)))
+    return sorted(ordered, key=lambda point: first[point.values.get(MATRICES)])
 
 
 def _values(points: Sequence[Point]) -> tuple[Any, Any]:

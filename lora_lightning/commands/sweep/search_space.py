@@ -167,7 +167,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def readable_settings(values: Values) -> str:
+def point_text(values: Values) -> str:
     """A point as text for people: `r = 4, lr = 1e-3`."""
     names = short_names(list(values))
     return ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in values.items())
