@@ -11,8 +11,8 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from lora_lightning.backbones.checkpoint import load_on_meta
 from lora_lightning.backbones.locate import directory_and_file, refuse_not_there, resolve
-from lora_lightning.backbones.meta_device import load_on_meta
 from lora_lightning.backbones.tokenizers import load_tokenizer, quiet
 from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 from lora_lightning.lora.frozen.quantization import scheme

@@ -13,8 +13,7 @@ from torch import Tensor
 from lora_lightning.analysis.adapters import Adapter, read_factors
 from lora_lightning.analysis.base_weights import Weights, add_starts
 from lora_lightning.backbones.checkpoint import CONFIG as MODEL_CONFIG
-from lora_lightning.backbones.checkpoint import BaseFiles
-from lora_lightning.backbones.key_mapping import groups_of
+from lora_lightning.backbones.checkpoint import BaseFiles, groups_of
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.cli.build import Run, open_run
 from lora_lightning.export.model_files import is_transformers

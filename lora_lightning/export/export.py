@@ -14,11 +14,10 @@ from torch import nn
 
 from lora_lightning.export.model_files import is_transformers, processing_of, write_labels
 from lora_lightning.export.probe_batch import probe_from
-from lora_lightning.export.staging import stage_folder
 from lora_lightning.export.verification import ExportReport, Proof
 from lora_lightning.lora.bank.strength import refuse_strength, scaled
 from lora_lightning.lora.errors import LoRAError, MergeError, did_you_mean
-from lora_lightning.lora.formats.atomic_dir import refuse_occupied, write_bytes
+from lora_lightning.lora.formats.atomic_dir import refuse_occupied, stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.dtype import DType, float_dtype, parse_dtype
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint

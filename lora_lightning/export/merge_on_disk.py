@@ -13,12 +13,10 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lora_lightning.backbones.checkpoint import CONFIG, BaseFiles, main_dtype
-from lora_lightning.backbones.key_mapping import groups_of, name_of
+from lora_lightning.backbones.checkpoint import CONFIG, BaseFiles, groups_of, main_dtype, name_of
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.export.staging import stage_folder
 from lora_lightning.lora.errors import AdapterWarning, LoRAError, first_few
-from lora_lightning.lora.formats.atomic_dir import refuse_occupied, write_bytes
+from lora_lightning.lora.formats.atomic_dir import refuse_occupied, stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.formats.tensor_files import INDEX

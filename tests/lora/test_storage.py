@@ -22,9 +22,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
-from lora_lightning.export.staging import stage_folder
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.formats.atomic_dir import _host, write_together
+from lora_lightning.lora.formats.atomic_dir import _host, stage_folder, write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
 from tests.lora.directories import names
@@ -214,7 +213,7 @@ def test_what_fails_leaves_the_older_and_nothing_else(tmp_path, error, kind, mat
 KILLED_FOLDER = """
 import os, signal, sys
 from pathlib import Path
-from lora_lightning.export.staging import stage_folder
+from lora_lightning.lora.formats.atomic_dir import stage_folder
 if sys.argv[2] == "between the moves":
     real = Path.replace
     def replace(self, to):

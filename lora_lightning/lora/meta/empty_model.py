@@ -8,7 +8,8 @@ tensor that the files hold in pieces, such as a layer's experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, first_few
-from lora_lightning.lora.formats.tensor_files import INDEX, Checkpoint, Stored
+from lora_lightning.lora.formats.tensor_files import INDEX, Checkpoint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name
 from lora_lightning.lora.init.from_data import refuse_data
 from lora_lightning.lora.init.from_weight import is_from_weight
 from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
-from lora_lightning.lora.meta.key_mapping import ATTRIBUTE, base_of, keep_files, names_by_tensor
+from lora_lightning.lora.meta.key_mapping import ATTRIBUTE, base_of, keep_files, names_by_tensor, swap_tensors
 from lora_lightning.lora.report import InjectionReport
 
 
@@ -85,19 +86,6 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
 
 
-def swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give `model` these tensors under these names, parameters as parameters; returns those that it had."""
-    before: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        path, _, key = name.rpartition(".")
-        module = model.get_submodule(path)
-        store: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
-        before[name] = store[key]
-        is_bare = store is module._parameters and not isinstance(tensor, nn.Parameter)
-        store[key] = nn.Parameter(tensor, requires_grad=before[name].requires_grad) if is_bare else tensor
-    return before
-
-
 def adapted_names(path: str, layer: AdaptedLayer) -> dict[str, str]:
     """The names in the model of the weights that the layer at `path` adapts, by their keys in the module."""
     owner = path if layer.lora_owner is layer else layer.lora_name(path).rpartition(".")[0]
@@ -120,13 +108,8 @@ def start_from_present(layer: AdaptedLayer) -> None:
 def make_adapter_real(model: nn.Module) -> None:
     """Allocate memory for the adapter's tensors that are on the meta device; tied ones stay tied."""
     empty = {key: tensor for key, tensor in adapter_tensors(model).items() if tensor.is_meta}
-    real = {tensor: like(tensor, torch.zeros_like(tensor, device="cpu")) for tensor in empty.values()}
+    real = {tensor: torch.zeros_like(tensor, device="cpu") for tensor in empty.values()}
     swap_tensors(model, {key: real[tensor] for key, tensor in empty.items()})
-
-
-def like(tensor: Tensor, value: Tensor) -> Tensor:
-    """`value` as a parameter that trains as `tensor` does, where that is one."""
-    return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def inject_anywhere(model: nn.Module, config: LoRAConfig, *, run_init: bool = True) -> InjectionReport:
@@ -196,7 +179,7 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
     """
     empty: dict[Tensor, list[str]] = {}  # with the names of each in the model: several where it is tied
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    for name, tensor in (pair for pairs in named for pair in pairs):
+    for name, tensor in itertools.chain(*named):
         if tensor.is_meta:
             empty.setdefault(tensor, []).append(name)
     if not empty:
@@ -211,26 +194,21 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
         what = f"{len(without)} tensors of {type(model).__name__}"
         raise LoRAError(f"{base.checkpoint.directory} has no values for {what}: {first_few(without)}")
     sources = {next(name for name in names if name in base.of_name): tensor for tensor, names in empty.items()}
-    groups = {id(base.of_name[name]): base.of_name[name] for name in sources}.values()
-    stored, filled = base.checkpoint.stored, dict[Tensor, Tensor]()
-    for group in sorted(groups, key=lambda g: (stored[g.stored[0]].path, stored[g.stored[0]].start)):
-        wanted = {name: sources[name] for name in group.names if name in sources}
-        whole: dict[str, Tensor] = {}
-        if not group.is_alone:
-            dtype = next(iter(wanted.values())).dtype
-            whole = group.load({key: stored[key].read().to(dtype) for key in group.stored})
-        for name, tensor in wanted.items():
-            got = tuple(whole[name].shape if whole else stored[group.stored[0]].shape)
-            if got != tuple(tensor.shape):
-                here = f"{tuple(tensor.shape)} in the model"
-                raise LoRAError(f"'{name}' has shape {got} in the files and {here}: they are of another config")
-            filled[tensor], part, place = _allocate(tensor, device)
-            if whole:
-                part.copy_(whole.pop(name)[place])
-            else:
-                _read_part(stored[group.stored[0]], part, place)
-    for tensor, names in empty.items():
-        swap_tensors(model, dict.fromkeys(names, like(tensor, filled[tensor])))
+    filled: dict[Tensor, Tensor] = {}
+    for name in sorted(sources, key=lambda name: (base.place(name).path, base.place(name).start)):
+        tensor, got = sources[name], base.place(name).shape
+        if base.of_name[name].is_alone and got != tuple(tensor.shape):
+            here = f"{tuple(tensor.shape)} in the model"
+            raise LoRAError(f"'{name}' has shape {got} in the files and {here}: they are of another config")
+        filled[tensor], part, place = _allocate(tensor, device)
+        rows, done = place[0] if place else slice(None), 0
+        for block in base.blocks(name, rows):
+            if not place:
+                part.copy_(block)
+                continue
+            part[done : done + len(block)].copy_(block[:, *place[1:]])
+            done += len(block)
+    swap_tensors(model, {name: filled[tensor] for tensor, names in empty.items() for name in names})
     model.__dict__.pop(ATTRIBUTE, None)
     return len(filled)
 
@@ -248,14 +226,3 @@ def _allocate(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, Tenso
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     sharded: DTensor = torch.empty_like(tensor, device=tensor.device_mesh.device_type)  # type: ignore[assignment]
     return sharded, sharded.to_local(), tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-
-
-def _read_part(at: Stored, into: Tensor, place: tuple[slice, ...]) -> None:
-    """Read the part of a tensor at `place` into `into`, block by block."""
-    if not place:
-        into.copy_(at.read())
-        return
-    done = 0
-    for rows in at.blocks(place[0].start or 0, place[0].stop):
-        into[done : done + len(rows)].copy_(rows[:, *place[1:]])
-        done += len(rows)

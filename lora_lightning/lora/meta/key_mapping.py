@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, LoRAError, first_few
 from lora_lightning.lora.formats.provenance import warn_of_other_base
-from lora_lightning.lora.formats.tensor_files import Checkpoint
+from lora_lightning.lora.formats.tensor_files import Checkpoint, Stored
 from lora_lightning.lora.frozen.fingerprint import fingerprint_of_tensors
-from lora_lightning.lora.frozen.tied_weights import shared_parameters
 
 Tensors = dict[str, Tensor]
 
@@ -21,30 +21,41 @@ ATTRIBUTE = "weight_files"
 """The attribute of a model that holds its `Checkpoint` and its function of groups until it is filled."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(eq=False)
 class Group:
-    """Tensors of the files that make up tensors of the model: one for one, or experts' matrices for their stack.
+    """Tensors of the files that make up tensors of the model: here one that both hold alike."""
 
-    `load` makes the model's of the files', without arithmetic, and may empty its argument; `store` is its inverse.
-    """
-
-    stored: tuple[str, ...]
-    names: tuple[str, ...]
-    load: Callable[[Tensors], Tensors]
-    store: Callable[[Tensors], Tensors]
-    is_alone: bool = False
+    stored: list[str]
+    names: list[str]
+    is_alone: ClassVar[bool] = True
     """Whether the files hold one tensor as the model does, so that parts of it can be read."""
 
+    def load(self, tensors: Tensors) -> Tensors:
+        """The model's tensors of the files', without arithmetic; may empty its argument."""
+        return {self.names[0]: tensors[self.stored[0]]}
 
-def single_group(key: str, name: str) -> Group:
-    """The group of a tensor that the files hold as the model does."""
-    return Group(
-        stored=(key,),
-        names=(name,),
-        load=lambda tensors: {name: tensors[key]},
-        store=lambda tensors: {key: tensors[name]},
-        is_alone=True,
-    )
+    def store(self, tensors: Tensors) -> Tensors:
+        """The inverse of `load`."""
+        return {self.stored[0]: tensors[self.names[0]]}
+
+
+def swap_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensors:
+    """Give `model` these tensors under these names, parameters as parameters; returns those that it had.
+
+    A tensor under several names becomes one parameter.
+    """
+    before, made = Tensors(), dict[int, nn.Parameter]()
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        store: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+        before[name] = store[key]
+        if store is module._parameters and not isinstance(tensor, nn.Parameter):
+            bare = nn.Parameter(tensor, requires_grad=before[name].requires_grad)
+            store[key] = made.setdefault(id(tensor), bare)
+        else:
+            store[key] = tensor
+    return before
 
 
 def names_by_tensor(model: nn.Module) -> list[list[str]]:
@@ -59,13 +70,13 @@ def names_by_tensor(model: nn.Module) -> list[list[str]]:
 class Base:
     """W0, read on demand; the last group is in memory until `forget`."""
 
-    def __init__(self, checkpoint: Checkpoint, groups: list[Group], plain: nn.Module) -> None:
+    def __init__(self, checkpoint: Checkpoint, groups: Sequence[Group], plain: nn.Module) -> None:
         self.checkpoint = checkpoint
         self.of_name = {name: group for group in groups for name in group.names}
         self.of_key = {key: group for group in groups for key in group.stored}
         self.ties = {name: names for names in names_by_tensor(plain) for name in names}
         """By name, all names of the same tensor in the plain model."""
-        self._kept: dict[int, Tensors] = {}
+        self._last: tuple[Group, Tensors] | None = None
 
     def source(self, name: str) -> str | None:
         """The name under which the files have this tensor: the name itself, or one that it is tied to."""
@@ -78,47 +89,55 @@ class Base:
 
     def load(self, group: Group) -> Tensors:
         """A group's tensors by their names in the model."""
-        if id(group) not in self._kept:
+        if self._last is None or self._last[0] is not group:
             self.forget()
-            self._kept[id(group)] = group.load({key: self.checkpoint.stored[key].read() for key in group.stored})
-        return self._kept[id(group)]
+            self._last = group, group.load({key: self.checkpoint.stored[key].read() for key in group.stored})
+        return self._last[1]
 
     def forget(self) -> None:
         """Free the last group."""
-        self._kept.clear()
+        self._last = None
+
+    def place(self, name: str) -> Stored:
+        """The files' tensor with this name in the model, or the first of those that make it up."""
+        return self.checkpoint.stored[self.of_name[name].stored[0]]
+
+    def blocks(self, name: str, rows: slice = slice(None)) -> Iterator[Tensor]:
+        """The rows of a tensor, in blocks where its file holds it as the model does; else, and a scalar, in one."""
+        if self.of_name[name].is_alone and self.place(name).shape:
+            yield from self.place(name).blocks(rows.start or 0, rows.stop)
+        else:
+            tensor = self.load(self.of_name[name])[name]
+            yield tensor[rows] if tensor.dim() else tensor
 
     def untie_unequal(self, model: nn.Module) -> None:
         """Untie parameters that the files hold twice with different values, as loading does."""
-        names = {module: name for name, module in model.named_modules()}
-        for places in shared_parameters(model).values():
-            there = [(m, key, f"{names[m]}.{key}".removeprefix(".")) for m, key in places]
-            there = [place for place in there if place[2] in self.of_name]
-            for module, key, name in there[1:]:
-                first, other = self(there[0][2]), self(name)
-                if first is not None and other is not None and not torch.equal(first, other):
-                    parameter = module._parameters[key]
-                    assert parameter is not None
-                    module._parameters[key] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+        state = model.state_dict(keep_vars=True)
+        for names in names_by_tensor(model):
+            first, *others = [name for name in names if name in self.of_name] or [""]
+            for name in others:
+                if not torch.equal(self.load(self.of_name[first])[first], self.load(self.of_name[name])[name]):
+                    swap_tensors(model, {name: torch.empty_like(state[name])})
         self.forget()
 
     def refuse_other_shapes(self, state: Mapping[str, Tensor], brought: Collection[str]) -> None:
         """Refuse a file's tensor of another shape than the model's, but for those that are `brought` whole."""
         for name, group in self.of_name.items():
-            if len(group.stored) > 1 or len(group.names) > 1 or name in brought:
-                continue
-            got, wanted = self.checkpoint.stored[group.stored[0]].shape, tuple(state[name].shape)
-            if got != wanted:
+            got, wanted = self.place(name).shape, tuple(state[name].shape)
+            if group.is_alone and name not in brought and got != wanted:
                 files = f"'{group.stored[0]}' has shape {got} in the base's files"
                 raise LoRAError(f"{files} and the model that config.json describes has {wanted}: name another base")
 
 
-def by_name(model: nn.Module, checkpoint: Checkpoint) -> list[Group]:
+def by_name(model: nn.Module, checkpoint: Checkpoint) -> Sequence[Group]:
     """The groups of files whose tensors have the model's names."""
     state = model.state_dict()
-    return [single_group(key, key) for key in checkpoint.stored if key in state]
+    return [Group([key], [key]) for key in checkpoint.stored if key in state]
 
 
-def keep_files(model: nn.Module, files: Sequence[Path], groups_of: Callable[..., list[Group]] = by_name) -> Checkpoint:
+def keep_files(
+    model: nn.Module, files: Sequence[Path], groups_of: Callable[..., Sequence[Group]] = by_name
+) -> Checkpoint:
     """Record where a model's weights are until it is filled: in safetensors files of one folder.
 
     `groups_of`, a function with an import path (for pickle), decides which of their tensors make up which of the
@@ -139,17 +158,18 @@ def base_of(model: nn.Module) -> Base | None:
     return Base(checkpoint, groups_of(model, checkpoint), model)
 
 
+@dataclass
 class BaseCheck:
     """Compares W0, while it is read, with the digests in an adapter's record."""
 
-    def __init__(
-        self, expected: Mapping[str, str], base: Base, buffers: Collection[str], *, allow_other_base: bool = False
-    ) -> None:
-        self.expected, self.base, self.buffers = expected, base, buffers
-        self.allow_other_base, self.is_the_base = allow_other_base, True
-        self.different: list[str] = []
-        self.seen: set[str] = set()
-        self.dtype: torch.dtype | None = None
+    expected: Mapping[str, str]
+    base: Base
+    buffers: Collection[str]
+    allow_other_base: bool = False
+    is_the_base: bool = True
+    different: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+    dtype: torch.dtype | None = None
 
     def see(self, group: Group) -> None:
         """Compare a group's tensors with the digests of the base that the adapter was made on."""

@@ -6,7 +6,7 @@ At most one module's tensors of W0 are in memory. Tensors that the adapter does 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.merge import fold
 from lora_lightning.lora.merge_refusals import refuse
-from lora_lightning.lora.meta.empty_model import adapted_names, make_adapter_real, start_from_present, swap_tensors
-from lora_lightning.lora.meta.key_mapping import Base, BaseCheck, Group, names_by_tensor
+from lora_lightning.lora.meta.empty_model import adapted_names, make_adapter_real, start_from_present
+from lora_lightning.lora.meta.key_mapping import Base, BaseCheck, Group, names_by_tensor, swap_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class StreamedMerge:
         self,
         make: Callable[[], nn.Module],
         checkpoint: Checkpoint,
-        groups: list[Group],
+        groups: Sequence[Group],
         adapter: AdapterFiles,
         *,
         dtype: torch.dtype | None = None,
@@ -94,8 +94,22 @@ class StreamedMerge:
         parts: dict[str, Hashable] = {}
         for path, module in grafted_modules(self.model):
             parts |= self._find_changes(path, module)
-        self.untied = apply_ties(self.plain, parts)
+        self.untied = self._untie(parts)
         self._plan()
+
+    def _untie(self, parts: Mapping[str, Hashable]) -> list[str]:
+        """Give the plain model the merged one's ties and config, as in `merge`; returns the modules that it untied.
+
+        A tensor that is adapted or replaced is no longer shared, but with those of an equal identity in `parts`.
+        """
+        ties, before = shared_parameters(self.plain), dict(self.plain.named_parameters(remove_duplicate=False))
+        fresh = dict[Hashable, Tensor]()
+        replaced = {name: part for name, part in parts.items() if name in before}  # else a buffer, which is not tied
+        new = {name: fresh.setdefault(part, torch.empty_like(before[name])) for name, part in replaced.items()}
+        swap_tensors(self.plain, new)
+        if untied := untied_since(self.plain, ties):
+            untie_config(self.plain)
+        return untied
 
     def _find_changes(self, path: str, module: Grafted) -> dict[str, Hashable]:
         """Add a module's tensors to `makers`; returns, for each that a merge replaces, the identity of the new one."""
@@ -174,8 +188,9 @@ class StreamedMerge:
             return at
         dtype = state[key].dtype if at is None else DTYPES[at.dtype]
         dtype = self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
-        is_alone = group is not None and len(group.names) == len(group.stored) == 1 and self._is_changed(group)
-        like = state[group.names[0]] if group is not None and is_alone else state[key] if at is None else at
+        like = state[key] if at is None else at
+        if group is not None and group.is_alone and self._is_changed(group):  # a head may have another shape now
+            like = state[group.names[0]]
         return Stored.of(key, dtype, like.shape)
 
     @property
@@ -242,23 +257,3 @@ class StreamedMerge:
             self.base.forget()
             self.made |= {n: merged[source] for n in self.wanted if (source := self.changed[n]) in merged}
         return self.made.pop(name)
-
-
-def apply_ties(plain: nn.Module, parts: Mapping[str, Hashable]) -> list[str]:
-    """Give a plain model on the meta device the merged model's ties and config; returns the modules that it untied.
-
-    As in `merge`, a tensor that is adapted or replaced is no longer shared; `parts` are the new tensors' identities by
-    name: names with equal ones stay tied.
-    """
-    ties = shared_parameters(plain)
-    fresh: dict[Hashable, nn.Parameter] = {}
-    for name, part in parts.items():
-        module, _, key = name.rpartition(".")
-        place = plain.get_submodule(module)._parameters
-        before = place.get(key)
-        if before is not None:  # else a buffer, which is not tied
-            place[key] = fresh.setdefault(part, nn.Parameter(torch.empty_like(before), requires_grad=False))
-    untied = untied_since(plain, ties)
-    if untied:
-        untie_config(plain)
-    return untied
